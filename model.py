@@ -1,0 +1,437 @@
+"""The network, and everything that turns records into its tensors and its outputs into log-probabilities.
+
+What is here: loading Qwen2-VL, Qwen2.5-VL or Qwen3-VL through transformers, without torchvision; a tiny Qwen2.5-VL of the same
+architecture for a laptop; LoRA through peft; the hand-written sampling loop; the log-probabilities of sampled tokens; saving as
+a plain Hugging Face folder; the few lines that several processes need.
+
+One group, one image: the G completions of a question share its prompt. `sample` computes image and prompt once and repeats
+their key/value cache for the G rows; `token_logprobs` puts the group in one row, [image, prompt | completion 1 | ... |
+completion G], with an attention mask in which each completion sees the prompt and itself.
+
+What is left out on purpose: videos, several images a question, beam search, penalties, any default that a checkpoint's
+generation_config would bring along (the policy that is sampled must be the policy that is trained).
+"""
+import contextlib
+import copy
+import json
+import os
+import shutil
+from typing import NamedTuple
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+import torch.distributed as dist
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+from data import DataError, load_image, question_text
+
+transformers.logging.set_verbosity_error()
+
+FAMILIES = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+MAX_PIXELS = 512 * 28 * 28  # pixels: a larger image is shrunk to at most 512 image tokens
+LOGIT_FLOATS = 2**26        # floats: log-probabilities are taken in chunks of tokens whose logits hold at most this many
+PIXEL_CACHE = 2**29         # bytes of prepared image patches kept in memory (all of the phantoms; a slice of a large set)
+LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # the language model's matrices; the vision tower is frozen
+
+# The tiny Qwen2.5-VL: 1.1 M parameters, the real architecture in small.
+TINY_TEXT = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                 max_position_embeddings=4096, rms_norm_eps=1e-6, initializer_range=0.05,
+                 rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]))
+TINY_VISION = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=14, spatial_merge_size=2,
+                   temporal_patch_size=2, window_size=112, out_hidden_size=128, fullatt_block_indexes=[1],
+                   initializer_range=0.05)
+TINY_VOCABULARY = 1000      # tokens at most, the special ones included: every word of the phantoms is one
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+                  "<|image_pad|>", "<|video_pad|>"]
+TAG_TOKENS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, as in Qwen3's tokenizer
+CHAT_TEMPLATE = (  # Qwen2.5-VL's turns, for one image and text
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+class Processor(NamedTuple):
+    """What turns a question into ids and an image into patches. The stock AutoProcessor needs torchvision; this doesn't."""
+    tokenizer: object
+    image_processor: object
+    name: str  # the stock processor class, written into saved folders so that AutoProcessor finds it
+
+
+# ---------------------------------------------------------------------------------------------------------------- the network
+
+def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
+    """A checkpoint (folder or hub name) -> (model in eval mode, Processor). Raises DataError where it is not one of FAMILIES."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise DataError(f"{name}: no such checkpoint: neither a folder with a config.json nor a name on the hub that could be "
+                        f"reached ({type(e).__name__})") from e
+    if config.model_type not in FAMILIES:
+        raise DataError(f"{name}: a checkpoint of another architecture ({config.model_type}); expected one of "
+                        f"{', '.join(FAMILIES)}")
+    try:
+        net = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False,
+                                                          use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError) as e:
+        raise DataError(f"{name}: the checkpoint can't be read: {str(e).splitlines()[0]}") from e
+    longest = min(max_pixels, image_processor.size["longest_edge"])
+    image_processor.size = {"shortest_edge": min(image_processor.size["shortest_edge"], longest), "longest_edge": longest}
+    tokenizer.padding_side = "left"
+    return net.to(device).eval(), Processor(tokenizer, image_processor, FAMILIES[config.model_type])
+
+
+def build_tiny(texts, *, image_size, seed=0):
+    """A tiny Qwen2.5-VL with random weights and a byte-level BPE tokenizer trained on `texts` -> (model, Processor)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=TINY_VOCABULARY - len(SPECIAL_TOKENS + TAG_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    state = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=state["vocab"], merges=[tuple(m) for m in state["merges"]], eos_token="<|im_end|>",
+                               pad_token="<|endoftext|>", unk_token=None)
+    tokenizer.add_tokens(SPECIAL_TOKENS, special_tokens=True)
+    tokenizer.add_tokens(TAG_TOKENS)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.padding_side = "left"
+    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS), strict=True))
+    config = Qwen2_5_VLConfig(
+        text_config=dict(TINY_TEXT, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=ids["<|im_end|>"],
+                         pad_token_id=ids["<|endoftext|>"]),
+        vision_config=dict(TINY_VISION), image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(seed)
+    net = Qwen2_5_VLForConditionalGeneration(config).float().eval()
+    image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=image_size**2)
+    return net, Processor(tokenizer, image_processor, "Qwen2_5_VLProcessor")
+
+
+def add_lora(net, rank, seed=0):
+    """LoRA of `rank` on the language model's matrices, its parameters in fp32 whatever the base is in: at lr 1e-6 an update
+    is smaller than bf16's spacing and would be lost."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
+    return get_peft_model(net, config, autocast_adapter_dtype=True).eval()
+
+
+def frozen_copy(model):
+    """The reference of a fully fine-tuned policy: a copy without gradients. Under LoRA `reference_of` needs none."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def reference_of(policy, copy_of_sft=None):
+    """Inside, the value is pi_SFT: the frozen copy, or under LoRA the policy with its adapter off. That is pi_SFT because
+    stage 1's adapter was merged into the weights before stage 2's was added; otherwise it would be the base model."""
+    if copy_of_sft is not None:
+        yield copy_of_sft
+    else:
+        with policy.disable_adapter():
+            yield policy
+
+
+def network(model):
+    """The transformers model under an adapter, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def autocast(model):
+    """bf16 arithmetic on CUDA over whatever the weights are kept in (fp32 master weights); plain fp32 on the CPU."""
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------------- records -> tensors
+
+_patches = {}  # image path -> (patches, grid): an image is decoded and cut once a run while it fits in PIXEL_CACHE
+
+
+def image_patches(processor, record):
+    """One record's image -> (patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns of patches)."""
+    key = (record["path"], processor.image_processor.size["longest_edge"])
+    if key not in _patches:
+        out = processor.image_processor(images=[load_image(record)], return_tensors="pt")
+        entry = out["pixel_values"], out["image_grid_thw"]
+        if entry[0].nbytes * (len(_patches) + 1) > PIXEL_CACHE:
+            return entry
+        _patches[key] = entry
+    return _patches[key]
+
+
+def tensors(processor, texts, images, device="cpu"):
+    """User messages and their image patches (or None each) -> the batch that `sample` and `token_logprobs` take:
+    input_ids, attention_mask (N, P) left-padded, pixel_values (all patches, d), image_grid_thw (images, 3), stop_ids, pad_id."""
+    tok, merge = processor.tokenizer, processor.image_processor.merge_size
+    prompts = []
+    for text, image in zip(texts, images, strict=True):
+        content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": text}]
+        prompt = tok.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        if image is not None:  # one placeholder for each merged patch
+            prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * int(image[1].prod() // merge**2), 1)
+        prompts.append(prompt)
+    ids = tok(prompts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
+    batch = dict(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"],
+                 stop_ids=torch.tensor(sorted({tok.eos_token_id, tok.pad_token_id})))
+    seen = [image for image in images if image is not None]
+    if seen:
+        batch |= dict(pixel_values=torch.cat([p for p, _ in seen]), image_grid_thw=torch.cat([g for _, g in seen]))
+    return {k: v.to(device) for k, v in batch.items()} | {"pad_id": tok.pad_token_id}
+
+
+def encode(processor, records, device="cpu"):
+    """Records -> batch (see `tensors`): each record's question, options and instruction behind its image."""
+    return tensors(processor, [question_text(r) for r in records], [image_patches(processor, r) for r in records], device)
+
+
+def encode_completions(processor, texts, device="cpu"):
+    """N target texts -> tokens, mask (N, 1, T), right-padded, each closed by the end-of-turn token: groups of one for SFT."""
+    tok = processor.tokenizer
+    rows = [torch.tensor(ids + [tok.eos_token_id]) for ids in tok(list(texts), add_special_tokens=False)["input_ids"]]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tok.pad_token_id)
+    mask = torch.arange(tokens.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
+    return tokens[:, None].to(device), mask[:, None].to(device)
+
+
+def rows_of(batch, rows):
+    """Questions `rows` (a slice) of a batch, with their images: a micro-batch."""
+    out = dict(batch, input_ids=batch["input_ids"][rows], attention_mask=batch["attention_mask"][rows])
+    if "pixel_values" in batch:
+        ends = batch["image_grid_thw"].prod(1).cumsum(0)
+        first = 0 if rows.start == 0 else ends[rows.start - 1]
+        out["pixel_values"] = batch["pixel_values"][first:ends[rows][-1]]
+        out["image_grid_thw"] = batch["image_grid_thw"][rows]
+    return out
+
+
+def prompt_positions(net, batch):
+    """mRoPE positions of the prompt (3, N, P), and the position of each completion's first token (N,). An image takes as many
+    positions as its longer side has merged patches, so a completion does not go on from the prompt's length."""
+    kinds = (batch["input_ids"] == net.config.image_token_id).int()
+    positions, _ = net.model.get_rope_index(batch["input_ids"], mm_token_type_ids=kinds, attention_mask=batch["attention_mask"],
+                                            image_grid_thw=batch.get("image_grid_thw"))
+    positions = positions.masked_fill(batch["attention_mask"][None] == 0, 0)
+    return positions, positions.amax(dim=(0, 2)) + 1
+
+
+def images_of(batch):
+    return {k: batch[k] for k in ("pixel_values", "image_grid_thw") if k in batch}
+
+
+def never_drawn(net):
+    """Ids a completion may not hold: an image token without an image breaks the next forward pass."""
+    c = net.config
+    return torch.tensor([c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id])
+
+
+def next_token_logits(net, hidden, temperature):
+    """Hidden states (..., d) -> the logits of the distribution that is sampled (..., V), float32."""
+    logits = net.lm_head(hidden).float()
+    return logits.index_fill(-1, never_drawn(net).to(logits.device), -torch.inf) / temperature
+
+
+# ----------------------------------------------------------------------------------------------------------- the sampling loop
+
+@torch.no_grad()
+def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1.0, generator=None):
+    """G completions for each of the batch's N questions -> tokens (N, G, T) int64, mask (N, G, T) bool.
+
+    The mask holds every token up to and with the first stop token; T is the longest completion's length. temperature 0 is
+    greedy. The prompt is run once a question and its cache repeated; rows that have finished leave the batch.
+    """
+    net, training = network(model), model.training
+    model.eval()  # dropout off, and no gradient checkpointing, which would silently switch the cache off
+    N, G = len(batch["input_ids"]), group_size
+    device, pad, stop = batch["input_ids"].device, batch["pad_id"], batch["stop_ids"]
+    positions, following = prompt_positions(net, batch)
+    with autocast(model):
+        out = net.model(input_ids=batch["input_ids"], attention_mask=group_mask(batch["attention_mask"], 0, 0),
+                        position_ids=positions, use_cache=True, **images_of(batch))
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(G)
+        hidden = out.last_hidden_state[:, -1].repeat_interleave(G, 0)                      # (N*G, d)
+        position = following.repeat_interleave(G)                                          # (N*G,)
+        seen = batch["attention_mask"].bool().repeat_interleave(G, 0)                      # (N*G, P)
+        tokens = torch.full((N * G, max_new_tokens), pad, device=device)
+        mask = torch.zeros((N * G, max_new_tokens), dtype=torch.bool, device=device)
+        rows = torch.arange(N * G, device=device)   # which of the N*G completions the batch's rows still are
+        alive = torch.ones(N * G, dtype=torch.bool, device=device)
+        for t in range(max_new_tokens):
+            y = draw(next_token_logits(net, hidden, temperature or 1.0), temperature, top_p, generator)  # (rows,)
+            tokens[rows[alive], t], mask[rows[alive], t] = y[alive], True
+            alive = alive & ~torch.isin(y, stop)
+            left = int(alive.sum())
+            if left == 0 or t + 1 == max_new_tokens:
+                break
+            if left <= 0.8 * len(rows):  # copying the cache costs something too: not at every row that finishes
+                keep = alive.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows, alive, y, seen, position = rows[keep], alive[keep], y[keep], seen[keep], position[keep]
+            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)                      # (rows, P+t+1)
+            hidden = net.model(input_ids=y[:, None], attention_mask=seen[:, None, None], past_key_values=cache, use_cache=True,
+                               position_ids=(position + t).expand(3, 1, -1).transpose(1, 2)).last_hidden_state[:, -1]
+    model.train(training)
+    T = int(mask.any(0).sum())
+    return tokens[:, :T].view(N, G, T), mask[:, :T].view(N, G, T)
+
+
+def draw(logits, temperature, top_p, generator):
+    """Logits (rows, V) -> one token each (rows,). top_p < 1 keeps the smallest set of tokens that holds that much probability;
+    the ratio of Eq. (8) is then biased, since log-probabilities stay those of the whole vocabulary."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = probs.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        return order.gather(-1, torch.multinomial(ordered, 1, generator=generator))[:, 0]
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def decode(processor, tokens, mask):
+    """tokens, mask (N, G, T) -> N lists of G texts, without the stop token."""
+    return [processor.tokenizer.batch_decode([y[m] for y, m in zip(ys, ms, strict=True)], skip_special_tokens=True)
+            for ys, ms in zip(tokens.cpu(), mask.cpu(), strict=True)]
+
+
+def finished(batch, tokens, mask):
+    """(N, G) bool: the completion ended by itself, rather than at the limit."""
+    return (torch.isin(tokens, batch["stop_ids"]) & mask).any(-1)
+
+
+# -------------------------------------------------------------------------------------------------------------- log-probabilities
+
+def group_mask(prompt_mask, G, T):
+    """Who sees whom in the row [prompt | completion 1 | ... | completion G]: (N, 1, P+G*T, P+G*T) bool, True = attends.
+
+    The prompt is causal, each completion sees the prompt and its own earlier tokens, never another completion. Every place
+    sees itself, the padding too: a row of nothing but False has no softmax.
+    """
+    (N, P), S, device = prompt_mask.shape, prompt_mask.shape[1] + G * T, prompt_mask.device
+    see = torch.zeros(S, S, dtype=torch.bool, device=device)
+    see[:P, :P] = torch.ones(P, P, dtype=torch.bool, device=device).tril()
+    see[P:, :P] = True
+    own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    see[P:, P:] = torch.block_diag(*[own] * G) if G * T else see[P:, P:]
+    real = torch.cat([prompt_mask.bool(), prompt_mask.new_ones(N, G * T).bool()], 1)       # (N, S)
+    return (see & real[:, None] | torch.eye(S, dtype=torch.bool, device=device))[:, None]
+
+
+def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
+    """log pi(y_t | I, Q, y_<t) of given completions -> (N, G, T) float32, 0 outside `mask`; with gradient if grad is enabled.
+
+    The distribution is the one `sample` draws from (logits / temperature, vision ids excluded). Image and prompt run once a
+    group. Logits exist for LOGIT_FLOATS numbers at a time; with gradients each chunk is computed again in backward.
+    """
+    net, (N, G, T), P = network(model), tokens.shape, batch["input_ids"].shape[1]
+    prompt, following = prompt_positions(net, batch)
+    after = (following[:, None] + torch.arange(T, device=tokens.device)).repeat(1, G)      # (N, G*T)
+    with autocast(model):
+        hidden = net.model(input_ids=torch.cat([batch["input_ids"], tokens.reshape(N, G * T)], 1),
+                           attention_mask=group_mask(batch["attention_mask"], G, T),
+                           position_ids=torch.cat([prompt, after.expand(3, -1, -1)], 2),
+                           use_cache=False, **images_of(batch)).last_hidden_state          # (N, P+G*T, d)
+        # A token is predicted one place earlier: a completion's first token by the prompt's last place.
+        first = hidden[:, None, P - 1:P].expand(-1, G, -1, -1)
+        h = torch.cat([first, hidden[:, P:].view(N, G, T, -1)[:, :, :-1]], 2)[mask]        # (tokens that count, d)
+        logp = chosen_logprobs(net, h, tokens[mask], temperature)
+    return torch.zeros(N, G, T, device=tokens.device).masked_scatter(mask, logp)
+
+
+def chosen_logprobs(net, h, y, temperature):
+    """Hidden states (M, d) and the tokens they predict (M,) -> log-probabilities (M,), never with all (M, V) logits at once."""
+    def chunk(h, y):
+        logits = next_token_logits(net, h, temperature)
+        return logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1)
+    size = max(1, LOGIT_FLOATS // net.lm_head.out_features)
+    if len(y) <= size:
+        return chunk(h, y)
+    parts = zip(h.split(size), y.split(size), strict=True)
+    return torch.cat([checkpoint(chunk, a, b, use_reentrant=False) if h.requires_grad else chunk(a, b) for a, b in parts])
+
+
+# --------------------------------------------------------------------------------------------------------------- save and devices
+
+def save(model, processor, folder):
+    """Write a Hugging Face folder that stock AutoProcessor and AutoModelForImageTextToText load (an adapter is merged into a
+    copy first). Files are written beside and renamed into place, so a crash never leaves half a file."""
+    if isinstance(model, PeftModel):
+        net = copy.deepcopy(model).merge_and_unload()
+    else:
+        net = model
+    beside = os.path.join(folder, ".writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    os.makedirs(beside)
+    net.save_pretrained(beside)
+    processor.image_processor.save_pretrained(beside)
+    processor.tokenizer.save_pretrained(beside)
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):  # the class that AutoProcessor should build of them
+        path = os.path.join(beside, name)
+        with open(path) as f:
+            config = json.load(f) | {"processor_class": processor.name}
+        if name == "preprocessor_config.json":
+            config["image_processor_type"] = "Qwen2VLImageProcessor"  # the stock name, not its PIL variant's
+        with open(path, "w") as f:
+            json.dump(config, f, indent=2)
+    for name in os.listdir(beside):
+        os.replace(os.path.join(beside, name), os.path.join(folder, name))
+    os.rmdir(beside)
+
+
+def save_state(path, **state):
+    """torch.save beside, then rename: what a resumed run needs and the folder's weights don't hold."""
+    torch.save(state, path + ".writing")
+    os.replace(path + ".writing", path)
+
+
+def setup_devices():
+    """One process, or those that torchrun started -> (rank, world size, device). nccl on CUDA, gloo on the CPU."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def sum_over_ranks(x):
+    """Sum a tensor or a number over the processes, on all of them alike."""
+    if not dist.is_initialized():
+        return x
+    t = x if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
+    t = t.to("cuda") if dist.get_backend() == "nccl" else t
+    dist.all_reduce(t)
+    return t if torch.is_tensor(x) else t.item()
+
+
+def sum_gradients(parameters):
+    """Add up the processes' gradients once an optimiser step. Each rank's loss is already divided by global counts."""
+    if dist.is_initialized():
+        for p in parameters:
+            if p.grad is None:  # a rank whose share did not touch this parameter must still take part
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad)
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def close_devices():
+    if dist.is_initialized():
+        dist.destroy_process_group()
