@@ -1,0 +1,321 @@
+"""Stage 1, Cognitive Injection: supervised fine-tuning on think-then-answer targets, Eq. (1).
+
+With no model named it starts from nothing: it draws the phantoms (data.py), makes a tiny base model that can read letters and
+half see (`make_base`, kept in ROOT/tiny-base), and fine-tunes that. With --model and --data it is the real thing.
+
+    python sft.py                                                                    # out/phantoms, out/tiny-base, out/sft
+    python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data medad38k/medad38k.jsonl
+    torchrun --nproc_per_node=4 sft.py --model ...                                   # the same global batch on four devices
+    python sft.py --print                                                            # every knob as it would be used
+
+Left out on purpose: evaluation in the loop (eval.py does it), early stopping, packing of several questions into one row.
+"""
+import argparse
+import json
+import math
+import os
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import model as M
+from data import DataError
+
+# name: (tiny preset, paper preset, unit and meaning [, choices]). The paper's figures are those of its section 4.1.
+KNOBS = dict(
+    model=(None, None, "folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (default: ROOT/tiny-base, made here)"),
+    data=((), (), "files of records, .jsonl or Med-R1's .json (default: ROOT/phantoms, drawn here)"),
+    root=("out", "out", "folder under which everything is written"),
+    out=(None, None, "folder of this run (default: ROOT/sft)"),
+    seed=(0, 0, "seed of phantoms, base, LoRA and the order of the questions"),
+    images=(2000, 2000, "phantoms to draw, 70 %% of them to train on"),
+    epochs=(2.0, 2.0, "passes over the training questions (paper: 2)"),
+    batch=(32, 64, "questions an optimiser step over all processes (paper: global batch 64)"),
+    micro_batch=(32, 8, "questions a forward pass on one device; memory, not the result, depends on it"),
+    lr=(1e-3, 1e-4, "peak learning rate of AdamW (paper: 1e-4)"),
+    warmup=(0.03, 0.03, "share of the steps in which the learning rate rises; a cosine to 0 follows"),
+    weight_decay=(0.0, 0.0, "AdamW's decoupled weight decay"),
+    clip=(1.0, 1.0, "gradient norm above which the gradient is scaled down"),
+    lora=(0, 64, "rank of LoRA on the language model; 0 trains every parameter"),
+    max_pixels=(M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk"),
+    max_steps=(0, 0, "stop after so many optimiser steps, 0 = as many as epochs say (the schedule is that of the whole run)"),
+    save_every=(0, 200, "optimiser steps between checkpoints, 0 = at the end alone"),
+    resume=(False, False, "continue the run in --out from its last checkpoint"),
+)
+BETAS = (0.9, 0.98)  # of AdamW in every stage
+
+
+# ------------------------------------------------------------------------------------------------ knobs and runs, for both stages
+
+def knobs(table, doc, argv=None):
+    """The command line of a stage -> Namespace. The preset is `tiny` where no model, or one made by make_base, is named."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
+    for name, (tiny, paper, meaning, *choices) in table.items():
+        default = f"[{tiny}]" if tiny == paper else f"[tiny {tiny}, paper {paper}]"
+        kind = dict(action="store_true") if tiny is False else dict(nargs="+") if isinstance(tiny, tuple) else dict(
+            type=str if tiny is None else type(tiny), choices=choices[0] if choices else None)
+        parser.add_argument(f"--{name}", default=None, help=f"{meaning} {default}", **kind)
+    parser.add_argument("--preset", choices=["tiny", "paper"], help="which defaults to take (chosen by the model if not given)")
+    parser.add_argument("--print", action="store_true", help="print the knobs as they would be used, and stop")
+    given = parser.parse_args(argv)
+    small = given.model is None or os.path.exists(os.path.join(given.model, "base.json"))
+    preset = given.preset or ("tiny" if small else "paper")
+    for name, values in table.items():
+        if getattr(given, name) in (None, False):
+            setattr(given, name, values[("tiny", "paper").index(preset)])
+    given.preset = preset
+    for name in ("batch", "micro_batch", "lr", "epochs", "G", "max_new_tokens", "mu"):
+        if getattr(given, name, 1) <= 0:
+            raise DataError(f"--{name} {getattr(given, name)}: expected more than 0")
+    if given.print:
+        print(json.dumps(vars(given), indent=2))
+        raise SystemExit(0)
+    return given
+
+
+def open_run(folder, args, rank):
+    """Prepare a run's folder on rank 0. What an earlier run left there is moved aside, never overwritten."""
+    if rank:
+        return
+    if os.path.exists(os.path.join(folder, "metrics.jsonl")) and not args.resume:
+        k = 1
+        while os.path.exists(f"{folder}.{k}"):
+            k += 1
+        os.rename(folder, f"{folder}.{k}")
+        print(f"{folder} held an earlier run: moved to {folder}.{k}")
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "knobs.json"), "w") as f:
+        json.dump(vars(args), f, indent=2)
+
+
+def log(folder, **figures):
+    """Append one line to metrics.jsonl."""
+    with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
+        f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}) + "\n")
+
+
+def load_state(folder, policy, optimizer):
+    """Put a checkpoint's weights and optimiser state back -> its other entries. Lines logged after it are dropped."""
+    path = os.path.join(folder, "state.pt")
+    if not os.path.exists(path):
+        raise DataError(f"{folder}: nothing to resume: there is no state.pt")
+    state = torch.load(path, weights_only=True)
+    policy.load_state_dict(state["trained"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    return state
+
+
+def trim_log(folder, step):
+    """Drop the lines of metrics.jsonl that a resumed run will write again."""
+    path = os.path.join(folder, "metrics.jsonl")
+    with open(path) as f:
+        kept = [line for line in f if json.loads(line)["step"] <= step]
+    with open(path + ".writing", "w") as f:
+        f.writelines(kept)
+    os.replace(path + ".writing", path)
+
+
+def trained(policy):
+    """The parameters that are trained, by name: what a checkpoint must hold to go on bit for bit."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear rise over warmup * steps, then a cosine to 0. `step` counts from 0."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def epoch_order(n, epoch, seed):
+    """The order of n questions in an epoch, a function of the seed alone: a resumed run needs no state for it."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------------------ Eq. (1)
+
+def sft_loss(logp, mask, tokens_in_batch):
+    """Eq. (1): L_SFT = - sum over (I, Q, Y*) of log pi_theta(Y* | I, Q), Y* = (T*, A*).
+
+    logp (N, 1, T) float32 log-probabilities of the target's tokens, mask (N, 1, T). The sum is divided by the global batch's
+    tokens, so that lr does not depend on the batch; the question, the image and the padding bear no loss.
+    """
+    return -(logp * mask).sum() / tokens_in_batch
+
+
+# ---------------------------------------------------------------------------------------------------------------- the tiny base
+
+# A random network does not learn to name an option by its letter, nor to see, from think-then-answer targets alone: the few
+# tokens that matter drown among the many that don't. Real base models bring both along; this makes a tiny one that does, half.
+LETTER_POOLS = ((4, ""), (8, ""), (16, ""), (32, ""), (100, ""), (100, ".</think><answer>"))  # (names, what stands between)
+LETTER_SOLVED = 0.9                   # mean probability of the right letter at which the next pool opens
+LETTER_STEPS = 1200                   # at most this many steps of letters alone
+MIXED_STEPS = 200                     # then so many of letters and dense captions in turn: longer sees more
+CAPTION_IMAGES = 1000                 # phantoms drawn for the captions, from a seed of their own: none is in train or test
+BASE_BATCH = 32                       # prompts a step
+BASE_LR = 1e-3
+
+
+def letter_batch(processor, names, between, rng, n, asked=None):
+    """n text-only prompts of four options, each with a group of four completions, one for each option: its name, `between`, its
+    letter. The four share their prompt and don't see each other, so no letter can be guessed by elimination. -> batch,
+    tokens, mask of the letters alone. With `asked`, a list of questions, the prompt is that of a record."""
+    prompts, completions = [], []
+    for _ in range(n):
+        options = [str(x) for x in rng.choice(names, 4, replace=False)]
+        lines = "".join(f"{letter}) {x}\n" for letter, x in zip("ABCD", options, strict=True))
+        prompts.append(lines if asked is None else f"{asked[rng.integers(len(asked))]}\n{lines}{data.INSTRUCTION}")
+        completions += [f" {x}{between}{letter}" for letter, x in zip("ABCD", options, strict=True)]
+    tokens, mask = M.encode_completions(processor, completions)
+    tokens, mask = tokens.view(n, 4, -1), mask.view(n, 4, -1)
+    last = mask.sum(-1, keepdim=True) - 2                                                  # the letter stands before the stop
+    return M.tensors(processor, prompts, [None] * n), tokens, torch.zeros_like(mask).scatter(-1, last, True)
+
+
+def caption_set(processor, seed):
+    """(image patches, caption) of CAPTION_IMAGES phantoms with a lesion: what it looks like and where it lies, nothing else."""
+    rng, out = np.random.default_rng([seed, 1]), []
+    for i in range(CAPTION_IMAGES):
+        lesion = (str(rng.choice(list(data.STYLES))), str(rng.choice(data.LOCATIONS)))
+        image, facts = data.draw_phantom(rng, *data.PAIRS[i % len(data.PAIRS)], lesion)
+        pixels = processor.image_processor(images=[image], return_tensors="pt")
+        out.append(((pixels["pixel_values"], pixels["image_grid_thw"]),
+                    f"There is {data.STYLES[facts['style']]} in the {facts['location']}. This fits {facts['lesion']}."))
+    return out
+
+
+def make_base(folder, records, seed):
+    """The tiny base of the phantoms: letters by a curriculum, then letters and captions in turn; written to `folder`."""
+    texts = [data.question_text(r) + " " + data.answer_text(r) for r in records]
+    net, processor = M.build_tiny(texts, image_size=data.SIZE, seed=seed)
+    rng = np.random.default_rng([seed, 2])
+    names = rng.permutation(sorted({o for r in records for o in r["options"]})).tolist()
+    names = np.array(sorted(names, key=lambda x: len(processor.tokenizer(" " + x)["input_ids"])))  # one-token names first
+    asked = sorted({r["question"] for r in records})
+    optimizer = torch.optim.AdamW(net.parameters(), lr=BASE_LR, betas=BETAS, weight_decay=0.0)
+
+    def step(k, *batches):
+        """One optimiser step on the mean log-probability of each batch's masked tokens -> the first one's probability."""
+        optimizer.param_groups[0]["lr"] = BASE_LR * min(1, (k + 1) / 50)
+        for batch, tokens, mask in batches:
+            logp = M.token_logprobs(net, batch, tokens, mask)
+            (-logp.sum() / mask.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        batch, tokens, mask = batches[0]
+        return logp[mask].exp().mean().item() if len(batches) == 1 else math.nan
+
+    pools, solved, bar = list(LETTER_POOLS), 0.25, tqdm(range(LETTER_STEPS), desc="base: letters", unit="step")
+    for k in bar:
+        n, between = pools[0]
+        solved += 0.1 * (step(k, letter_batch(processor, names[:n], between, rng, BASE_BATCH)) - solved)
+        bar.set_postfix(names=n, between=between, right=f"{solved:.2f}")
+        if solved > LETTER_SOLVED:
+            pools, solved = pools[1:], 0.25
+        if not pools:
+            bar.close()
+            break
+    captions = caption_set(processor, seed)
+    for _ in tqdm(range(MIXED_STEPS), desc="base: captions", unit="step"):
+        chosen = [captions[i] for i in rng.choice(len(captions), BASE_BATCH, replace=False)]
+        tokens, mask = M.encode_completions(processor, [c for _, c in chosen])
+        step(50, letter_batch(processor, names, LETTER_POOLS[-1][1], rng, BASE_BATCH // 2, asked),
+             (M.tensors(processor, ["Describe the lesion."] * BASE_BATCH, [image for image, _ in chosen]), tokens, mask))
+    os.makedirs(folder, exist_ok=True)
+    M.save(net, processor, folder)
+    with open(os.path.join(folder, "base.json"), "w") as f:
+        json.dump(base_recipe(seed), f)
+
+
+def base_recipe(seed):
+    return dict(seed=seed, letters=[list(LETTER_POOLS), LETTER_SOLVED, LETTER_STEPS], mixed=[MIXED_STEPS, CAPTION_IMAGES])
+
+
+def prepare_tiny(args, rank):
+    """Phantoms and base under ROOT, made once -> (base folder, [data file])."""
+    base = os.path.join(args.root, "tiny-base")
+    recipe = os.path.join(base, "base.json")
+    files = [data.make_phantoms(os.path.join(args.root, "phantoms"), args.seed, args.images)] if rank == 0 else [None]
+    if rank == 0 and os.path.exists(recipe):
+        with open(recipe) as f:
+            if json.load(f) != base_recipe(args.seed):
+                raise DataError(f"{base} was made with another seed or recipe: remove it, or name another --root")
+    elif rank == 0:
+        make_base(base, data.read_records(files[0], "train"), args.seed)
+    M.wait_for_all()
+    return base, [os.path.join(args.root, "phantoms", "phantoms.jsonl")]
+
+
+# --------------------------------------------------------------------------------------------------------------------- the loop
+
+def main(argv=None):
+    args = knobs(KNOBS, __doc__, argv)
+    args.out = args.out or os.path.join(args.root, "sft")
+    rank, world, device = M.setup_devices()
+    if args.model is None:
+        args.model, made = prepare_tiny(args, rank)
+        args.data = args.data or made
+    if not args.data:
+        raise DataError("--model was given without --data: name the files of records to train on")
+    records = data.read_records(args.data, "train")
+    open_run(args.out, args, rank)
+
+    dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32  # what is trained is kept in fp32
+    policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
+    policy = M.add_lora(policy, args.lora, args.seed) if args.lora else policy.requires_grad_(True)
+    parameters = list(trained(policy).values())
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay)
+    epoch_steps = max(1, len(records) // args.batch)
+    steps, start = math.ceil(args.epochs * epoch_steps), 0
+    if args.resume:
+        start = load_state(args.out, policy, optimizer)["step"]
+        if rank == 0:
+            trim_log(args.out, start)
+    end = min(steps, args.max_steps or steps)
+
+    bar = tqdm(range(start, end), initial=start, total=end, desc="sft", unit="step", disable=rank > 0)
+    for step in bar:
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
+
+        # This step's questions: the same global batch whatever the number of processes, of which each takes every world-th.
+        order = epoch_order(len(records), step // epoch_steps, args.seed)
+        first = step % epoch_steps * args.batch
+        mine = [records[i] for i in order[first:first + args.batch]][rank::world]
+        tokens, mask = M.encode_completions(processor, [data.answer_text(r) for r in mine], device)   # (n, 1, T)
+        total = M.sum_over_ranks(int(mask.sum()))
+
+        loss_sum = 0.0
+        for i in range(0, len(mine), args.micro_batch):
+            rows = slice(i, i + args.micro_batch)
+            batch = M.encode(processor, mine[rows], device)
+            logp = M.token_logprobs(policy, batch, tokens[rows], mask[rows])                         # (n, 1, T)
+            loss = sft_loss(logp, mask[rows], total)                                                 # Eq. (1)
+            loss.backward()
+            loss_sum += loss.item()
+        M.sum_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        loss_sum = M.sum_over_ranks(loss_sum)
+        bar.set_postfix(loss=f"{loss_sum:.3f}")
+        if rank == 0:
+            log(args.out, step=step + 1, loss=loss_sum, lr=optimizer.param_groups[0]["lr"], grad_norm=norm, tokens=int(total),
+                seconds=time.perf_counter() - began)
+            if step + 1 == end or args.save_every and (step + 1) % args.save_every == 0:
+                M.save(policy, processor, args.out)
+                M.save_state(os.path.join(args.out, "state.pt"), trained=trained(policy), optimizer=optimizer.state_dict(),
+                             step=step + 1)
+    M.close_devices()
+
+
+if __name__ == "__main__":
+    data.cli(main)
