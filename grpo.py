@@ -1,0 +1,306 @@
+"""Stage 2, Reasoning Reinforcement: Con-GRPO, Eqs. (2), (7) and (8).
+
+For each question the policy samples a group of G completions; each is scored for format, accuracy and consistency
+(rewards.py, judge.py); a completion's advantage is its reward minus its group's mean; one clipped step follows, held to the SFT
+policy by a KL penalty. The loop at the end of this file reads in that order.
+
+    torchrun grpo.py                                              # the phantoms: from out/sft to out/grpo
+    torchrun --nproc_per_node=8 grpo.py --model out/sft --data medad38k/medad38k.jsonl
+    python grpo.py --model out/tiny-base --out out/rl-only        # Table 2's first row: no SFT (Med-R1's way)
+    python grpo.py --weights 0 1 0                                # Table 2's Acc-only; 0 0 1 is Con-only, 0.8 0.1 0.1 is Table 3's
+
+Left out on purpose: a value network (the group's mean is the baseline), a replay buffer, sampling ahead of the update.
+"""
+import json
+import os
+import time
+
+import torch
+from tqdm import tqdm
+
+import data
+import model as M
+from data import DataError
+from judge import make_judge, visible_thought
+from rewards import accuracy_reward, consistency_reward, format_reward, parse_completion, total_reward
+from sft import BETAS, epoch_order, knobs, load_state, log, open_run, trained, trim_log
+
+# name: (tiny preset, paper preset, unit and meaning [, choices])
+KNOBS = dict(
+    model=(None, None, "folder of pi_SFT, policy and reference alike (default: ROOT/sft)"),
+    data=((), (), "files of records, .jsonl or Med-R1's .json (default: ROOT/phantoms)"),
+    root=("out", "out", "folder under which everything is written"),
+    out=(None, None, "folder of this run (default: ROOT/grpo)"),
+    seed=(0, 0, "seed of the sampling, of LoRA and of the order of the questions"),
+    epochs=(1.0, 1.0, "passes over the training questions (paper: 1)"),
+    batch=(128, 64, "completions an optimiser step over all processes (paper: global batch 64)"),
+    G=(8, 8, "completions a question: the group (paper: G = 8)"),
+    max_new_tokens=(80, 512, "tokens at which a completion is cut off"),
+    temperature=(1.0, 1.0, "of the sampling; log-probabilities are those of the same distribution"),
+    top_p=(1.0, 1.0, "sample from the most likely tokens that hold this much probability; under 1 biases the ratio"),
+    lr=(1e-4, 1e-6, "learning rate of AdamW, constant after the warm-up (paper: 1e-6)"),
+    warmup=(5, 5, "optimiser steps in which the learning rate rises"),
+    weight_decay=(0.0, 0.0, "AdamW's decoupled weight decay"),
+    clip=(1.0, 1.0, "gradient norm above which the gradient is scaled down"),
+    ratio=("old", "sft", "below the line of Eq. (8)'s ratio: pi_SFT as printed, or the policy that sampled", ["sft", "old"]),
+    eps=(0.2, 0.2, "clip range of the ratio, epsilon of Eq. (8)"),
+    eps_high=(0.0, 0.0, "upper clip range if it shall differ (clip-higher), 0 = eps"),
+    beta=(0.01, 0.04, "weight of the KL penalty, beta of Eq. (8) (paper: 0.04)"),
+    kl=("k3", "k3", "estimator of the KL divergence on the sampled tokens", ["k1", "k2", "k3"]),
+    scale=("none", "none", "divide the advantages by the group's standard deviation (Shao et al.) or not (Eq. 7)",
+           ["none", "std"]),
+    loss_norm=("sum", "sum", "over a completion's tokens: Eq. (8)'s sum, or another normalisation",
+               ["sum", "sequence", "token", "constant"]),
+    mu=(1, 1, "optimiser steps on the same completions (inner epochs)"),
+    mask_truncated=(False, False, "leave completions that were cut off out of the loss"),
+    weights=((1 / 3, 1 / 3, 1 / 3), (1 / 3, 1 / 3, 1 / 3), "lambda of format, accuracy, consistency in Eq. (3)"),
+    judge=("lexical", "lexical", "the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH or openai:BASE_URL#MODEL"),
+    judge_sees=("cut", "cut", "the thought with letters and answer statements cut, or raw as printed", ["cut", "raw"]),
+    micro_batch=(16, 1, "questions, with their groups, a forward pass on one device"),
+    lora=(0, 64, "rank of LoRA on the language model; 0 trains every parameter against a frozen copy"),
+    max_pixels=(M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk"),
+    max_steps=(150, 0, "stop after so many optimiser steps, 0 = as many as epochs say"),
+    eval_every=(0, 0, "optimiser steps between evaluations on held-out questions, 0 = never; nothing is selected by them"),
+    eval_questions=(200, 200, "held-out questions of such an evaluation"),
+    show_every=(10, 10, "optimiser steps between samples of completions in completions.jsonl, for eyes"),
+    save_every=(0, 50, "optimiser steps between checkpoints, 0 = at the end alone"),
+    resume=(False, False, "continue the run in --out from its last checkpoint"),
+)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the equations
+
+def group_advantages(rewards, scale="none"):
+    """Eq. (7): A(Y_i) = R(Y_i) - 1/G sum_j R(Y_j). rewards (N, G) float -> advantages (N, G).
+
+    scale "std" divides by the group's standard deviation (over G - 1) plus 1e-4, as Shao et al. 2024; Eq. (7) does not.
+    """
+    R = rewards                                                    # (N, G)
+    A = R - R.mean(1, keepdim=True)                                # (N, G)
+    if scale == "std":
+        A = A / (R.std(1, keepdim=True) + 1e-4)
+    return A
+
+
+def kl_divergence(logp, ref_logp, kind="k3"):
+    """D_KL(pi_theta || pi_SFT) of Eq. (8), estimated at the sampled tokens (Schulman): (B, T) and (B, T) -> (B, T).
+
+    k1 = log(pi/ref) and k2 = k1^2 / 2 and k3 = ref/pi - 1 + log(pi/ref). k1 and k3 are unbiased as values; as a term of the
+    loss only k2's gradient is the reverse KL's (k3's is the forward KL's, to first order the same; k1's has mean zero).
+    """
+    log_ratio = logp - ref_logp                                    # (B, T)
+    if kind == "k1":
+        return log_ratio
+    if kind == "k2":
+        return log_ratio**2 / 2
+    return torch.exp(-log_ratio) - 1 + log_ratio
+
+
+def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_norm="sum", eps_high=None, kl="k3",
+                max_tokens=None, total=None):
+    """Minus Eq. (8), to be minimised -> (loss, metrics).
+
+        L(theta) = E[ sum_t min(r_t A, clip(r_t, 1 - eps, 1 + eps) A) - beta D_KL(pi_theta || pi_SFT) ]
+
+    logp, old_logp, ref_logp (B, T) float32; mask (B, T) bool; advantages (B,). r_t = pi_theta / pi_SFT where old_logp is
+    ref_logp (the paper), pi_theta / pi_old where it is the sampling policy's. The KL stands inside the sum over t.
+    loss_norm: "sum" mean over B of the sum over t (Eq. 8); "sequence" mean over t, then over B (Shao et al.); "token" all tokens
+    alike; "constant" divided by B * max_tokens (Dr. GRPO). total: the global batch's B (for "token": its tokens) where this is
+    a micro-batch of it, so that micro-batch and rank losses add up to the whole's.
+    """
+    log_r = logp - old_logp                                        # (B, T)
+    r = torch.exp(log_r)                                           # (B, T)
+    A = advantages[:, None]                                        # (B, 1)
+    low, high = 1 - eps, 1 + (eps if eps_high is None else eps_high)
+    surrogate = torch.min(r * A, r.clamp(low, high) * A)           # (B, T)
+    D_KL = kl_divergence(logp, ref_logp, kl)                       # (B, T)
+    # where, not a product: at padding r may be inf, and inf * 0 is nan
+    objective = torch.where(mask, surrogate - beta * D_KL, 0.0)    # (B, T)
+    per_sequence = objective.sum(1)                                # (B,)
+    lengths = mask.sum(1).clamp(min=1)                             # (B,)
+    count = total if total is not None else (mask.sum() if loss_norm == "token" else len(mask))
+    if loss_norm == "sequence":
+        per_sequence = per_sequence / lengths
+    if loss_norm == "constant":
+        per_sequence = per_sequence / max_tokens
+    loss = -per_sequence.sum() / count
+    tokens = mask.sum().clamp(min=1)
+    with torch.no_grad():
+        metrics = dict(kl=(torch.where(mask, D_KL, 0.0).sum() / tokens).item(),
+                       clip_low=(((r < low) & (A < 0) & mask).sum() / tokens).item(),
+                       clip_high=(((r > high) & (A > 0) & mask).sum() / tokens).item(),
+                       ratio=(torch.where(mask, r, 0.0).sum() / tokens).item())
+    return loss, metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the pieces
+
+def score(texts, items, judge):
+    """Eqs. (4), (5), (6) for n texts and their records -> fmt, acc, con, each (n,) float32; con is nan where F failed."""
+    verdicts = judge([parse_completion(text)[0] for text in texts], items)
+    fmt = torch.tensor([format_reward(text) for text in texts])
+    acc = torch.tensor([accuracy_reward(text, item) for text, item in zip(texts, items, strict=True)])
+    con = torch.tensor([consistency_reward(t, i, v) for t, i, v in zip(texts, items, verdicts, strict=True)])
+    return fmt, acc, con
+
+
+def without_failures(con):
+    """R_con (N, G) with nan where F failed -> the same with the group's mean there: such a sample's part of the advantage is 0
+    and the others' is what it would be in a group without it. A failure of F is not a reward of 0."""
+    mean = torch.nan_to_num(con.nanmean(1, keepdim=True))
+    return torch.where(con.isnan(), mean, con)
+
+
+def check_gold(records, judge):
+    """The gold answers must score 1 by the very code that will score the policy's; else the reward, not the policy, is wrong."""
+    records = [r for r in records if r["thought"] is not None]
+    if records:
+        names = ("format", "accuracy", "consistency")
+        for name, part in zip(names, score([data.answer_text(r) for r in records], records, judge), strict=True):
+            bad = (part < 1).nonzero()
+            if len(bad):
+                raise DataError(f"record {records[bad[0]]['id']!r}: its own gold answer has {name} reward {part[bad[0]].item():g}, "
+                                f"expected 1 ({len(bad)} of {len(records)} records)")
+
+
+def average(sums):
+    """{name: (sum, count)} of this process -> {name: mean over all processes}."""
+    table = M.sum_over_ranks(torch.tensor(list(sums.values()), dtype=torch.float64))
+    return {name: (row[0] / row[1].clamp(min=1e-9)).item() for name, row in zip(sums, table, strict=True)}
+
+
+def show(folder, step, records, texts, rewards):
+    """Append some groups to completions.jsonl, for eyes."""
+    with open(os.path.join(folder, "completions.jsonl"), "a") as f:
+        for record, group, scores in zip(records, texts, rewards.tolist(), strict=True):
+            f.write(json.dumps(dict(step=step, id=record["id"], answer=record["answer"], options=record["options"],
+                                    completions=[dict(text=t, fmt=s[0], acc=s[1], con=s[2], reward=s[3])
+                                                 for t, s in zip(group, scores, strict=True)])) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------------------ the loop
+
+def main(argv=None):
+    args = knobs(KNOBS, __doc__, argv)
+    args.out, args.model = args.out or os.path.join(args.root, "grpo"), args.model or os.path.join(args.root, "sft")
+    args.data = args.data or [os.path.join(args.root, "phantoms", "phantoms.jsonl")]
+    rank, world, device = M.setup_devices()
+    questions_a_step = args.batch // args.G
+    if args.G < 2:
+        raise DataError(f"--G {args.G}: a group of one has no advantage over its own mean; expected at least 2")
+    if args.batch % args.G or questions_a_step < world:
+        raise DataError(f"--batch {args.batch}: expected a multiple of --G {args.G}, and at least one question for each of the "
+                        f"{world} processes")
+    records = data.read_records(args.data, "train")
+    judge = make_judge(args.judge, args.judge_sees)
+    if rank == 0:
+        check_gold(records, judge)
+    open_run(args.out, args, rank)
+
+    # The policy starts as pi_SFT. The reference is pi_SFT: the adapter switched off, or a frozen copy.
+    dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
+    policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
+    sft_copy = None if args.lora else M.frozen_copy(policy)
+    policy = M.add_lora(policy, args.lora, args.seed) if args.lora else policy.requires_grad_(True)
+    parameters = list(trained(policy).values())
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay)
+    generator = torch.Generator(device)
+    epoch_rollouts = max(1, len(records) // questions_a_step)
+    steps, start = max(1, round(args.epochs * epoch_rollouts)) * args.mu, 0
+    if args.resume:
+        start = load_state(args.out, policy, optimizer)["step"]
+        if rank == 0:
+            trim_log(args.out, start)
+    end = min(steps, args.max_steps or steps)
+    likelihood = dict(temperature=args.temperature)  # of the distribution that is sampled
+    weights = tuple(args.weights)
+
+    bar = tqdm(total=end, initial=start, desc="grpo", unit="step", disable=rank > 0)
+    for step in range(start, end, args.mu):  # one rollout; mu optimiser steps on it
+        clock = [time.perf_counter()]
+
+        # Eq. (2): questions from D, this process's share of them, and G completions for each from the current policy.
+        rollout = step // args.mu
+        order = epoch_order(len(records), rollout // epoch_rollouts, args.seed)
+        first = rollout % epoch_rollouts * questions_a_step
+        mine = [records[i] for i in order[first:first + questions_a_step]][rank::world]
+        batch = M.encode(processor, mine, device)
+        generator.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)  # a resumed run draws what it would have drawn
+        tokens, mask = M.sample(policy, batch, group_size=args.G, max_new_tokens=args.max_new_tokens, top_p=args.top_p,
+                                generator=generator, **likelihood)                         # (N, G, T)
+        texts = M.decode(processor, tokens, mask)                                          # N lists of G
+        ended = M.finished(batch, tokens, mask)                                            # (N, G)
+        clock.append(time.perf_counter())
+
+        # Eqs. (3)-(6): the rewards. Eq. (7): the advantages.
+        items = [record for record in mine for _ in range(args.G)]
+        flat = [text for group in texts for text in group]
+        fmt, acc, con = (part.view(len(mine), args.G) for part in score(flat, items, judge))
+        failed = con.isnan().float().mean().item()
+        R = total_reward(fmt, acc, without_failures(con), weights)                         # (N, G)
+        A = group_advantages(R, args.scale).flatten().to(device)                           # (N*G,)
+        clock.append(time.perf_counter())
+
+        # log pi_SFT of the same tokens: for the KL penalty, and for the ratio as the paper prints it.
+        counted = mask & ended[..., None] if args.mask_truncated else mask                 # (N, G, T)
+        micro = [slice(i, i + args.micro_batch) for i in range(0, len(mine), args.micro_batch)]
+        with torch.no_grad(), M.reference_of(policy, sft_copy) as pi_sft:
+            ref_logp = torch.cat([M.token_logprobs(pi_sft, M.rows_of(batch, rows), tokens[rows], mask[rows], **likelihood)
+                                  for rows in micro]).flatten(0, 1)                        # (N*G, T)
+        old_logp = ref_logp if args.ratio == "sft" else None  # None: the policy's own, taken as it comes in the first epoch
+        total = M.sum_over_ranks(int(counted.sum()) if args.loss_norm == "token" else len(flat))
+        clock.append(time.perf_counter())
+
+        # Eq. (8): mu optimiser steps.
+        for inner in range(args.mu):
+            sums, logps = {}, []
+            for rows in micro:
+                groups = slice(rows.start * args.G, rows.stop * args.G)
+                logp = M.token_logprobs(policy, M.rows_of(batch, rows), tokens[rows], mask[rows], **likelihood).flatten(0, 1)
+                logps.append(logp.detach())
+                loss, metrics = policy_loss(logp, logps[-1] if old_logp is None else old_logp[groups], ref_logp[groups],
+                                            A[groups], counted.flatten(0, 1)[groups], eps=args.eps, beta=args.beta,
+                                            loss_norm=args.loss_norm, eps_high=args.eps_high or None, kl=args.kl,
+                                            max_tokens=args.max_new_tokens, total=total)
+                loss.backward()
+                n = int(counted[rows].sum())
+                for name, value in metrics.items():
+                    sums[name] = tuple(a + b for a, b in zip(sums.get(name, (0, 0)), (value * n, n), strict=True))
+                sums["loss"] = (sums.get("loss", (0,))[0] + loss.item() * world, world)
+            old_logp = torch.cat(logps) if old_logp is None else old_logp
+            M.sum_gradients(parameters)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
+            optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + inner + 1) / max(1, args.warmup))
+            optimizer.step()
+            optimizer.zero_grad()
+        clock.append(time.perf_counter())
+
+        # What a person looks at: the reward's parts, groups without spread (no gradient), KL, clipping, entropy, lengths.
+        n, length = len(flat), int(mask.sum())
+        told = [visible_thought(t)[1] for text in flat if (t := parse_completion(text)[0])]
+        figures = average(sums | dict(
+            reward=(R.sum().item(), n), format=(fmt.sum().item(), n), accuracy=(acc.sum().item(), n),
+            consistency=(without_failures(con).sum().item(), n), judge_failed=(failed * n, n), thoughts_cut=(sum(told), n),
+            no_spread=((R.max(1).values - R.min(1).values < 1e-6).sum().item(), len(mine)),
+            entropy=(-torch.cat(logps).sum().item(), length), length=(length, n), truncated=((~ended).sum().item(), n)))
+        seconds = dict(zip(("rollout", "judge", "reference", "update"), (b - a for a, b in zip(clock, clock[1:], strict=False)),
+                           strict=True))
+        done = step + args.mu
+        bar.update(args.mu)
+        bar.set_postfix(reward=f"{figures['reward']:.3f}", accuracy=f"{figures['accuracy']:.2f}", kl=f"{figures['kl']:.3f}")
+        if rank == 0:
+            log(args.out, step=done, **figures, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
+                tokens_per_second=figures["length"] * args.batch / (clock[-1] - clock[0]),
+                **{f"seconds_{k}": v for k, v in seconds.items()})
+            if rollout % args.show_every == 0:
+                show(args.out, done, mine[:4], texts[:4], torch.stack([fmt, acc, con, R], -1)[:4])
+            if done >= end or args.save_every and done // args.save_every > step // args.save_every:
+                M.save(policy, processor, args.out)
+                M.save_state(os.path.join(args.out, "state.pt"), trained=trained(policy), optimizer=optimizer.state_dict(),
+                             step=done)
+    bar.close()
+    M.close_devices()
+
+
+if __name__ == "__main__":
+    data.cli(main)
