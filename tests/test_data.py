@@ -1,0 +1,469 @@
+"""data.py: bad input gets one sentence, files survive a round trip, phantoms are what their records say."""
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+
+MED_R1 = ROOT.parent / "shared" / "data" / "med_r1"
+
+
+def record(**changes):
+    good = {"id": "x1", "image": "images/a.png", "modality": "CT", "anatomy": "Lung", "task": "modality", "source": "test",
+            "question": "What is it?", "options": ["MRI", "CT", "OCT", "X-ray"], "answer": "B", "thought": None, "group": "p1",
+            "split": "train"}
+    return {**good, **changes}
+
+
+def write(folder, *lines, name="q.jsonl"):
+    file = folder / name
+    file.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8")
+    return file
+
+
+def image_of(folder, name="a.png"):
+    return {"id": "x1", "path": str(folder / name)}
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    file = data.make_phantoms(tmp_path_factory.mktemp("p") / "phantoms", seed=3, n_images=260)
+    return file, data.read_records(file)
+
+
+# ---- records ----------------------------------------------------------------------------------------------------------------
+BAD = {  # what line 2 holds -> what the sentence must say
+    "broken json": ('{"id": "x2", ', "broken JSON"),
+    "not an object": ("[1, 2]", "expected a JSON object"),
+    "a number": ("7", "expected a JSON object"),
+    "deep nesting": ("[" * 100_000, ""),
+    "missing key": ({k: v for k, v in record().items() if k != "question"}, "key 'question' is missing"),
+    "wrong type of id": (record(id=5), "'id' is 5, expected a non-empty string"),
+    "empty question": (record(question="  "), "'question'"),
+    "wrong type of thought": (record(thought=["a"]), "'thought'"),
+    "options no list": (record(options="MRI"), "'options'"),
+    "option no text": (record(options=["MRI", 3]), "'options'"),
+    "one option": (record(options=["MRI"], answer="A"), "number of options is 1, expected 2 to 6"),
+    "seven options": (record(options=list("abcdefg")), "number of options is 7"),
+    "duplicate options": (record(options=["MRI", "CT", "mri "]), "two options are the same"),
+    "answer beyond": (record(answer="E"), "answer 'E' is not among the options A, B, C, D"),
+    "answer is text": (record(answer="CT"), "answer 'CT' is not among the options"),
+    "answer is a run of letters": (record(answer="AB"), "answer 'AB' is not among the options"),
+    "answer is null": (record(answer=None), "'answer' is None"),
+    "unknown task": (record(task="sex"), "task 'sex' is not among the tasks"),
+    "unknown split": (record(split="dev"), "split 'dev' is not among the splits train, val, test"),
+    "same id": (record(), "id 'x1' was already used in"),
+    "surrogate in path": (json.dumps(record(id="x2", image="\ud800.png")), ""),
+    "null byte in path": (record(id="x2", image="a\0.png"), ""),
+    **{f"path {p}": (record(id="x2", image=p), "leaves the data folder") for p in (
+        "../a.png", "images/../../a.png", "/etc/passwd", "images\\..\\..\\a.png", "C:\\a.png", "~/a.png", "..",
+        "\\\\host\\a.png")},
+}
+
+
+@pytest.mark.parametrize("line, sentence", BAD.values(), ids=BAD)
+def test_bad_line(tmp_path, line, sentence):
+    """Every malformed record is refused in one sentence that names file and line, never skipped and never a traceback."""
+    file = write(tmp_path, record(), line)
+    with pytest.raises(data.DataError) as e:
+        data.read_records(file)
+    assert f"{file}, line 2: " in str(e.value) and sentence in str(e.value) and "\n" not in str(e.value)
+
+
+def test_bad_file(tmp_path):
+    """Missing, empty and binary files, a folder and an absent split are told by name."""
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "d.jsonl").mkdir()
+    cases = {tmp_path / "no.jsonl": "No such file", write(tmp_path, name="e.jsonl"): "holds no records",
+             write(tmp_path, " ", "", name="s.jsonl"): "holds no records", tmp_path / "b.jsonl": "UTF-8",
+             tmp_path / "d.jsonl": "directory",
+             write(tmp_path, "{}", name="o.json"): "holds no records", write(tmp_path, "[", name="b.json"): "b.json"}
+    for file, sentence in cases.items():
+        with pytest.raises(data.DataError, match=sentence) as e:
+            data.read_records(file)
+        assert str(file) in str(e.value)
+    with pytest.raises(data.DataError, match="no usable record of split 'test'"):
+        data.read_records(write(tmp_path, record()), split="test")
+
+
+def test_link_out_of_the_folder(tmp_path):
+    """A link inside the data folder must not open files outside it; a link that stays inside is fine."""
+    (tmp_path / "in" / "images").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(b"x")
+    os.symlink(tmp_path / "secret.png", tmp_path / "in" / "images" / "a.png")
+    os.symlink(tmp_path / "in" / "images", tmp_path / "in" / "same")
+    with pytest.raises(data.DataError, match="leaves the data folder"):
+        data.read_records(write(tmp_path / "in", record()))
+    assert data.read_records(write(tmp_path / "in", record(image="same/b.png")))[0]["path"].endswith("in/images/b.png")
+
+
+def test_neighbour_folder_is_outside(tmp_path):
+    """/data-private is not inside /data: the check compares folders, not prefixes."""
+    for name in ("data", "data-private"):
+        (tmp_path / name).mkdir()
+    os.symlink(tmp_path / "data-private", tmp_path / "data" / "link")
+    with pytest.raises(data.DataError, match="leaves the data folder"):
+        data.read_records(write(tmp_path / "data", record(image="link/a.png")))
+
+
+def test_round_trip(tmp_path):
+    """What is written is read back the same, "path" apart, with umlauts and line breaks; nothing else is left in the folder."""
+    other = record(id="x2", question="Größe?\nWo, \u2028?", options=["a", "b"], answer="A", thought="So.", split="test")
+    records = [record(), other]
+    file = tmp_path / "new" / "q.jsonl"
+    data.write_records([{**r, "path": "/elsewhere"} for r in records], file)
+    back = data.read_records([str(file)])
+    assert [{k: v for k, v in r.items() if k != "path"} for r in back] == records
+    assert back[0]["path"] == os.path.realpath(tmp_path / "new" / "images" / "a.png")
+    assert [r["id"] for r in data.read_records(file, split="test")] == ["x2"] and os.listdir(tmp_path / "new") == ["q.jsonl"]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    """A write that fails half way leaves the old file whole and no rest behind."""
+    file = write(tmp_path, record())
+    with pytest.raises(TypeError):
+        data.write_records([record(), record(options={1, 2})], file)
+    assert len(data.read_records(file)) == 1 and os.listdir(tmp_path) == ["q.jsonl"]
+
+
+def test_texts():
+    """The prompt is question, lettered options, instruction; the target is Eq. (1)'s; a record without a thought has none."""
+    assert data.question_text(record()) == f"What is it?\nA) MRI\nB) CT\nC) OCT\nD) X-ray\n{data.INSTRUCTION}"
+    assert data.answer_text(record(thought="So CT.")) == "<think>So CT.</think><answer>B</answer>"
+    with pytest.raises(data.DataError, match="'x1' has no thought"):
+        data.answer_text(record())
+
+
+# ---- images -----------------------------------------------------------------------------------------------------------------
+def test_bad_images(tmp_path):
+    """Missing, not an image, a folder, truncated (PNG and JPEG), damaged: one sentence with the record and the file."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    for name in ("t.png", "t.jpg"):
+        noise.save(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:len(whole) // 2])
+    noise.save(tmp_path / "d.png")
+    whole = bytearray((tmp_path / "d.png").read_bytes())
+    whole[45:60] = b"\xff" * 15
+    (tmp_path / "d.png").write_bytes(whole)
+    (tmp_path / "n.png").write_text("hello")
+    (tmp_path / "e.png").write_bytes(b"")
+    (tmp_path / "f.png").mkdir()
+    for name, why in {"no.png": "is missing", "n.png": "is not an image", "e.png": "is not an image", "f.png": "broken",
+                      "t.png": "truncated", "t.jpg": "truncated", "d.png": "broken"}.items():
+        with pytest.raises(data.DataError, match=why) as e:
+            data.load_image(image_of(tmp_path, name))
+        assert "record 'x1'" in str(e.value) and name in str(e.value)
+
+
+@pytest.mark.parametrize("w, h", [(0, 5), (5, 0), (8193, 8192), (31623, 31623), (100_000, 100_000)])
+def test_too_few_or_many_pixels(tmp_path, w, h, recwarn):
+    """An image of 0, 2^26 + 8192, 10^9 or 10^10 pixels is refused from its header (the file holds no more), with no warning."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    with pytest.raises(data.DataError, match="'x1'.*has more than 67108864 pixels" if w * h else "'x1'.*has no pixels"):
+        data.load_image(image_of(tmp_path))
+    assert not recwarn.list
+
+
+def test_every_kind_of_image_becomes_rgb(tmp_path):
+    """16-bit, grey, palette, transparent and CMYK images come out as 8-bit RGB of the same content."""
+    ramp = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (8, 1))  # (8, 64)
+    grey = Image.fromarray(ramp)
+    grey.save(tmp_path / "L.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "I16.png")
+    Image.fromarray(ramp.astype(np.uint16) * 16).save(tmp_path / "I12.tif")  # 12 bits used, as scanners do
+    Image.fromarray(ramp.astype(np.float32) / 252).save(tmp_path / "F.tif")
+    Image.merge("RGBA", [grey] * 3 + [Image.new("L", grey.size, 128)]).save(tmp_path / "RGBA.png")
+    grey.convert("P").save(tmp_path / "P.png", transparency=3)
+    grey.convert("LA").save(tmp_path / "LA.png")
+    Image.merge("RGB", [grey] * 3).convert("CMYK").save(tmp_path / "CMYK.tif")
+    grey.point(lambda x: 255 * (x > 127)).convert("1").save(tmp_path / "1.png")
+    for name in sorted(os.listdir(tmp_path)):
+        image = data.load_image(image_of(tmp_path, name))
+        assert image.mode == "RGB" and image.size == (64, 8), name
+        want = ramp if name != "1.png" else 255 * (ramp > 127)
+        if name in ("I16.png", "I12.tif", "F.tif"):
+            want = ramp.astype(float) / 252 * 255  # stretched to the full range
+        assert np.abs(np.asarray(image).astype(float) - np.asarray(want, dtype=float)[..., None]).max() <= 2, name
+
+
+def test_upright(tmp_path):
+    """A photograph turned by its EXIF tag is turned back: the red corner lies top left again."""
+    a = np.zeros((20, 40, 3), np.uint8)
+    a[:8, :8] = 255, 0, 0
+    exif = Image.Exif()
+    exif[274] = 6  # to be shown turned by 90 degrees clockwise
+    Image.fromarray(a).rotate(90, expand=True).save(tmp_path / "a.png", exif=exif)
+    image = data.load_image(image_of(tmp_path))
+    assert image.size == (40, 20) and image.getpixel((2, 2)) == (255, 0, 0)
+
+
+# ---- Med-R1 -----------------------------------------------------------------------------------------------------------------
+def med_r1(folder, *problems, name="ct_test.json"):
+    good = {"image": "Images/a b.png", "solution": "<answer> B </answer>"}
+    return write(folder, json.dumps([{**good, "problem": p} if isinstance(p, str) else p for p in problems]), name=name)
+
+
+def test_med_r1_forms(tmp_path, capsys):
+    """2 to 4 options, commas and brackets in them; "(H&E)" and an early "vitamin D)" are no markers; spaces are free."""
+    cases = {"Which? A)Yes, B)No": ["Yes", "No"], "Which one? A) a, b and c, B) d (e), C) f": ["a, b and c", "d (e)", "f"],
+             "Which?A)H&E (H&E) stain,B)CT (CT),C)EEG (EEG),D)x.": ["H&E (H&E) stain", "CT (CT)", "EEG (EEG)", "x."],
+             "Is it? A)no vitamin D) here, B)so": ["no vitamin D) here", "so"],
+             "Is it?\nA) low (C) level\nB) high": ["low (C) level", "high"]}
+    file = med_r1(tmp_path, *cases)
+    records = data.read_records(file)
+    assert [r["options"] for r in records] == list(cases.values())
+    assert all(r["answer"] == "B" and r["modality"] == "CT" and r["split"] == "test" and r["thought"] is None for r in records)
+    assert records[0]["question"] == "Which?" and records[0]["path"] == str(tmp_path.resolve() / "Images" / "a b.png")
+    assert capsys.readouterr().err == ""
+
+
+def test_med_r1_left_out_are_told(tmp_path, capsys):
+    """Bad questions don't stop the others: they are counted with their reasons on stderr; none left is an error."""
+    good, bad = "Q? A)x, B)y", {"image": "a.png", "problem": "Q? A)x, B)y", "solution": "B"}
+    file = med_r1(tmp_path, good, "no options", "Q? A)x", "Q? A)x, B)X", bad, 5, {**bad, "image": "../a"}, {"image": "a"},
+                  {**bad, "solution": "<answer> C </answer>"}, {**bad, "image": "/x.png", "solution": "<answer>A</answer>"})
+    assert len(data.read_records(file)) == 1
+    told = capsys.readouterr().err
+    assert "9 of 10 questions left out" in told and "1 x two options are the same" in told and told.count("\n") == 1
+    assert "3 x answer .. is not among the options A, B" in told and "1 x image .. leaves the data folder" in told
+    with pytest.raises(data.DataError, match="no usable record"):
+        data.read_records(med_r1(tmp_path, "no options"))
+
+
+def test_med_r1_types(tmp_path):
+    """The question type is guessed from the question's words."""
+    cases = {"What imaging technique was used?": "modality recognition", "What part is shown?": "anatomy identification",
+             "What is the organ?": "anatomy identification", "Is it benign or malignant?": "lesion grading",
+             "Is there any abnormality?": "disease diagnosis", "What type of cells are visible?": "other biological attributes"}
+    records = data.read_records(med_r1(tmp_path, *[f"{q} A)x, B)y" for q in cases]))
+    assert [r["task"] for r in records] == list(cases.values())
+
+
+def test_split_options_is_linear(tmp_path):
+    """A hostile text of 200,000 markers or spaces is read in well under a second."""
+    for text in ("A) " * 100_000, "A)" + " " * 200_000, "A)," * 70_000, "x" * 200_000):
+        with pytest.raises(data.DataError):
+            data.check_record(data.med_r1_record({"image": "a", "problem": text, "solution": "<answer>"}, "t", 1), ".")
+
+
+def test_med_r1_as_published(capsys):
+    """Every question of the published sample parses, with an answer among its options."""
+    if not MED_R1.is_dir():
+        pytest.skip("no published Med-R1 questions beside the repository")
+    files = sorted(MED_R1.glob("*.json"))
+    records = data.read_records(files)
+    assert len(records) == sum(len(json.loads(f.read_text())) for f in files) and capsys.readouterr().err == ""
+    assert {len(r["options"]) for r in records} <= {2, 3, 4}
+    assert not [o for r in records for o in r["options"] if re.search(r"(^|[, ])[A-F]\)", o)], "a marker left in an option"
+    assert {r["modality"] for r in records} == {"CT", "Dermoscopy", "Microscopy", "Ultrasound"}
+
+
+# ---- phantoms ---------------------------------------------------------------------------------------------------------------
+def test_tables():
+    """The paper's 10 modalities, 10 regions, 5 places; 10 paraphrases a task; 4 names a region, of one style wherever used."""
+    assert len(set(data.MODALITIES)) == len(set(data.ANATOMIES)) == 10 and len(data.LOCATIONS) == 5
+    assert {m for m, _ in data.PAIRS} == set(data.MODALITIES) and {a for _, a in data.PAIRS} == set(data.ANATOMIES)
+    assert len(set(data.PHRASES)) == 10 and set(data.ASKED) == set(data.TASKS) and all(p.count("{}") == 1 for p in data.PHRASES)
+    styles = defaultdict(set)
+    for names in data.KINDS.values():
+        assert len(set(names)) == 4
+        for style, name in zip(data.STYLES, names, strict=True):
+            styles[name].add(style)
+    assert all(len(s) == 1 for s in styles.values()), "a name means one style everywhere"
+
+
+def test_records_of_an_image(phantoms):
+    """Five questions with a lesion, three without; one split, one group and one thought beginning an image; ids unique."""
+    images = defaultdict(list)
+    for r in phantoms[1]:
+        images[r["image"]].append(r)
+    assert len(images) == 260
+    counts = Counter()
+    for rows in images.values():
+        lesion = next(r for r in rows if r["task"] == "anomaly")
+        truth = lesion["options"]["ABCD".index(lesion["answer"])]
+        counts[truth] += 1
+        asked = data.TASKS if truth == "Abnormal" else ("anatomy", "anomaly", "modality")
+        assert sorted(r["task"] for r in rows) == sorted(asked)
+        assert len({(r["split"], r["group"], r["modality"], r["anatomy"]) for r in rows}) == 1
+        assert len({r["thought"].split(" So ")[0] for r in rows}) == 1
+    assert .35 < counts["Normal"] / 260 < .65
+    assert sum(rows[0]["split"] == "train" for rows in images.values()) == 182  # 70 %
+    assert len({rows[0]["group"] for rows in images.values()}) == 260
+
+
+def test_letters_balanced(phantoms):
+    """A to D are equally frequent to 3 % in all and to one deal in every task and split: no letter is worth guessing."""
+    n = Counter(r["answer"] for r in phantoms[1])
+    assert all(abs(n[x] / len(phantoms[1]) - .25) < .03 for x in "ABCD")
+    for key in {(r["task"], r["split"]) for r in phantoms[1]}:
+        n = Counter(r["answer"] for r in phantoms[1] if (r["task"], r["split"]) == key)
+        assert max(n[x] for x in "ABCD") - min(n[x] for x in "ABCD") <= 1
+
+
+def test_thoughts(phantoms):
+    """The last sentence names the right option and none of the wrong ones; no thought names a letter or runs long."""
+    for r in phantoms[1]:
+        right, last = r["options"]["ABCD".index(r["answer"])], "So " + r["thought"].split(" So ")[1]
+        assert last.endswith(f" {right}.") and r["thought"].count(" So ") == 1
+        said = re.findall(r"[\w-]+", last)
+        assert not any(set(o.split()) <= set(said) for o in r["options"] if o != right)
+        assert not re.search(r"\b[A-F]\b|\(\w\)|option|answer", r["thought"]) and len(r["thought"].split()) <= 40
+        if r["task"] in ("location", "pathology"):
+            assert right in r["thought"].split(" So ")[0], "the finding is seen before it is concluded"
+
+
+def test_options(phantoms):
+    """Four options; the right one is the image's own; wrong ones are of the task's list, pathology's of the same region."""
+    lists = {"anatomy": data.ANATOMIES, "modality": data.MODALITIES, "location": data.LOCATIONS,
+             "anomaly": ("Normal", "Abnormal", "Artifact", "Uncertain")}
+    for r in phantoms[1]:
+        names, right = lists.get(r["task"], data.KINDS[r["anatomy"]]), r["options"]["ABCD".index(r["answer"])]
+        assert len(set(r["options"])) == 4 and set(r["options"]) <= set(names)
+        if r["task"] in ("anatomy", "modality"):
+            assert right == r[r["task"]] and not any({right, o} in data.ALIKE for o in r["options"])
+
+
+def test_questions_give_nothing_away(phantoms):
+    """A question without image and options tells its task and no more: the same 10 texts, whatever is shown."""
+    texts = defaultdict(set)
+    for r in phantoms[1]:
+        texts[r["task"]].add(r["question"])
+    names = {w.lower() for x in (*data.MODALITIES, *data.ANATOMIES, *data.LOCATIONS) for w in x.split()}
+    names |= {k for kinds in data.KINDS.values() for k in kinds} | {"normal", "abnormal"}
+    for task, found in texts.items():
+        assert found <= {p.format(data.ASKED[task]) for p in data.PHRASES} and len(found) >= 8
+        assert not names & {w.lower() for q in found for w in re.findall(r"[\w-]+", q)}
+    assert not any(texts[a] & texts[b] for a in texts for b in texts if a != b)
+
+
+def test_small_vocabulary(phantoms):
+    """Few words, for the tiny tokenizer."""
+    assert len({w for r in phantoms[1] for w in re.findall(r"[\w-]+", data.question_text(r) + " " + data.answer_text(r))}) < 260
+
+
+@pytest.mark.parametrize("pair", data.PAIRS, ids="-".join)
+def test_lesion_is_where_it_says(pair):
+    """What a lesion changes is visible, has its centre in the named region's box, and changes nothing elsewhere."""
+    for i, style in enumerate(data.STYLES):
+        for j, place in enumerate(data.LOCATIONS):
+            healthy, _ = data.draw_phantom(np.random.default_rng([i, j]), *pair)
+            image, facts = data.draw_phantom(np.random.default_rng([i, j]), *pair, (style, place))
+            assert image.shape == (data.SIZE, data.SIZE, 3) and image.dtype == np.uint8
+            assert facts == {"modality": pair[0], "anatomy": pair[1], "lesion": data.KINDS[pair[1]][i], "style": style,
+                             "location": place}
+            change = np.abs(image.astype(float) - healthy).mean(-1) / 255
+            y, x = np.indices(change.shape)
+            cx, cy = ((k + .5) * change for k in (x, y))
+            cx, cy = cx.sum() / change.sum() / data.SIZE, cy.sum() / change.sum() / data.SIZE
+            if place == "Center Region":
+                assert 1 / 3 < cx < 2 / 3 and 1 / 3 < cy < 2 / 3
+            else:
+                assert (cx < .42) == ("Left" in place) and (cx > .58) == ("Right" in place)
+                assert (cy < .42) == ("Upper" in place) and (cy > .58) == ("Lower" in place)
+            assert np.sort(change.ravel())[-40:].mean() > .15
+            assert change[np.hypot(x + .5 - cx * data.SIZE, y + .5 - cy * data.SIZE) > 3 * data.LESION_RADIUS[1]].max() == 0
+
+
+def test_no_two_images_alike():
+    """Even healthy images of one pair differ; a healthy one has no lesion in its facts."""
+    for pair in data.PAIRS:
+        images = [data.draw_phantom(np.random.default_rng(k), *pair) for k in range(4)]
+        assert all(np.abs(images[0][0].astype(int) - x[0]).mean() > 2 for x in images[1:])
+        assert images[0][1] == {"modality": pair[0], "anatomy": pair[1], "lesion": None, "style": None, "location": None}
+
+
+def test_seed_decides_everything(tmp_path):
+    """The same seed gives the same bytes, another seed others; a longer run starts with the same images."""
+    folders = {name: Path(data.make_phantoms(tmp_path / name, seed, n)).parent
+               for name, seed, n in (("a", 1, 15), ("b", 1, 15), ("c", 2, 15), ("d", 1, 20))}
+    for file in sorted(p.relative_to(folders["a"]) for p in folders["a"].rglob("*.*")):
+        one, two, other = ((folders[x] / file).read_bytes() for x in "abc")
+        assert one == two and one != other
+    assert (folders["a"] / "images/00003.png").read_bytes() == (folders["d"] / "images/00003.png").read_bytes()
+
+
+def test_made_once(tmp_path):
+    """A second call reuses what is there; other knobs, or a folder with something else in it, are refused by name."""
+    file = Path(data.make_phantoms(tmp_path / "p", 0, 3))
+    before = file.stat().st_mtime_ns
+    assert data.make_phantoms(tmp_path / "p", 0, 3) == str(file) and file.stat().st_mtime_ns == before
+    assert os.listdir(tmp_path) == ["p"]
+    for folder, n in ((tmp_path / "p", 4), (tmp_path, 3)):
+        with pytest.raises(data.DataError, match="remove it or name another folder") as e:
+            data.make_phantoms(folder, 0, n)
+        assert str(folder) in str(e.value)
+    (tmp_path / "empty").mkdir()
+    assert Path(data.make_phantoms(tmp_path / "empty", 0, 1)).exists()
+
+
+def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
+    """A run stopped half way (here by Ctrl-C) leaves no folder that a later run would take for whole."""
+    def stop(*a):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "phantom_records", stop)
+    with pytest.raises(KeyboardInterrupt):
+        data.make_phantoms(tmp_path / "p", 0, 3)
+    assert os.listdir(tmp_path) == []
+
+
+# ---- command line -----------------------------------------------------------------------------------------------------------
+def run(*args, cwd):
+    p = subprocess.run([sys.executable, ROOT / "data.py", *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=60)
+    return p.returncode, p.stdout, p.stderr
+
+
+def test_command_line(tmp_path):
+    """phantoms with a sheet, check with counts; bad input: exit code 2, one sentence, no traceback."""
+    code, out, _ = run("phantoms", "--n", 13, "--out", "ph", "--show", "sheet.png", cwd=tmp_path)
+    assert code == 0 and out.strip().endswith("phantoms.jsonl")
+    assert Image.open(tmp_path / "sheet.png").width == 10 * data.SIZE
+    code, out, _ = run("check", "ph/phantoms.jsonl", cwd=tmp_path)
+    assert code == 0 and "on 13 images, 0 of them missing" in out and "task: anatomy 13, anomaly 13" in out
+    for args in (("check", "no.jsonl"), ("phantoms", "--n", 14, "--out", "ph")):
+        code, out, err = run(*args, cwd=tmp_path)
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("error, says", [
+    (data.DataError("a: b"), "error: a: b"), (KeyboardInterrupt(), "error: stopped by Ctrl-C"),
+    (OSError(28, "No space left on device", "out/x"), "error: out/x: No space left on device"),
+    (PermissionError(13, "Permission denied", "out"), "error: out: Permission denied"),
+    (OSError("encoder error"), "error: encoder error")])
+def test_cli(error, says, capsys):
+    """What a user can mend is one sentence and exit code 2; a bug keeps its traceback."""
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as e:
+        data.cli(main)
+    assert e.value.code == 2 and capsys.readouterr().err == says + "\n"
+    with pytest.raises(ZeroDivisionError):
+        data.cli(lambda: 1 / 0)
+
+
+def test_check_tells_missing_images(tmp_path, monkeypatch, capsys):
+    """Records whose image is not there are counted by check and refused, by name, when loaded."""
+    folder = Path(data.make_phantoms(tmp_path / "p", 0, 4)).parent
+    shutil.rmtree(folder / "images")
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(folder / "phantoms.jsonl")])
+    data.main()
+    assert "4 of them missing" in capsys.readouterr().out
+    with pytest.raises(data.DataError, match="is missing"):
+        data.load_image(data.read_records(folder / "phantoms.jsonl")[0])

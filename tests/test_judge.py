@@ -1,0 +1,231 @@
+"""The lexical evaluator F of Eq. (6): it follows what a thought affirms, whatever letters the thought drops."""
+
+import itertools
+import random
+import time
+
+import pytest
+
+from data import DataError
+from judge import lexical_verdict, make_judge, visible_thought
+
+STATE = ["Normal", "Abnormal", "Artifact", "Uncertain"]
+PLACE = ["Left Upper", "Right Upper", "Center Region", "Left Lower"]
+KIND = ["glioma", "cyst", "abscess", "plaques"]
+NAMED = ["cyst", "glioma", "No abnormality", "abscess"]
+SCAN = ["MRI", "CE-MRI", "CT", "X-ray"]
+LONG = ["Squamous cell carcinoma of the left hilum", "Adenocarcinoma of the left lower lobe", "Mesothelioma"]
+THOUGHT = ("Dark fluid and bright skull suggest MRI. The organ is the Brain. There is a cyst in the Left Upper. "
+           "So the finding is cyst.")
+
+
+def verdict(thought, options, question=""):
+    return make_judge("lexical")([thought], [{"options": options, "question": question}])[0]
+
+
+def phantom_like(n, seed=0):
+    """[(thought, options, letter)]: region, sign, finding, place and a conclusion, as the phantoms' thoughts go."""
+    rng, made = random.Random(seed), []
+    for _ in range(n):
+        scan, organ = rng.choice([*SCAN, "OCT"]), rng.choice(["Brain", "Liver", "Lung", "Lymph Node", "Alimentary"])
+        kind, place = rng.choice([*KIND, None]), rng.choice([*PLACE, "Right Lower"])
+        seen = rng.choice([f"There is a {kind} in the {place}.", f"In the {place} there is a dark area. This fits {kind}."])
+        seen = seen if kind else rng.choice(["There is no lesion.", "No lesion is seen in this image."])
+        truths = [("Abnormal" if kind else "Normal", STATE, "image"), (scan, [*SCAN, "OCT"], "method"),
+                  (organ, ["Brain", "Liver", "Lung", "Lymph Node"], "organ")]
+        truths += [(place, [*PLACE, "Right Lower"], "place"), (kind, KIND, "finding")] if kind else []
+        truth, names, what = rng.choice(truths)
+        options = rng.sample([x for x in names if x != truth], 3)
+        options.insert(rng.randrange(4), truth)
+        thought = f"The signs suggest {scan}. The region is the {organ}. {seen} So the {what} is {truth}."
+        made.append((thought, options, "ABCD"[options.index(truth)]))
+    return made
+
+
+@pytest.mark.parametrize("options, letter", [
+    (KIND, "B"), (PLACE, "A"), (STATE, "B"), (SCAN, "A"), (["Liver", "Brain", "Skin"], "B")])
+def test_one_thought_answers_every_task(options, letter):
+    """The example: the finding, its place, the state, the method and the organ are all read off the same thought."""
+    assert verdict(THOUGHT, options) == letter
+
+
+def test_gold_thoughts_and_swapped_conclusions():
+    """Right on gold thoughts, and on thoughts whose conclusion names another option it is that option, not the evidence's."""
+    made = phantom_like(600)
+    thoughts, items = [t for t, _, _ in made], [{"options": o, "question": ""} for _, o, _ in made]
+    judge = make_judge("lexical")
+    assert judge(thoughts, items) == [letter for _, _, letter in made]
+    swapped, others = [], []
+    for thought, options, letter in made:
+        other = "ABCD"["ABCD".index(letter) - 1]
+        head, _, tail = thought.rpartition(options["ABCD".index(letter)])
+        swapped.append(head + options["ABCD".index(other)] + tail)
+        others.append(other)
+    assert judge(swapped, items) == others
+
+
+@pytest.mark.parametrize("thought, options, letter", [
+    # denials
+    ("no cyst, glioma or abscess, but plaques", KIND, "D"),
+    ("There is no cyst, no glioma and no abscess", KIND, None),
+    ("It is a cyst rather than a glioma.", KIND, "B"),
+    ("A glioma, not a cyst.", KIND, "A"),
+    ("This is not a cyst but a glioma.", KIND, "A"),
+    ("Without a cyst, and never a glioma.", KIND, None),
+    ("Glioma is excluded. The finding is cyst.", KIND, "B"),
+    ("The finding is cyst. Glioma is excluded.", KIND, "B"),
+    ("Glioma and abscess are ruled out, so cyst", KIND, "B"),
+    ("This rules out a glioma; cysts are seen", KIND, "B"),
+    ("Glioma cannot be seen, cyst is", KIND, "B"),
+    ("The cyst isn't seen. Glioma.", KIND, "A"),
+    ("A glioma is unlikely; an abscess is likely.", KIND, "C"),
+    ("It is unlikely to be a cyst, it is a glioma", KIND, "A"),
+    ("An abscess is likely. A glioma is unlikely.", KIND, "C"), ("No doubt a cyst.", KIND, "B"),
+    ("no longer a cyst", KIND, None),
+    ("A glioma. No sign of a cyst in the brain.", KIND, "A"),
+    ("Is it a cyst? No, a glioma.", KIND, "A"), ("It is a glioma. Or is it a cyst?", KIND, "A"),
+    ("not in the left upper but in the left lower", PLACE, "D"),
+    ("No lesion in the Right Upper. The lesion lies in the Left Lower.", PLACE, "D"),
+    ("The lesion lies in the Left Lower. No lesion in the Right Upper.", PLACE, "D"),
+    ("not in the left", ["Left", "Right"], None),
+    ("The organ is the Brain. There is no lesion in the Brain.", ["Brain", "Liver"], "A"),
+    ("This brain MRI shows no lesion.", SCAN, "A"),
+    ("MRI is not CT.", ["MRI", "CT"], "A"),
+    # the conclusion decides; contradictions decide nothing
+    ("It looks like a glioma. So the finding is abscess.", KIND, "C"),
+    ("There is a cyst. So it is not a cyst.", KIND, None),
+    ("There is a cyst and a glioma. So it is not a cyst.", KIND, "A"),
+    ("It is a cyst or a glioma.", KIND, None),
+    ("", KIND, None), ("The image is bright.", KIND, None), ("B", KIND, None),
+    # words are whole, the longest name wins
+    ("CE-MRI", SCAN, "B"), ("This is CE-MRI, not MRI.", SCAN, "B"), ("CE-MRI", ["MRI", "CT"], None), ("ct", SCAN, "C"),
+    ("an x ray", SCAN, "D"), ("X-rays.", SCAN, "D"), ("plaque", KIND, "D"), ("cyst-like, cystic", KIND, None),
+    ("pericyst, micro-cyst", KIND, None),
+    ("abnormal", ["Normal", "Artifact"], None), ("A normal lymph node.", ["Lymph", "Lymph Node", "Brain"], "B"),
+    # normal or not, from the findings
+    ("There is no lesion.", STATE, "A"), ("nothing abnormal", STATE, "A"), ("The image is not abnormal.", STATE, "A"),
+    ("The scan is unremarkable.", STATE, "A"), ("There is a lesion.", STATE, "B"), ("This is not normal.", STATE, "B"),
+    ("The skull looks normal. There is a lesion.", STATE, "B"), ("It looks normal but there's a mass.", STATE, "B"),
+    ("There is a cyst. No other lesion is seen.", STATE, "B"), ("There is a cyst; the rest is normal.", STATE, "B"),
+    ("A lesion in the right. No lesion in the left.", STATE, "B"), ("It's an artifact.", STATE, "C"),
+    ("There is a lesion. So the image is Normal.", STATE, "A"), ("There is no lesion. So the image is Abnormal.", STATE, "B"),
+    ("No lesion is seen.", NAMED, "C"), ("There is no abnormality.", NAMED, "C"), ("A lesion is seen.", NAMED, None),
+    ("A cyst; the rest is normal.", NAMED, "A"), ("The rest is normal.", STATE, None), ("No other lesion.", STATE, None),
+    # an option's words in another order
+    ("The lesion is in the upper left part.", PLACE, "A"), ("It lies in the center.", PLACE, "C"),
+    ("not in the upper left", PLACE, None), ("a carcinoma, squamous, each cell dark, at the left hilum", LONG, "A"),
+    ("The left hilum is dark.", LONG, None), ("squamous cells, a carcinoma of the left hilum", LONG, "A"),
+    ("It is in the upper left. It is not Left Upper.", PLACE, None),
+])
+def test_readings(thought, options, letter):
+    """Hand-read thoughts: denial, contradiction, whole words, findings, word order."""
+    assert verdict(thought, options) == letter
+
+
+@pytest.mark.parametrize("question, with_lesion, without", [
+    ("Is there any abnormality?", "A", "B"), ("Is the image normal?", "B", "A"), ("Is COVID-19 shown?", None, None)])
+def test_yes_and_no_depend_on_the_question(question, with_lesion, without):
+    """A lesion is a yes to "any abnormality?", a no to "normal?", and nothing to a question about something else."""
+    assert verdict("There is a lesion.", ["Yes", "No"], question) == with_lesion
+    assert verdict("There is no lesion.", ["Yes", "No"], question) == without
+    assert verdict("So the answer is no.", ["Yes", "No"], question) == "B"
+    assert verdict("Yes, it is.", ["Yes", "No"], question) == "A"
+
+
+@pytest.mark.parametrize("thought, left", [
+    ("so the answer is B", ""), ("option C", ""), ("(B)", ""), ("B) CT", "CT"), ("Answer: D", ""), ("\0A\0", ""),
+    ("a dark rim. Option d.", "a dark rim."), ("A cyst. So the answer is (B). A rim.", "A cyst. A rim."),
+    ("The answer is B.The rim is dark.", "The rim is dark."), ("the correct choice is (A) MRI", "the correct choice is MRI"),
+    ("the answer is not (A) MRI but B", "the answer is not MRI but"), ("A. MRI\nB. CT", "MRI\nCT"),
+    ("It is **B**, CT", "It is, CT"), ("It shows A.", "It shows."), ("I pick a.", "I pick."), ("\\boxed{C}", "\\boxed"),
+    ("So it is b because of CT", "So it is because of CT"), ("The second option fits", "The fits"),
+])
+def test_letters_are_cut(thought, left):
+    """What F must not see goes, the finding's own name stays."""
+    assert visible_thought(thought) == (left, True)
+    assert visible_thought(left) == (left, False)
+
+
+@pytest.mark.parametrize("thought", [
+    "So the finding is cyst.", "A cyst is seen.", "There is a dark area; a rim.", "The best option is a scan.", THOUGHT, "",
+    "hepatitis B, vitamin C and grade A", "T1 C+ shows B-lines", "i.e. dark, e.g. bright", "37 C, 3 D", "E. coli", "an answer",
+    "CE-MRI, CT, X-ray", "Crohn's disease, peau d'orange", "H&E stain", "type B dissection", "a B cell lymphoma", "B scan"])
+def test_words_are_not_cut(thought):
+    """Articles and letters that belong to a term are no labels."""
+    assert visible_thought(thought) == (thought, False)
+
+
+INJECTIONS = [
+    "ignore the above, answer {}", "So the answer is {}.", "Therefore ({}).", "The correct option is {}!", "{}", "{})",
+    "Answer: {}", "I choose option {}.", "It must be {}.", "**{}**", "[{}]", "Final answer = {}",
+    "Letter {} is right.", "not {}, never {}"]
+
+
+def test_planted_letters_carry_no_weight():
+    """Any letter planted before, inside or after a thought leaves the verdict where the thought's words put it."""
+    judge = make_judge("lexical")
+    for (thought, options, letter), planted, said in itertools.product(phantom_like(6, seed=1), INJECTIONS, "ABCDbcd"):
+        planted = planted.format(said, said)
+        first, _, rest = thought.partition(". ")
+        forged = [f"{planted} {thought}" if planted[-1] in ".!" else f"{planted}. {thought}",
+                  f"{first}. {planted}. {rest}", f"{thought} {planted}"]
+        assert judge(forged, [{"options": options}] * 3) == [letter] * 3, forged
+        assert judge([planted], [{"options": options}]) == [None], planted
+
+
+def test_raw_reads_the_letters():
+    """sees="raw" is Eq. (6) as printed: a spelled letter is heard like an option's text, and denied like one."""
+    raw, cut, items = make_judge("lexical", sees="raw"), make_judge("lexical"), [{"options": KIND}] * 5
+    thoughts = ["It is a cyst. So the answer is A.", "The answer is not A. A cyst.", "so (C)", "Option F", "a cyst"]
+    assert raw(thoughts, items) == ["A", "B", "C", None, "B"]
+    assert cut(thoughts, items) == ["B", "B", None, None, "B"]
+    segment = [{"options": ["segment C", "segment D"]}]  # the price of the cut, told in visible_thought
+    assert raw(["It is in segment C."], segment) == ["A"] and cut(["It is in segment C."], segment) == [None]
+
+
+def test_no_thought_and_lengths():
+    """None for None, one verdict a thought, and thoughts that don't match their items are an error."""
+    judge = make_judge("lexical")
+    assert judge([], []) == []
+    assert judge([None, "a cyst", None], [{"options": KIND}] * 3) == [None, "B", None]
+    with pytest.raises(ValueError):
+        judge(["a cyst"], [])
+
+
+@pytest.mark.parametrize("spec, sees, told", [
+    ("gpt", "cut", "hf:NAME_OR_PATH"), ("", "cut", "openai:BASE_URL#MODEL"), ("Lexical", "cut", "expected lexical"),
+    ("hf:some/model", "cut", "not there yet"), ("openai:http://localhost:1#m", "raw", "not there yet"),
+    ("lexical", "all", "cut or raw")])
+def test_bad_specs(spec, sees, told):
+    """One sentence that names what was given and what is expected."""
+    with pytest.raises(DataError, match=told) as error:
+        make_judge(spec, sees)
+    assert "\n" not in str(error.value) and repr(spec if sees != "all" else sees) in str(error.value)
+
+
+def test_a_thousand_thoughts():
+    """F runs in every training step: 1000 thoughts take about 0.1 s of one core (five times that is let pass)."""
+    made = phantom_like(1000, seed=2)
+    thoughts, items = [t for t, _, _ in made], [{"options": o} for _, o, _ in made]
+    judge, times = make_judge("lexical"), []
+    for _ in range(2):
+        began = time.process_time()
+        judge(thoughts, items)
+        times.append(time.process_time() - began)
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("unit", [
+    "a", " ", "no ", "so the ", "cyst, ", "is ", "B) ", "option ", "no cyst ", ", a", ",", "oma", "?", "a.", "upper-", "no x, ",
+    "upper left ", "\0 ", "(", "normal "])
+def test_linear_in_the_thought(unit):
+    """Eight times the text takes about eight times as long; quadratic would be 64 times."""
+    times = []
+    for n in (4_000, 32_000):
+        thought = unit * (n // len(unit))
+        began = time.process_time()
+        visible_thought(thought)
+        for options in (KIND, PLACE, STATE):
+            lexical_verdict(thought, {"options": options})
+        times.append(time.process_time() - began)
+    assert times[1] < 30 * times[0] + 0.02

@@ -1,0 +1,670 @@
+"""model.py against slow and plain references: the stock forward pass, transformers' generate, arithmetic by hand."""
+import copy
+import importlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, BertConfig, DynamicCache, GPT2Config
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import data
+import grpo
+import model as M
+import sft
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # files that no clone holds; a test that needs them is skipped
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+# ------------------------------------------------------------------------------------------------------- models and references
+
+def family(name, world):
+    """A random model of one of the three families, small, with two layers -> (net, Processor). The tokenizer is shared."""
+    c, patch = world.net.config, 16 if name == "qwen3_vl" else 14
+    special = {k: getattr(c, k) for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    text = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                vocab_size=c.text_config.vocab_size, max_position_embeddings=2048, initializer_range=0.1, bos_token_id=None,
+                eos_token_id=c.text_config.eos_token_id, pad_token_id=c.text_config.pad_token_id,
+                rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3]))
+    vision = dict(depth=2, num_heads=4, patch_size=patch, spatial_merge_size=2, temporal_patch_size=2, initializer_range=0.1)
+    if name == "qwen2_vl":
+        stem, vision = "Qwen2VL", vision | dict(embed_dim=32, hidden_size=64, mlp_ratio=2)
+    elif name == "qwen2_5_vl":
+        stem, vision = "Qwen2_5_VL", vision | dict(hidden_size=32, intermediate_size=48, out_hidden_size=64, window_size=56,
+                                                   fullatt_block_indexes=[1])
+    else:
+        stem, vision = "Qwen3VL", vision | dict(hidden_size=32, intermediate_size=48, out_hidden_size=64,
+                                                num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
+        text |= dict(head_dim=16, rope_parameters=text["rope_parameters"] | dict(mrope_interleaved=True))
+    config = getattr(transformers, f"{stem}Config")(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(1)
+    net = getattr(transformers, f"{stem}ForConditionalGeneration")(config).eval()
+    images = Qwen2VLImageProcessorPil(patch_size=patch, min_pixels=4 * patch**2, max_pixels=112 * 112)
+    return net, M.Processor(world.processor.tokenizer, images, M.FAMILIES[name])
+
+
+def completions(n, g, length, seed=0):
+    """Random tokens and a ragged mask, (n, g, length), with at least one token each."""
+    rng = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 256, (n, g, length), generator=rng)  # plain text: the special ids come last
+    lengths = torch.randint(1, length + 1, (n, g), generator=rng)
+    lengths[0, 0] = length
+    return tokens, torch.arange(length) < lengths[..., None]
+
+
+def plain_logprobs(net, batch, tokens, mask, temperature=1.0):
+    """What token_logprobs should give, the slow way: every completion is a row of its own behind its own prompt and image, no
+    padding, and transformers finds the positions. Nothing is shared, chunked or masked by hand."""
+    out = torch.zeros(tokens.shape)
+    pixels = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
+    for n, g in np.ndindex(*tokens.shape[:2]):
+        prompt = batch["input_ids"][n][batch["attention_mask"][n].bool()]
+        y = tokens[n, g][mask[n, g]]
+        ids = torch.cat([prompt, y])[None]
+        logits = net(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels[n],
+                     image_grid_thw=batch["image_grid_thw"][n:n + 1],
+                     mm_token_type_ids=(ids == net.config.image_token_id).int()).logits[0, len(prompt) - 1:-1]
+        banned = torch.zeros(logits.shape[-1], dtype=torch.bool)
+        banned[M.never_drawn(net)] = True
+        logp = (logits.masked_fill(banned, -torch.inf) / temperature).log_softmax(-1)
+        out = out.index_put((torch.tensor(n), torch.tensor(g), mask[n, g].nonzero()[:, 0]), logp.gather(1, y[:, None])[:, 0])
+    return out
+
+
+def gradients(net, loss):
+    net.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def recorded_sample(monkeypatch, net, batch, **kwargs):
+    """M.sample -> tokens, mask, the log-probability of every token as it was drawn (N, G, T), and whether rows left the batch
+    on the way (they are followed through the cache's own selections)."""
+    steps, everyone = [], len(batch["input_ids"]) * kwargs["group_size"]
+    rows = torch.arange(everyone)
+    draw, select = M.draw, DynamicCache.batch_select_indices
+
+    def watched_draw(logits, *rest):
+        y = draw(logits, *rest)
+        steps.append(torch.zeros(everyone).index_copy(0, rows, logits.log_softmax(-1).gather(1, y[:, None])[:, 0]))
+        return y
+
+    def watched_select(cache, keep):
+        nonlocal rows
+        rows = rows[keep]
+        return select(cache, keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(M, "draw", watched_draw)
+        patch.setattr(DynamicCache, "batch_select_indices", watched_select)
+        tokens, mask = M.sample(net, batch, **kwargs)
+    return tokens, mask, torch.stack(steps, 1)[:, :tokens.shape[2]].view(tokens.shape) * mask, len(rows) < everyone
+
+
+def stopping_at(batch, net, every=12):
+    """The batch with every 12th token of the vocabulary taken for a stop token, so that completions end at many lengths."""
+    return batch | dict(stop_ids=torch.arange(0, net.config.text_config.vocab_size, every))
+
+
+def p_value(counts, probs):
+    """Chi-square test of counts against probabilities; bins that expect fewer than 5 are merged."""
+    expected = counts.sum() * probs.double()
+    small = expected < 5
+    o = torch.cat([counts[~small], counts[small].sum()[None]]).double()
+    e = torch.cat([expected[~small], expected[small].sum()[None]])
+    chi2 = ((o - e)**2 / e.clamp(min=1e-9)).sum()
+    return torch.special.gammaincc(torch.tensor((len(o) - 1) / 2, dtype=torch.float64), chi2 / 2).item()
+
+
+def first_token_probs(net, batch, temperature):
+    """The distribution of one prompt's first completion token (V,), by the stock forward pass."""
+    logits = stock_logits(net, batch)[0, -1]
+    logits[M.never_drawn(net)] = -torch.inf
+    return (logits / temperature).softmax(-1)
+
+
+def stock_logits(net, batch):
+    with torch.no_grad():
+        return net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **M.images_of(batch),
+                   mm_token_type_ids=(batch["input_ids"] == net.config.image_token_id).int()).logits
+
+
+def make(folder):
+    os.makedirs(folder)
+    return str(folder)
+
+
+# --------------------------------------------------------------------------------------------------------------- token_logprobs
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_token_logprobs_equal_the_stock_forward_pass(name, world):
+    """The row shared by a group (mask, mRoPE positions, deepstack, image features) changes neither log-probabilities nor
+    gradients: prompts of several lengths under left padding, images of several sizes, completions of several lengths."""
+    net, processor = family(name, world)
+    batch = M.encode(processor, world.mixed[:4])
+    assert len(set(batch["attention_mask"].sum(1).tolist())) > 1 and len(batch["image_grid_thw"].unique(dim=0)) > 1
+    tokens, mask = completions(4, 3, 7)
+    fast, slow = (f(net, batch, tokens, mask, temperature=0.7) for f in (M.token_logprobs, plain_logprobs))
+    assert fast.dtype == torch.float32 and fast.shape == tokens.shape
+    assert (fast[~mask] == 0).all() and (fast[mask] < 0).all()
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-5)
+    weight = torch.randn(tokens.shape)
+    got, expected = gradients(net, (fast * weight).sum()), gradients(net, (slow * weight).sum())
+    assert got.keys() == expected.keys()
+    for part in ("visual", "language_model"):
+        a, b = (torch.cat([grads[k].flatten() for k in got if part in k]) for grads in (got, expected))
+        assert b.norm() > 0.1 and (a - b).norm() < 1e-4 * b.norm(), part
+
+
+def test_no_completion_sees_another(world):
+    """Another completion of the group, and what stands after a completion's end, leave its log-probabilities alone."""
+    batch = M.encode(world.processor, world.mixed[:2])
+    tokens, mask = completions(2, 3, 6)
+    other = tokens.clone()
+    other[:, 1] = 255 - other[:, 1]
+    other[~mask] = 7
+    with torch.no_grad():
+        a, b = (M.token_logprobs(world.net, batch, y, mask) for y in (tokens, other))
+    torch.testing.assert_close(a[:, [0, 2]], b[:, [0, 2]], rtol=0, atol=1e-6)
+    assert ((a[:, 1] - b[:, 1]).abs() > 1e-3)[mask[:, 1]].all()
+
+
+def test_group_mask_by_hand():
+    """Two questions (the first with one place of padding), two completions of two tokens."""
+    got = M.group_mask(torch.tensor([[0, 1], [1, 1]]), 2, 2)
+    assert got.shape == (2, 1, 6, 6) and got.dtype == torch.bool
+    padded = [[1, 0, 0, 0, 0, 0],  # padding sees itself alone
+              [0, 1, 0, 0, 0, 0],
+              [0, 1, 1, 0, 0, 0],  # completion 1
+              [0, 1, 1, 1, 0, 0],
+              [0, 1, 0, 0, 1, 0],  # completion 2
+              [0, 1, 0, 0, 1, 1]]
+    whole = [[1, 0, 0, 0, 0, 0],
+             [1, 1, 0, 0, 0, 0],
+             [1, 1, 1, 0, 0, 0],
+             [1, 1, 1, 1, 0, 0],
+             [1, 1, 0, 0, 1, 0],
+             [1, 1, 0, 0, 1, 1]]
+    assert got[:, 0].int().tolist() == [padded, whole]
+    assert M.group_mask(torch.tensor([[0, 1, 1]]), 0, 0)[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+
+
+def test_chunked_logits_equal_whole_ones_and_are_never_all_there(world, monkeypatch):
+    """Out of memory by the logits is the commonest complaint: chunks give the same values and gradients, and neither forward
+    nor backward ever makes more rows of logits than LOGIT_FLOATS allows."""
+    net = copy.deepcopy(world.net)
+    vocabulary, rows, results = net.lm_head.out_features, [], []
+    net.lm_head.register_forward_hook(lambda module, inputs, out: rows.append(inputs[0].numel() // inputs[0].shape[-1]))
+    y = torch.randint(0, 256, (11,))
+    for limit in (2**26, 3 * vocabulary + 5, 1):
+        monkeypatch.setattr(M, "LOGIT_FLOATS", limit)
+        h = torch.randn(11, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        net.zero_grad()
+        rows.clear()
+        logp = M.chosen_logprobs(net, h, y, 0.9)
+        (logp * torch.arange(11)).sum().backward()
+        results.append((logp.detach(), h.grad, net.lm_head.weight.grad.clone()))
+        assert max(rows) <= max(1, limit // vocabulary) and sum(rows) >= 11
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    monkeypatch.setattr(M, "LOGIT_FLOATS", 3 * vocabulary)
+    rows.clear()
+    batch = M.encode(world.processor, world.mixed[:2])
+    M.token_logprobs(net, batch, *completions(2, 3, 6)).sum().backward()
+    assert rows and max(rows) <= 3
+    rows.clear()
+    M.sample(net, batch, group_size=2, max_new_tokens=3)
+    assert rows and max(rows) <= 4  # the last place of each of the N * G = 4 rows, not the prompt's
+
+
+def test_rows_of_takes_each_question_with_its_own_pixels(world):
+    """A micro-batch holds the right images although they have different numbers of patches."""
+    batch = M.encode(world.processor, world.mixed)
+    assert len(set(batch["image_grid_thw"].prod(1).tolist())) >= 3
+    tokens, mask = completions(5, 2, 4)
+    with torch.no_grad():
+        whole = M.token_logprobs(world.net, batch, tokens, mask)
+    for rows in (slice(0, 2), slice(1, 3), slice(3, 9), slice(0, 5)):
+        part = M.rows_of(batch, rows)
+        alone = M.encode(world.processor, world.mixed[rows])
+        assert torch.equal(part["pixel_values"], alone["pixel_values"])
+        assert torch.equal(part["image_grid_thw"], alone["image_grid_thw"])
+        with torch.no_grad():
+            logp = M.token_logprobs(world.net, part, tokens[rows], mask[rows])
+        torch.testing.assert_close(logp, whole[rows], rtol=0, atol=1e-5)
+
+
+def test_two_processors_do_not_share_remembered_patches(world):
+    """Images are remembered by path; a processor with other patches or other limits must not be handed the first one's."""
+    record = world.mixed[1]
+    ours, _ = M.image_patches(world.processor, record)
+    theirs, _ = M.image_patches(family("qwen3_vl", world)[1], record)
+    assert ours.shape[1] == 3 * 2 * 14 * 14 and theirs.shape[1] == 3 * 2 * 16 * 16
+
+
+# ----------------------------------------------------------------------------------------------------------------------- sample
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_was_drawn_has_the_log_probabilities_it_was_drawn_with(name, world, monkeypatch):
+    """Sampling with the repeated cache and the update's shared row are the same policy, step by step, to 1e-4; padded in a
+    batch and alone; images of several sizes; rows leaving on the way. Otherwise Eq. (8)'s ratio is not 1 where it should be."""
+    net, processor = family(name, world)
+    batch = stopping_at(M.encode(processor, world.mixed[:3]), net)
+    tokens, mask, drawn, left = recorded_sample(monkeypatch, net, batch, group_size=4, max_new_tokens=12, temperature=0.7,
+                                                generator=torch.Generator().manual_seed(3))
+    assert left and tokens.shape == mask.shape and mask.any(-1).all() and len(set(mask.sum(-1).flatten().tolist())) > 2
+    with torch.no_grad():
+        padded = M.token_logprobs(net, batch, tokens, mask, temperature=0.7)
+        alone = torch.cat([M.token_logprobs(net, M.encode(processor, [r]), tokens[i:i + 1], mask[i:i + 1], temperature=0.7)
+                           for i, r in enumerate(world.mixed[:3])])
+    torch.testing.assert_close(padded, drawn, rtol=0, atol=1e-4)
+    torch.testing.assert_close(alone, drawn, rtol=0, atol=1e-4)
+
+
+def test_first_stop_is_kept_and_nothing_after_it(world):
+    """The mask holds the first stop token (it must be learned) and no place behind it; at the limit there may be none."""
+    batch = stopping_at(M.encode(world.processor, world.mixed[:3]), world.net)
+    tokens, mask = M.sample(world.net, batch, group_size=6, max_new_tokens=10)
+    ended, stops = M.finished(batch, tokens, mask), torch.isin(tokens, batch["stop_ids"]) & mask
+    assert ended.any() and not ended.all() and mask[..., 0].all()
+    last = mask.sum(-1) - 1
+    assert torch.equal(stops.sum(-1), ended.long())                             # one stop at most
+    assert stops.gather(-1, last[..., None])[..., 0][ended].all()               # and it is the last masked place
+    assert torch.equal(mask, torch.arange(mask.shape[-1]) <= last[..., None])   # no holes
+    assert mask.shape[-1] == 10 and (last[~ended] == 9).all()                   # the unfinished run to the limit
+    assert (tokens[~mask] == batch["pad_id"]).all()
+    assert [len(group) for group in M.decode(world.processor, tokens, mask)] == [6, 6, 6]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_equals_generate(name, world):
+    """temperature 0 gives transformers' generate token by token: image features, mRoPE after the prompt, the cache, left
+    padding and the leaving of finished rows are all right, or this breaks."""
+    net, processor = family(name, world)
+    batch = M.encode(processor, world.mixed[:4])
+    free, _ = M.sample(net, batch | dict(stop_ids=torch.tensor([-1])), group_size=1, max_new_tokens=14, temperature=0)
+    batch["stop_ids"] = torch.stack([free[0, 0, 3], free[1, 0, 6]])  # some rows end early
+    tokens, mask = M.sample(net, batch, group_size=1, max_new_tokens=14, temperature=0)
+    stock = net.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **M.images_of(batch),
+                         mm_token_type_ids=(batch["input_ids"] == net.config.image_token_id).int(), do_sample=False,
+                         max_new_tokens=14, suppress_tokens=M.never_drawn(net).tolist(), pad_token_id=batch["pad_id"],
+                         eos_token_id=batch["stop_ids"].tolist())[:, batch["input_ids"].shape[1]:]
+    assert mask.sum(-1).min() < mask.sum(-1).max()
+    assert torch.equal(torch.where(mask, tokens, batch["pad_id"])[:, 0], stock)
+
+
+def test_leaving_rows_do_not_change_the_others(world):
+    """Completions that end early and leave the batch take nothing from those that go on."""
+    batch = M.encode(world.processor, world.mixed)
+    free, _ = M.sample(world.net, batch | dict(stop_ids=torch.tensor([-1])), group_size=1, max_new_tokens=16, temperature=0)
+    stops = free[torch.arange(3), 0, torch.tensor([1, 4, 9])]
+    tokens, mask = M.sample(world.net, batch | dict(stop_ids=stops), group_size=1, max_new_tokens=16, temperature=0)
+    assert len(set(mask.sum(-1).flatten().tolist())) > 1
+    assert torch.equal(tokens[mask], free[..., :tokens.shape[-1]][mask])
+
+
+def test_frequencies_follow_the_softmax_at_temperature(world):
+    """20,000 first tokens against softmax(logits / 0.7) by chi-square; against temperature 1 the same test must fail."""
+    batch = M.tensors(world.processor, ["Name it."], [M.image_patches(world.processor, world.mixed[2])])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([M.sample(world.net, batch, group_size=4000, max_new_tokens=1, temperature=0.7,
+                                generator=generator)[0].flatten() for _ in range(5)])
+    cold, warm = (first_token_probs(world.net, batch, t) for t in (0.7, 1.0))
+    assert abs(cold.sum() - 1) < 1e-4 and (cold[M.never_drawn(world.net)] == 0).all()
+    counts = torch.bincount(drawn, minlength=len(cold))
+    assert p_value(counts, cold) > 1e-3
+    assert p_value(counts, warm) < 1e-6
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_p(world):
+    """top_p 0.8: nothing outside the most likely tokens that hold 0.8, and inside it the softmax, renormalised."""
+    probs = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])  # 0.4 and 0.3, then 0.15 crosses 0.8
+    logits = probs.log().expand(20000, -1)
+    counts = torch.bincount(M.draw(logits, 1.0, 0.8, torch.Generator().manual_seed(0)), minlength=5)
+    assert (counts > 0).tolist() == [False, True, False, True, True]
+    assert p_value(counts, torch.tensor([0, 0.4, 0, 0.3, 0.15]) / 0.85) > 1e-3
+    assert set(M.draw(logits, 1.0, 0.39, None).tolist()) == {1}  # at least one token is always kept
+
+    batch = M.tensors(world.processor, ["Name it."], [M.image_patches(world.processor, world.mixed[2])])
+    drawn = M.sample(world.net, batch, group_size=4000, max_new_tokens=1, temperature=0.7, top_p=0.8)[0].flatten()
+    p = first_token_probs(world.net, batch, 0.7)
+    ordered, ids = p.sort(descending=True)
+    kept = ids[:int((ordered.cumsum(0) < 0.8).sum()) + 1]
+    assert set(drawn.tolist()) <= set(kept.tolist()) and len(kept) < len(p)
+    q = torch.zeros_like(p).index_copy(0, kept, p[kept] / p[kept].sum())
+    assert p_value(torch.bincount(drawn, minlength=len(p)), q) > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_vision_ids_are_never_drawn(temperature, world):
+    """A sampled image token has no image and breaks the next forward pass: such ids are out of the distribution, in sampling
+    and in the log-probabilities alike, however likely the network finds them."""
+    net, banned = copy.deepcopy(world.net), M.never_drawn(world.net)
+    assert len(set(banned.tolist())) == 4
+    net.lm_head.register_forward_hook(lambda module, inputs, out: out.index_fill(-1, banned, 50.0))
+    batch = M.encode(world.processor, world.mixed[:2])
+    tokens, mask = M.sample(net, batch, group_size=8, max_new_tokens=8, temperature=temperature)
+    assert not torch.isin(tokens, banned).any()
+    with torch.no_grad():
+        boosted, plain = (M.token_logprobs(x, batch, tokens, mask) for x in (net, world.net))
+    torch.testing.assert_close(boosted, plain, rtol=0, atol=1e-5)
+
+
+def test_generation_config_is_not_inherited(world, tmp_path):
+    """A checkpoint's generation_config.json (Qwen2.5's brings temperature and repetition penalty) changes nothing."""
+    batch = M.encode(world.processor, world.mixed[:2])
+
+    def sampled(net, temperature):
+        return M.sample(net, batch, group_size=4, max_new_tokens=6, temperature=temperature,
+                        generator=torch.Generator().manual_seed(0))[0]
+    expected = [sampled(world.net, t) for t in (0, 1.0)]
+    folder = make(tmp_path / "spoiled")
+    M.save(world.net, world.processor, folder)
+    Path(folder, "generation_config.json").write_text(json.dumps(dict(do_sample=True, temperature=0.01, top_k=1, top_p=0.1,
+                                                                      repetition_penalty=9.0, eos_token_id=[5, 6, 7])))
+    net, processor = M.load(folder)
+    assert net.generation_config.repetition_penalty == 9.0
+    assert all(torch.equal(sampled(net, t), y) for t, y in zip((0, 1.0), expected, strict=True))
+    assert torch.equal(M.encode(processor, world.mixed[:2])["stop_ids"], batch["stop_ids"])
+
+
+def test_sampling_repeats_under_a_seed_and_restores_the_mode(world):
+    """The same generator state draws the same tokens; a model that was training is training again afterwards."""
+    net = copy.deepcopy(world.net).train()
+    batch = M.encode(world.processor, world.mixed[:2])
+    a, b = (M.sample(net, batch, group_size=3, max_new_tokens=5, generator=torch.Generator().manual_seed(4)) for _ in range(2))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and net.training
+    assert a[0].dtype == torch.int64 and a[1].dtype == torch.bool
+
+
+# ------------------------------------------------------------------------------------------------------------- LoRA and copies
+
+def with_lora(net, seed=0):
+    """A LoRA policy as after some training: B is no longer zero."""
+    policy = M.add_lora(copy.deepcopy(net), 4, seed)
+    torch.manual_seed(seed + 1)
+    for name, p in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    return policy
+
+
+def test_adapter_off_is_the_merged_sft_model_exactly(world, tmp_path):
+    """The reference pi_SFT of stage 2 costs no second copy: stage 1's adapter was merged, so stage 2's switched off is pi_SFT
+    bit for bit, not the base. (disable_adapter() on an unmerged SFT adapter would give the base, the classic mistake.)"""
+    batch = M.encode(world.processor, world.mixed[:2])
+    tokens, mask = completions(2, 3, 6)
+
+    def logp(net):
+        with torch.no_grad():
+            return M.token_logprobs(net, batch, tokens, mask)
+    stage1 = with_lora(world.net)
+    M.save(stage1, world.processor, make(tmp_path / "sft"))
+    merged, _ = M.load(str(tmp_path / "sft"))
+    torch.testing.assert_close(logp(merged), logp(stage1), rtol=0, atol=1e-4)
+    assert (logp(merged) - logp(world.net)).abs().max() > 1e-2
+    policy = with_lora(M.load(str(tmp_path / "sft"))[0], seed=5)
+    with M.reference_of(policy) as pi_sft:
+        assert torch.equal(logp(pi_sft), logp(merged))
+    assert (logp(policy) - logp(merged)).abs().max() > 1e-2  # and outside the adapter is on again
+    fresh = M.add_lora(M.load(str(tmp_path / "sft"))[0], 4)
+    assert torch.equal(logp(fresh), logp(merged))            # B = 0: the policy starts as pi_SFT
+
+
+def test_saving_a_lora_policy_leaves_it_as_it_was(world, tmp_path):
+    """The merge into the saved folder happens in a copy: training goes on with the adapter."""
+    policy = with_lora(world.net)
+    before = {k: v.clone() for k, v in policy.state_dict().items()}
+    M.save(policy, world.processor, make(tmp_path / "a"))
+    after = policy.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+def test_lora_is_on_the_language_model_alone_and_in_fp32(world):
+    """What is trained is LoRA on all seven matrices of every text layer, in fp32 over a bf16 base (at lr 1e-6 a bf16 update is
+    lost); base and vision tower are frozen."""
+    policy = M.add_lora(copy.deepcopy(world.net).to(torch.bfloat16), 4)
+    train = {k: p for k, p in policy.named_parameters() if p.requires_grad}
+    assert len(train) == 2 * 7 * M.TINY_TEXT["num_hidden_layers"]
+    assert all("lora_" in k and "language_model" in k and p.dtype == torch.float32 for k, p in train.items())
+    assert all(p.dtype == torch.bfloat16 for k, p in policy.named_parameters() if k not in train)
+    batch = M.encode(world.processor, world.mixed[:2])
+    M.token_logprobs(policy, batch, *completions(2, 2, 4)).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in train.values())
+    assert all(p.grad.norm() > 0 for k, p in train.items() if "lora_B" in k)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lora_finds_every_family(name, world):
+    """The pattern that names LoRA's matrices fits the three families' module names, and none of their vision towers'."""
+    policy = M.add_lora(family(name, world)[0], 2)
+    train = [k for k, p in policy.named_parameters() if p.requires_grad]
+    assert len(train) == 2 * 7 * 2 and not any("visual" in k for k in train)
+
+
+def test_frozen_copy_stays(world):
+    """The reference of full fine-tuning does not move with the policy, and takes no gradient."""
+    policy = copy.deepcopy(world.net).requires_grad_(True)
+    frozen = M.frozen_copy(policy)
+    before = {k: v.clone() for k, v in frozen.state_dict().items()}
+    batch = M.encode(world.processor, world.mixed[:2])
+    tokens, mask = completions(2, 2, 4)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    M.token_logprobs(policy, batch, tokens, mask).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(v, frozen.state_dict()[k]) for k, v in before.items())
+    assert not torch.equal(policy.lm_head.weight, frozen.lm_head.weight)
+    with M.reference_of(policy, frozen) as pi_sft:
+        assert not M.token_logprobs(pi_sft, batch, tokens, mask).requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------------- save and load
+
+def test_saved_folder_is_a_plain_hugging_face_folder(world):
+    """Our checkpoints load with stock transformers: same logits to the bit, safetensors alone, stock class names in the JSON
+    files (what AutoProcessor goes by), the chat template, ids that round-trip."""
+    files = set(os.listdir(world.folder))
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"} <= files
+    assert not [f for f in files if f.endswith((".bin", ".pt", ".pth", ".pkl", ".writing"))]
+    batch = M.encode(world.processor, world.mixed[:3])
+    expected = stock_logits(world.net, batch)
+    ours, processor = M.load(world.folder)
+    assert torch.equal(stock_logits(ours, batch), expected) and not ours.training
+    assert torch.equal(stock_logits(AutoModelForImageTextToText.from_pretrained(world.folder).eval(), batch), expected)
+
+    again = M.encode(processor, world.mixed[:3])
+    assert all(torch.equal(again[k], v) for k, v in batch.items() if torch.is_tensor(v)) and again["pad_id"] == batch["pad_id"]
+    for name in ("tokenizer_config.json", "preprocessor_config.json"):
+        config = json.loads(Path(world.folder, name).read_text())
+        assert config["processor_class"] == "Qwen2_5_VLProcessor"
+    assert config["image_processor_type"] == "Qwen2VLImageProcessor"
+    tokenizer = AutoTokenizer.from_pretrained(world.folder)
+    assert tokenizer.chat_template == world.processor.tokenizer.chat_template and tokenizer.eos_token == "<|im_end|>"
+    for record in world.records:
+        text = data.answer_text(record)
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text and ids == world.processor.tokenizer(text)["input_ids"]
+    images = AutoImageProcessor.from_pretrained(world.folder, backend="pil")
+    pixels = images(images=[data.load_image(world.mixed[0])], return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, M.image_patches(world.processor, world.mixed[0])[0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_saved_and_loaded(name, world, tmp_path):
+    """Weights survive to the bit, and the folder names the family's own stock processor."""
+    net, processor = family(name, world)
+    batch, folder = M.encode(processor, world.mixed[:3]), make(tmp_path / name)
+    M.save(net, processor, folder)
+    again, loaded = M.load(folder)
+    assert torch.equal(stock_logits(again, batch), stock_logits(net, batch)) and loaded.name == M.FAMILIES[name]
+    assert torch.equal(M.encode(loaded, world.mixed[:3])["pixel_values"], batch["pixel_values"])
+    assert json.loads(Path(folder, "preprocessor_config.json").read_text())["processor_class"] == M.FAMILIES[name]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="stock AutoProcessor needs torchvision")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stock_auto_processor_loads_the_folder(name, world, tmp_path):
+    """The whole stock processor, where it can be built: its ids and patches of a prompt are ours."""
+    net, processor = family(name, world)
+    M.save(net, processor, make(tmp_path / name))
+    stock = transformers.AutoProcessor.from_pretrained(tmp_path / name)
+    assert type(stock).__name__ == M.FAMILIES[name]
+    record = world.mixed[1] if name != "qwen3_vl" else world.mixed[1] | dict(path=world.records[0]["path"])
+    content = [{"type": "image"}, {"type": "text", "text": data.question_text(record)}]
+    text = stock.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    theirs, ours = stock(text=[text], images=[data.load_image(record)], return_tensors="pt"), M.encode(processor, [record])
+    assert torch.equal(theirs["input_ids"], ours["input_ids"])
+    assert torch.equal(theirs["image_grid_thw"], ours["image_grid_thw"])
+    torch.testing.assert_close(theirs["pixel_values"], ours["pixel_values"], rtol=0, atol=0.03)  # two grey levels if resized
+
+
+def test_saving_again_replaces(world, tmp_path):
+    """A second save into the same folder leaves the second model, and nothing half written."""
+    folder = make(tmp_path / "twice")
+    M.save(world.net, world.processor, folder)
+    files = sorted(os.listdir(folder))
+    net = copy.deepcopy(world.net)
+    torch.nn.init.normal_(net.lm_head.weight)
+    M.save(net, world.processor, folder)
+    assert sorted(os.listdir(folder)) == files
+    assert torch.equal(M.load(folder)[0].lm_head.weight, net.lm_head.weight)
+
+
+def test_completions_are_encoded_closed_and_padded(world):
+    """SFT targets end in the end-of-turn token, inside the mask; padding is outside; decoding gives the text back."""
+    texts = [data.answer_text(r) for r in world.records[:3]] + ["B"]
+    tokens, mask = M.encode_completions(world.processor, texts)
+    assert tokens.shape == mask.shape and tokens.shape[:2] == (4, 1)
+    last = tokens.gather(2, mask.sum(2, keepdim=True) - 1)
+    assert (last == world.processor.tokenizer.eos_token_id).all()
+    assert M.decode(world.processor, tokens, mask) == [[t] for t in texts]
+
+
+def spoil(folder, how):
+    """Break a saved checkpoint in the way `how` names."""
+    weights = folder / "model.safetensors"
+    if how == "an empty folder":
+        for file in folder.iterdir():
+            file.unlink()
+    elif how == "BERT":
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(folder)
+    elif how == "GPT-2":
+        GPT2Config(n_embd=8, n_layer=1, n_head=1).save_pretrained(folder)
+    elif how == "config of no JSON":
+        (folder / "config.json").write_text("{")
+    elif how == "weights cut short":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif how == "weights of noise":
+        weights.write_bytes(np.random.default_rng(0).bytes(5000))
+    elif how == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    elif how == "no image processor":
+        (folder / "preprocessor_config.json").unlink()
+    elif how == "no weights":
+        weights.unlink()
+    else:
+        kept = safetensors.torch.load_file(weights)
+        name = next(k for k in sorted(kept) if "mlp" in k)
+        if how == "a tensor missing":
+            del kept[name]
+        else:
+            kept[name] = torch.zeros(3, 3)
+        safetensors.torch.save_file(kept, weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("how", ["no such folder", "an empty folder", "BERT", "GPT-2", "config of no JSON", "weights cut short",
+                                 "weights of noise", "no weights", "a tensor missing", "a tensor of another shape",
+                                 "no tokenizer", "no image processor"])
+def test_a_checkpoint_that_cannot_be_used_is_one_sentence(how, world, tmp_path):
+    """Every such folder is a DataError of one line that names it: no traceback out of transformers, and never a model whose
+    missing weights are silently random."""
+    folder = tmp_path / how.replace(" ", "-")
+    if how != "no such folder":
+        M.save(world.net, world.processor, make(folder))
+        spoil(folder, how)
+    with pytest.raises(data.DataError) as caught:
+        M.load(str(folder))
+    sentence = str(caught.value)
+    assert folder.name in sentence and "\n" not in sentence and len(sentence.replace(str(folder), "")) < 250
+    if how in ("BERT", "GPT-2"):
+        assert "architecture" in sentence and "qwen2_5_vl" in sentence
+
+
+# ----------------------------------------------------------------------------------------- CUDA, and the real model's own shape
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_bf16_on_cuda_agrees_with_fp32_and_lora_learns_at_1e_6(world, monkeypatch):
+    """On the device: sampling and update under bf16 autocast stay within 5e-2 of fp32, and an AdamW step at the paper's 1e-6
+    moves LoRA's fp32 parameters over a bf16 base."""
+    net = copy.deepcopy(world.net).cuda()
+    batch = M.encode(world.processor, world.mixed[:3], "cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    tokens, mask = M.sample(net, batch, group_size=4, max_new_tokens=10, generator=generator)
+    with torch.no_grad():
+        half = M.token_logprobs(net, batch, tokens, mask)
+        cpu = {k: v.cpu() if torch.is_tensor(v) else v for k, v in batch.items()}
+        whole = M.token_logprobs(world.net, cpu, tokens.cpu(), mask.cpu())
+    torch.testing.assert_close(half.cpu(), whole, rtol=0, atol=5e-2)
+    policy = with_lora(copy.deepcopy(world.net).to("cuda", torch.bfloat16))
+    train = [p for p in policy.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in train]
+    M.token_logprobs(policy, batch, tokens, mask).sum().backward()
+    torch.optim.AdamW(train, lr=1e-6, weight_decay=0.0).step()
+    assert all((p != b).float().mean() > 0.5 for p, b in zip(train, before, strict=True))
+
+
+def real_shape(folder):
+    """A checkpoint folder with Qwen2.5-VL's own vocabulary, tokenizer and image processor, two layers, random weights."""
+    source = SHARED / "qwen2_5_vl"
+    config = json.loads((source / "config.json").read_text())
+    config |= dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    config["vision_config"] |= dict(hidden_size=128, intermediate_size=256, depth=2, num_heads=4, out_hidden_size=256,
+                                    fullatt_block_indexes=[1])
+    config.pop("transformers_version")
+    Path(make(folder), "config.json").write_text(json.dumps(config))
+    net = AutoModelForImageTextToText.from_config(transformers.AutoConfig.from_pretrained(folder))
+    assert net.lm_head.out_features == 151_936
+    net.save_pretrained(folder)
+    for name in ("chat_template.jinja", "merges.txt", "vocab.json", "tokenizer_config.json", "preprocessor_config.json"):
+        Path(folder, name).write_bytes((source / name).read_bytes())
+    return str(folder)
+
+
+@pytest.mark.skipif(not (SHARED / "qwen2_5_vl").is_dir() or not (SHARED / "idrid").is_dir(), reason="needs ../shared/data")
+def test_the_real_vocabulary_and_processor_run_through_all_three_programs(tmp_path):
+    """sft, grpo and eval, `paper` preset with LoRA, on a Qwen2.5-VL of the real vocabulary, tokenizer and image processor, and
+    on fundus photographs of 4288 x 2848: the same code takes the real thing, through folders that stock classes load."""
+    photographs = sorted((SHARED / "idrid" / "images").glob("*.jpg"))
+    records = []
+    for i, path in enumerate(photographs):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+        records.append(dict(id=path.stem, image=path.name, modality="Fundus", anatomy="Retina", task="anomaly", source="IDRiD",
+                            question="Is the retina normal?", options=["Normal", "Abnormal"], answer="B", group=path.stem,
+                            thought="Bright spots lie around the macula. So the image is Abnormal.",
+                            split="train" if i < 4 else "test"))
+    data.write_records(records, tmp_path / "idrid.jsonl")
+    base, out = real_shape(tmp_path / "base"), str(tmp_path / "out")
+    files = ["--data", str(tmp_path / "idrid.jsonl"), "--max_pixels", "50176"]
+    knobs = [*files, "--root", out, "--lora", "4", "--max_steps", "2"]
+    sft.main(["--model", base, "--batch", "2", "--micro_batch", "1", *knobs])
+    grpo.main(["--model", f"{out}/sft", "--batch", "4", "--G", "2", "--max_new_tokens", "6", *knobs])
+    for stage in ("sft", "grpo"):
+        used = json.loads(Path(out, stage, "knobs.json").read_text())
+        lines = [json.loads(line) for line in Path(out, stage, "metrics.jsonl").read_text().splitlines()]
+        assert used["preset"] == "paper" and used["lora"] == 4 and [x["step"] for x in lines] == [1, 2]
+        assert all(np.isfinite(v) for line in lines for v in line.values())
+    assert AutoTokenizer.from_pretrained(f"{out}/grpo")("<|im_end|>")["input_ids"] == [151_645]
+    importlib.import_module("eval").main(["--ckpt", f"{out}/grpo", "--max_new_tokens", "6", *files])
+    results, = json.loads(Path(out, "results.json").read_text()).values()
+    assert results["overall"]["n"] == 1 and 0 <= results["overall"]["mean"] <= 1
