@@ -98,7 +98,8 @@ def spread(rows, key="acc"):
     for r in rows:
         seeds.setdefault(r["seed"], []).append(r[key])
     means = [fmean(kept) for values in seeds.values() if (kept := [v for v in values if not math.isnan(v)])]
-    return {"mean": fmean(means) if means else None, "std": stdev(means) if len(means) > 1 else 0.0, "n": len(rows) // len(seeds)}
+    return {"mean": fmean(means) if means else None, "std": stdev(means) if len(means) > 1 else 0.0,
+            "n": len(rows) // len(seeds)}
 
 def summary(rows):
     """Rows of one checkpoint -> its entry in results.json: fractions, as section 4.1 defines them.
@@ -136,16 +137,14 @@ def subset(records, n):
 def tables(results):
     """{ckpt: entry} -> Table 1 and accuracy by modality, each [header, row, ...] of texts in percent ("-": no question)."""
     def cell(value, seeds):
-        value = value if isinstance(value, dict) else {"mean": value}
-        std = f" ± {100 * value['std']:.2f}" if "std" in value and len(seeds) > 1 else ""
-        return "-" if value["mean"] is None else f"{100 * value['mean']:.2f}{std}"
-    def present(key, first=()):
-        return list(dict.fromkeys([*first, *(name for e in results.values() for name in e[key])]))
-    tasks, modalities = present("tasks", COLUMNS), present("modality")
+        std = f" ± {100 * value['std']:.2f}" if value and "std" in value and len(seeds) > 1 else ""
+        return "-" if not value or value["mean"] is None else f"{100 * value['mean']:.2f}{std}"
+    tasks = list(dict.fromkeys([*COLUMNS, *(t for e in results.values() for t in e["tasks"])]))
+    modalities = list(dict.fromkeys(m for e in results.values() for m in e["modality"]))
     table = [["Model", "Params", *(COLUMNS.get(t, t) for t in tasks), "Overall", "Format", "Consistency", "n"]]
     other = [["Model", *modalities]]
     for ckpt, e in results.items():
-        cells = [*(e["tasks"].get(t) for t in tasks), e["overall"], e["format"], e["consistency"]]
+        cells = [*(e["tasks"].get(t) for t in tasks), e["overall"], {"mean": e["format"]}, {"mean": e["consistency"]}]
         size = f"{e['params'] / 1e9:.1f}B" if e["params"] >= 1e8 else f"{e['params'] / 1e6:.1f}M"
         table.append([ckpt, size, *(cell(c, e["seeds"]) for c in cells), str(e["overall"]["n"])])
         other.append([ckpt, *(cell(e["modality"].get(m), e["seeds"]) for m in modalities)])
@@ -181,8 +180,7 @@ img{width:160px;height:max-content}.yes{color:#176b2c}.no{color:#b3261e}.what{co
 <p class="what">{{ q.id }}, {{ q.task }}, {{ q.modality }}</p><p><b>{{ q.question }}</b></p>{% for x in q.options %}
 <p{% if letters[loop.index0] == q.answer %} class="yes"{% endif %}>{{ letters[loop.index0] }}) {{ x }}</p>{% endfor %}</div>
 {% for r in rows %}<div><p class="what">{{ r.ckpt }}</p><p class="raw">
-{%- if r.thought or r.given %}{{ r.thought or "(no thought)" }}</p><p><b>{{ r.given or "(no readable answer)" }}</b>
-{%- else %}{{ r.completion }}{% endif %}</p>
+{%- if r.fmt and r.given %}{{ r.thought }}</p><p><b>{{ r.given }}</b>{% else %}{{ r.completion }}{% endif %}</p>
 <p class="what">{% for name, value in [("format", r.fmt), ("accuracy", r.acc), ("consistency", r.con)] %}
 <span class="{{ "yes" if value == 1 else "no" }}">{{ {1: "✓", 0: "✗"}.get(value, "?") }} {{ name }}</span>{% endfor %}
 F: {{ r.verdict if r.verdict is string else "-" }}</p></div>
@@ -192,8 +190,7 @@ def page(results, rows, records, what):
     """The self-contained HTML page -> str. rows: {ckpt: its rows}. Whatever a model or a file says is escaped."""
     import jinja2  # comes with torch
     first = {ckpt: {r["id"]: r for r in reversed(rs)} for ckpt, rs in rows.items()}  # the first seed's completions
-    last = list(first.values())[-1]
-    mixed = random.Random(0).sample(records, len(records))
+    last, mixed = first[list(first)[-1]], random.Random(0).sample(records, len(records))
     right, wrong = ([r["id"] for r in mixed if last[r["id"]]["acc"] == acc] for acc in (1, 0))
     wrong = wrong[:max(SHOWN // 2, SHOWN - len(right))]
     chosen = {*wrong, *right[:SHOWN - len(wrong)]}
@@ -233,16 +230,15 @@ def knobs(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
     for name, (default, meaning, *choices) in KNOBS.items():
-        many, value = isinstance(default, tuple), default[0] if default and isinstance(default, tuple) else default
-        parser.add_argument(f"--{name}", default=default, type=type(value or "") if value in (None, ()) else type(value),
-                            nargs="+" if many else None, choices=choices[0] if choices else None,
-                            help=meaning + ("" if value in (None, ()) else f" [{value}]"))
+        value = next(iter(default), None) if (many := isinstance(default, tuple)) else default
+        kind, shown = (str, "") if value is None else (type(value), f" [{value}]")
+        parser.add_argument(f"--{name}", default=default, type=kind, nargs="+" if many else None, help=meaning + shown,
+                            choices=choices[0] if choices else None)
     args = parser.parse_args(argv)
     for name, least in dict(batch=1, max_new_tokens=0, max_pixels=1, temperature=0, questions=0).items():
         expect(least <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}: expected at least {least}")
-    expect(len(set(args.seeds)) == len(args.seeds), f"--seeds {args.seeds}: expected different ones")
-    expect(len(args.seeds) == 1 or args.temperature > 0,
-           f"--seeds {args.seeds}: greedy answers are the same for each, expected one seed or a --temperature above 0")
+    expect(len(args.seeds) == 1 or args.temperature > 0 and len(set(args.seeds)) == len(args.seeds),
+           f"--seeds {args.seeds}: expected different ones, and a --temperature above 0: greedy answers are the same for each")
     return args
 
 def load(name, args):
@@ -255,24 +251,23 @@ def load(name, args):
 
 def answer_one(args):
     """--image, --question, --options: print each checkpoint's thought and answer."""
-    options = args.options
-    expect(args.image and args.question and options, "one question needs all three of --image, --question and --options")
-    expect(2 <= len(options) <= len(data.LETTERS), f"--options: {len(options)} given, expected 2 to {len(data.LETTERS)}")
-    item = dict(id="--image", path=args.image, question=args.question, options=options, task="", modality="", answer="")
+    expect(args.image and args.question and args.options, "one question needs all three of --image, --question and --options")
+    expect(2 <= len(args.options) <= len(data.LETTERS), f"--options: expected 2 to {len(data.LETTERS)} of them")
+    item = vars(args) | dict(id="--image", path=args.image, task="", modality="", answer="")
     for ckpt in args.ckpt:
         policy, processor, limit = load(ckpt, args)
         row, = evaluate(policy, processor, [item], make_judge(), max_new_tokens=limit, temperature=args.temperature,
                         seed=args.seeds[0], progress=False)
         x = row["given"]
-        answer = f"{x}) {options[data.LETTERS.index(x)]}" if x else f"none to be read in {row['completion']!r}"
+        answer = f"{x}) {args.options[data.LETTERS.index(x)]}" if x else f"none to be read in {row['completion']!r}"
         print(f"{ckpt}\n  thought: {row['thought']}\n  answer:  {answer}")
 
 def main(argv=None):
     args = knobs(argv)
     if args.image or args.question or args.options:
         return answer_one(args)
-    beside = os.path.dirname(os.path.normpath(args.ckpt[0])) or "."
-    beside = beside if os.path.isdir(beside) else "out"  # a name on the hub has no folder
+    parent = os.path.dirname(os.path.normpath(args.ckpt[0])) or "."
+    beside = parent if os.path.isdir(parent) else "out"  # a name on the hub has no folder
     out, files = args.out or beside, args.data or [os.path.join(beside, "phantoms", "phantoms.jsonl")]
     names = [re.sub(r"[^\w.]+", "-", os.path.relpath(ckpt, out)).strip("-.") for ckpt in args.ckpt]
     expect(len(set(names)) == len(names), f"--ckpt {' '.join(args.ckpt)}: expected different checkpoints")
@@ -282,15 +277,15 @@ def main(argv=None):
     expect(not gone, f"the images of {len(gone)} of {len(records)} questions are missing, the first is {(*gone, '')[0]}")
     os.makedirs(out, exist_ok=True)
     path, results, rows = os.path.join(out, "results.json"), {}, {}
-    merged(path, {})  # know now, not after an hour, that it can be read
-    asked = dict(data=list(files), split=args.split, questions=args.questions, temperature=args.temperature,
-                 judge=args.judge, judge_sees=args.judge_sees, max_pixels=args.max_pixels)
+    merged(path, {})  # that it can't be read is better known now than after an hour
     for ckpt, name in zip(args.ckpt, names, strict=True):
         policy, processor, limit = load(ckpt, args)
         rows[ckpt] = [dict(ckpt=ckpt) | row for seed in args.seeds for row in evaluate(
             policy, processor, records, judge, max_new_tokens=limit, temperature=args.temperature, seed=seed, batch=args.batch,
             progress=f"{name}, seed {seed}" if len(args.seeds) > 1 else name)]
-        results[ckpt] = summary(rows[ckpt]) | dict(params=policy.num_parameters(), settings=asked | dict(max_new_tokens=limit))
+        knobs_used = vars(args) | dict(data=list(files), max_new_tokens=limit)
+        results[ckpt] = summary(rows[ckpt]) | dict(params=policy.num_parameters(), knobs=knobs_used)
+        del policy  # before the next one is loaded
         data.write_records(map(without_nan, rows[ckpt]), os.path.join(out, f"completions-{name}.jsonl"))
         write(path, json.dumps(merged(path, results), indent=1, ensure_ascii=False) + "\n")
     way = f"temperature {args.temperature:g}, seeds {args.seeds}" if args.temperature else "greedy"

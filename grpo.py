@@ -7,7 +7,7 @@ policy by a KL penalty. The loop at the end of this file reads in that order.
     torchrun grpo.py                                              # the phantoms: from out/sft to out/grpo
     torchrun --nproc_per_node=8 grpo.py --model out/sft --data medad38k/medad38k.jsonl
     python grpo.py --model out/tiny-base --out out/rl-only        # Table 2's first row: no SFT (Med-R1's way)
-    python grpo.py --weights 0 1 0                                # Table 2's Acc-only; 0 0 1 is Con-only, 0.8 0.1 0.1 is Table 3's
+    python grpo.py --weights 0 1 0                                # Table 2's Acc-only; 0 0 1 is Con-only, 0.8 0.1 0.1 Table 3's
 
 Left out on purpose: a value network (the group's mean is the baseline), a replay buffer, sampling ahead of the update.
 """
@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import eval as evaluation
 import model as M
 from data import DataError
 from judge import make_judge, visible_thought
@@ -68,7 +69,7 @@ KNOBS = dict(
 )
 
 
-# ------------------------------------------------------------------------------------------------------------------ the equations
+# --------------------------------------------------------------------------------------------------------------- the equations
 
 def group_advantages(rewards, scale="none"):
     """Eq. (7): A(Y_i) = R(Y_i) - 1/G sum_j R(Y_j). rewards (N, G) float -> advantages (N, G).
@@ -104,9 +105,9 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
 
     logp, old_logp, ref_logp (B, T) float32; mask (B, T) bool; advantages (B,). r_t = pi_theta / pi_SFT where old_logp is
     ref_logp (the paper), pi_theta / pi_old where it is the sampling policy's. The KL stands inside the sum over t.
-    loss_norm: "sum" mean over B of the sum over t (Eq. 8); "sequence" mean over t, then over B (Shao et al.); "token" all tokens
-    alike; "constant" divided by B * max_tokens (Dr. GRPO). total: the global batch's B (for "token": its tokens) where this is
-    a micro-batch of it, so that micro-batch and rank losses add up to the whole's.
+    loss_norm: "sum" mean over B of the sum over t (Eq. 8); "sequence" mean over t, then over B (Shao et al.); "token"
+    all tokens alike; "constant" divided by B * max_tokens (Dr. GRPO). total: the global batch's B
+    (for "token": its tokens) where this is a micro-batch of it, so that the losses of micro-batches and ranks add up.
     """
     log_r = logp - old_logp                                        # (B, T)
     r = torch.exp(log_r)                                           # (B, T)
@@ -133,7 +134,7 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
     return loss, metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the pieces
+# ------------------------------------------------------------------------------------------------------------------ the pieces
 
 def score(texts, items, judge):
     """Eqs. (4), (5), (6) for n texts and their records -> fmt, acc, con, each (n,) float32; con is nan where F failed."""
@@ -152,15 +153,15 @@ def without_failures(con):
 
 
 def check_gold(records, judge):
-    """The gold answers must score 1 by the very code that will score the policy's; else the reward, not the policy, is wrong."""
+    """The gold answers must score 1 by the code that will score the policy's; else the reward, not the policy, is wrong."""
     records = [r for r in records if r["thought"] is not None]
     if records:
         names = ("format", "accuracy", "consistency")
         for name, part in zip(names, score([data.answer_text(r) for r in records], records, judge), strict=True):
             bad = (part < 1).nonzero()
             if len(bad):
-                raise DataError(f"record {records[bad[0]]['id']!r}: its own gold answer has {name} reward {part[bad[0]].item():g}, "
-                                f"expected 1 ({len(bad)} of {len(records)} records)")
+                raise DataError(f"record {records[bad[0]]['id']!r}: its gold answer has {name} reward {part[bad[0]].item():g}, "
+                                f"expected 1 (so for {len(bad)} of {len(records)} records)")
 
 
 def average(sums):
@@ -174,11 +175,11 @@ def show(folder, step, records, texts, rewards):
     with open(os.path.join(folder, "completions.jsonl"), "a") as f:
         for record, group, scores in zip(records, texts, rewards.tolist(), strict=True):
             f.write(json.dumps(dict(step=step, id=record["id"], answer=record["answer"], options=record["options"],
-                                    completions=[dict(text=t, fmt=s[0], acc=s[1], con=s[2], reward=s[3])
-                                                 for t, s in zip(group, scores, strict=True)])) + "\n")
+                                    completions=[dict(text=t, fmt=s[0], acc=s[1], con=s[2] if s[2] == s[2] else None,  # no nan
+                                                      reward=s[3]) for t, s in zip(group, scores, strict=True)])) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------------------------ the loop
+# -------------------------------------------------------------------------------------------------------------------- the loop
 
 def main(argv=None):
     args = knobs(KNOBS, __doc__, argv)
@@ -188,10 +189,13 @@ def main(argv=None):
     questions_a_step = args.batch // args.G
     if args.G < 2:
         raise DataError(f"--G {args.G}: a group of one has no advantage over its own mean; expected at least 2")
-    if args.batch % args.G or questions_a_step < world:
-        raise DataError(f"--batch {args.batch}: expected a multiple of --G {args.G}, and at least one question for each of the "
-                        f"{world} processes")
     records = data.read_records(args.data, "train")
+    if args.batch % args.G or min(questions_a_step, len(records)) < world:
+        raise DataError(f"--batch {args.batch}: expected a multiple of --G {args.G}, and at least one question for each of "
+                        f"the {world} processes ({len(records)} questions in all)")
+    if os.path.realpath(args.model) == os.path.realpath(args.out):
+        raise DataError(f"--out {args.out} is the folder of the SFT policy itself; name another")
+    held_out = evaluation.subset(data.read_records(args.data, "test"), args.eval_questions) if args.eval_every else []
     judge = make_judge(args.judge, args.judge_sees)
     if rank == 0:
         check_gold(records, judge)
@@ -248,7 +252,7 @@ def main(argv=None):
             ref_logp = torch.cat([M.token_logprobs(pi_sft, M.rows_of(batch, rows), tokens[rows], mask[rows], **likelihood)
                                   for rows in micro]).flatten(0, 1)                        # (N*G, T)
         old_logp = ref_logp if args.ratio == "sft" else None  # None: the policy's own, taken as it comes in the first epoch
-        total = M.sum_over_ranks(int(counted.sum()) if args.loss_norm == "token" else len(flat))
+        total = M.sum_over_ranks(max(1, int(counted.sum())) if args.loss_norm == "token" else len(flat))
         clock.append(time.perf_counter())
 
         # Eq. (8): mu optimiser steps.
@@ -266,7 +270,7 @@ def main(argv=None):
                 n = int(counted[rows].sum())
                 for name, value in metrics.items():
                     sums[name] = tuple(a + b for a, b in zip(sums.get(name, (0, 0)), (value * n, n), strict=True))
-                sums["loss"] = (sums.get("loss", (0,))[0] + loss.item() * world, world)
+                sums["loss"] = (sums.get("loss", (0,))[0] + loss.item(), 1 / world)
             old_logp = torch.cat(logps) if old_logp is None else old_logp
             M.sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
@@ -286,6 +290,10 @@ def main(argv=None):
         seconds = dict(zip(("rollout", "judge", "reference", "update"), (b - a for a, b in zip(clock, clock[1:], strict=False)),
                            strict=True))
         done = step + args.mu
+        if args.eval_every and done // args.eval_every > step // args.eval_every:
+            rows = evaluation.evaluate(policy, processor, held_out[rank::world], judge, max_new_tokens=args.max_new_tokens,
+                                       progress=False)
+            figures |= average(dict(held_out_accuracy=(sum(row["acc"] for row in rows), len(rows))))
         bar.update(args.mu)
         bar.set_postfix(reward=f"{figures['reward']:.3f}", accuracy=f"{figures['accuracy']:.2f}", kl=f"{figures['kl']:.3f}")
         if rank == 0:

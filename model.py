@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
@@ -41,7 +42,7 @@ LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # the languag
 # The tiny Qwen2.5-VL: 1.1 M parameters, the real architecture in small.
 TINY_TEXT = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                  max_position_embeddings=4096, rms_norm_eps=1e-6, initializer_range=0.05,
-                 rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]))
+                 rope_parameters=dict(rope_type="default", rope_theta=1000000.0, mrope_section=[4, 6, 6]))
 TINY_VISION = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=14, spatial_merge_size=2,
                    temporal_patch_size=2, window_size=112, out_hidden_size=128, fullatt_block_indexes=[1],
                    initializer_range=0.05)
@@ -63,10 +64,10 @@ class Processor(NamedTuple):
     name: str  # the stock processor class, written into saved folders so that AutoProcessor finds it
 
 
-# ---------------------------------------------------------------------------------------------------------------- the network
+# ----------------------------------------------------------------------------------------------------------------- the network
 
 def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
-    """A checkpoint (folder or hub name) -> (model in eval mode, Processor). Raises DataError where it is not one of FAMILIES."""
+    """A checkpoint (folder or hub name) -> (model in eval mode, Processor). DataError where it is not one of FAMILIES."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as e:
@@ -76,16 +77,32 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
         raise DataError(f"{name}: a checkpoint of another architecture ({config.model_type}); expected one of "
                         f"{', '.join(FAMILIES)}")
     try:
-        net = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False,
-                                                          use_safetensors=True)
+        net, info = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa",
+                                                                output_loading_info=True, use_safetensors=True,
+                                                                trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise DataError(f"{name}: the checkpoint can't be read: {str(e).splitlines()[0]}") from e
+    if info["missing_keys"] or info["mismatched_keys"]:
+        wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise DataError(f"{name}: the checkpoint is incomplete: {len(wrong)} tensors are missing or of another shape, "
+                        f"the first is {wrong[0]}")
+    if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
+        raise DataError(f"{name}: the checkpoint's tokenizer does not fit it or is missing: no <|image_pad|> of id "
+                        f"{config.image_token_id}")
     longest = min(max_pixels, image_processor.size["longest_edge"])
     image_processor.size = {"shortest_edge": min(image_processor.size["shortest_edge"], longest), "longest_edge": longest}
     tokenizer.padding_side = "left"
     return net.to(device).eval(), Processor(tokenizer, image_processor, FAMILIES[config.model_type])
+
+
+def is_tiny(name):
+    """Whether a checkpoint folder holds a network as small as build_tiny's."""
+    if not os.path.exists(os.path.join(name, "config.json")):
+        return False
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return config.get_text_config().hidden_size <= 2 * TINY_TEXT["hidden_size"]
 
 
 def build_tiny(texts, *, image_size, seed=0):
@@ -157,12 +174,12 @@ def autocast(model):
 
 # ---------------------------------------------------------------------------------------------------------- records -> tensors
 
-_patches = {}  # image path -> (patches, grid): an image is decoded and cut once a run while it fits in PIXEL_CACHE
+_patches = {}  # (processor, image path) -> (patches, grid): an image is decoded and cut once a run while it fits in PIXEL_CACHE
 
 
 def image_patches(processor, record):
     """One record's image -> (patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns of patches)."""
-    key = (record["path"], processor.image_processor.size["longest_edge"])
+    key = (id(processor.image_processor), record["path"])
     if key not in _patches:
         out = processor.image_processor(images=[load_image(record)], return_tensors="pt")
         entry = out["pixel_values"], out["image_grid_thw"]
@@ -172,17 +189,19 @@ def image_patches(processor, record):
     return _patches[key]
 
 
-def tensors(processor, texts, images, device="cpu"):
-    """User messages and their image patches (or None each) -> the batch that `sample` and `token_logprobs` take:
-    input_ids, attention_mask (N, P) left-padded, pixel_values (all patches, d), image_grid_thw (images, 3), stop_ids, pad_id."""
+def tensors(processor, texts, images, device="cpu", openings=None):
+    """User messages, their image patches (or None each) and what their answers open with, if anything -> the batch that
+    `sample` and `token_logprobs` take:
+    input_ids, attention_mask (N, P) left-padded, pixel_values (all patches, d), image_grid_thw (images, 3), stop_ids, pad_id.
+    """
     tok, merge = processor.tokenizer, processor.image_processor.merge_size
     prompts = []
-    for text, image in zip(texts, images, strict=True):
+    for text, image, opening in zip(texts, images, openings or [""] * len(texts), strict=True):
         content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": text}]
         prompt = tok.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
         if image is not None:  # one placeholder for each merged patch
             prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * int(image[1].prod() // merge**2), 1)
-        prompts.append(prompt)
+        prompts.append(prompt + opening)
     ids = tok(prompts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
     batch = dict(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"],
                  stop_ids=torch.tensor(sorted({tok.eos_token_id, tok.pad_token_id})))
@@ -219,12 +238,13 @@ def rows_of(batch, rows):
 
 def prompt_positions(net, batch):
     """mRoPE positions of the prompt (3, N, P), and the position of each completion's first token (N,). An image takes as many
-    positions as its longer side has merged patches, so a completion does not go on from the prompt's length."""
+    positions as its longer side has merged patches, so a completion does not go on from the prompt's length. A batch may ask
+    for positions left free between the two ("skip", (N,)): the tiny base's warm-up does."""
     kinds = (batch["input_ids"] == net.config.image_token_id).int()
     positions, _ = net.model.get_rope_index(batch["input_ids"], mm_token_type_ids=kinds, attention_mask=batch["attention_mask"],
                                             image_grid_thw=batch.get("image_grid_thw"))
     positions = positions.masked_fill(batch["attention_mask"][None] == 0, 0)
-    return positions, positions.amax(dim=(0, 2)) + 1
+    return positions, positions.amax(dim=(0, 2)) + 1 + batch.get("skip", 0)
 
 
 def images_of(batch):
@@ -312,7 +332,7 @@ def finished(batch, tokens, mask):
     return (torch.isin(tokens, batch["stop_ids"]) & mask).any(-1)
 
 
-# -------------------------------------------------------------------------------------------------------------- log-probabilities
+# ----------------------------------------------------------------------------------------------------------- log-probabilities
 
 def group_mask(prompt_mask, G, T):
     """Who sees whom in the row [prompt | completion 1 | ... | completion G]: (N, 1, P+G*T, P+G*T) bool, True = attends.
@@ -363,7 +383,7 @@ def chosen_logprobs(net, h, y, temperature):
     return torch.cat([checkpoint(chunk, a, b, use_reentrant=False) if h.requires_grad else chunk(a, b) for a, b in parts])
 
 
-# --------------------------------------------------------------------------------------------------------------- save and devices
+# ------------------------------------------------------------------------------------------------------------ save and devices
 
 def save(model, processor, folder):
     """Write a Hugging Face folder that stock AutoProcessor and AutoModelForImageTextToText load (an adapter is merged into a

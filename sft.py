@@ -48,10 +48,10 @@ KNOBS = dict(
 BETAS = (0.9, 0.98)  # of AdamW in every stage
 
 
-# ------------------------------------------------------------------------------------------------ knobs and runs, for both stages
+# --------------------------------------------------------------------------------------------- knobs and runs, for both stages
 
 def knobs(table, doc, argv=None):
-    """The command line of a stage -> Namespace. The preset is `tiny` where no model, or one made by make_base, is named."""
+    """The command line of a stage -> Namespace. Preset `tiny` where no model is named, or one as small as make_base's."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
     for name, (tiny, paper, meaning, *choices) in table.items():
@@ -62,10 +62,10 @@ def knobs(table, doc, argv=None):
     parser.add_argument("--preset", choices=["tiny", "paper"], help="which defaults to take (chosen by the model if not given)")
     parser.add_argument("--print", action="store_true", help="print the knobs as they would be used, and stop")
     given = parser.parse_args(argv)
-    small = given.model is None or os.path.exists(os.path.join(given.model, "base.json"))
+    small = given.model is None or M.is_tiny(given.model)
     preset = given.preset or ("tiny" if small else "paper")
     for name, values in table.items():
-        if getattr(given, name) in (None, False):
+        if getattr(given, name) is None:
             setattr(given, name, values[("tiny", "paper").index(preset)])
     given.preset = preset
     for name in ("batch", "micro_batch", "lr", "epochs", "G", "max_new_tokens", "mu"):
@@ -110,13 +110,14 @@ def load_state(folder, policy, optimizer):
 
 
 def trim_log(folder, step):
-    """Drop the lines of metrics.jsonl that a resumed run will write again."""
-    path = os.path.join(folder, "metrics.jsonl")
-    with open(path) as f:
-        kept = [line for line in f if json.loads(line)["step"] <= step]
-    with open(path + ".writing", "w") as f:
-        f.writelines(kept)
-    os.replace(path + ".writing", path)
+    """Drop the lines of metrics.jsonl and completions.jsonl that a resumed run will write again."""
+    for path in (os.path.join(folder, name) for name in ("metrics.jsonl", "completions.jsonl")):
+        if os.path.exists(path):
+            with open(path) as f:
+                kept = [line for line in f if json.loads(line)["step"] <= step]
+            with open(path + ".writing", "w") as f:
+                f.writelines(kept)
+            os.replace(path + ".writing", path)
 
 
 def trained(policy):
@@ -137,7 +138,7 @@ def epoch_order(n, epoch, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------------------ Eq. (1)
+# --------------------------------------------------------------------------------------------------------------------- Eq. (1)
 
 def sft_loss(logp, mask, tokens_in_batch):
     """Eq. (1): L_SFT = - sum over (I, Q, Y*) of log pi_theta(Y* | I, Q), Y* = (T*, A*).
@@ -148,33 +149,45 @@ def sft_loss(logp, mask, tokens_in_batch):
     return -(logp * mask).sum() / tokens_in_batch
 
 
-# ---------------------------------------------------------------------------------------------------------------- the tiny base
+# --------------------------------------------------------------------------------------------------------------- the tiny base
 
 # A random network does not learn to name an option by its letter, nor to see, from think-then-answer targets alone: the few
 # tokens that matter drown among the many that don't. Real base models bring both along; this makes a tiny one that does, half.
-LETTER_POOLS = ((4, ""), (8, ""), (16, ""), (32, ""), (100, ""), (100, ".</think><answer>"))  # (names, what stands between)
-LETTER_SOLVED = 0.9                   # mean probability of the right letter at which the next pool opens
-LETTER_STEPS = 1200                   # at most this many steps of letters alone
+LETTER_STAGES = (*((n, 0) for n in (4, 8, 16, 32, 100)), *((100, s) for s in (8, 16, 32, 64)))  # (names in play, skip)
+LETTER_SOLVED = 0.8                   # mean probability of the right letter at which the next stage begins
+LETTER_STEPS = 2000                   # at most this many steps of letters alone
 MIXED_STEPS = 200                     # then so many of letters and dense captions in turn: longer sees more
 CAPTION_IMAGES = 1000                 # phantoms drawn for the captions, from a seed of their own: none is in train or test
 BASE_BATCH = 32                       # prompts a step
 BASE_LR = 1e-3
 
 
-def letter_batch(processor, names, between, rng, n, asked=None):
-    """n text-only prompts of four options, each with a group of four completions, one for each option: its name, `between`, its
-    letter. The four share their prompt and don't see each other, so no letter can be guessed by elimination. -> batch,
-    tokens, mask of the letters alone. With `asked`, a list of questions, the prompt is that of a record."""
-    prompts, completions = [], []
+def letter_batch(processor, names, skip, records, rng, n):
+    """n text-only prompts of four options, each with a group of four completions, one for each option: its name, then its
+    letter: "cystB" or "cyst.</think><answer>B", by turns, for the way from name to letter is easier to find the shorter it is.
+    The four share their prompt and don't see each other, so no letter can be guessed by elimination; up to `skip` positions
+    between prompt and completion are left free, so that the distance doesn't matter. With records the prompt is in full: a
+    record's question with these options, and its thought, all of it or the end, up to the conclusion.
+    -> batch, tokens (n, 4, T), mask of the letters alone.
+    """
+    prompts, openings, completions = [], [], []
     for _ in range(n):
-        options = [str(x) for x in rng.choice(names, 4, replace=False)]
-        lines = "".join(f"{letter}) {x}\n" for letter, x in zip("ABCD", options, strict=True))
-        prompts.append(lines if asked is None else f"{asked[rng.integers(len(asked))]}\n{lines}{data.INSTRUCTION}")
+        options, between = rng.choice(names, 4, replace=False).tolist(), rng.choice(["", ".</think><answer>"])
+        prompts.append("\n".join(map("{}) {}".format, "ABCD", options)))
+        openings.append("")
+        if records:
+            record, between = dict(records[rng.integers(len(records))]), ".</think><answer>"
+            truth = record["options"][data.LETTERS.index(record["answer"])]
+            sentences = record["thought"].removesuffix(f" {truth}.").split(". ")
+            openings[-1] = "<think>" + ". ".join(sentences[rng.integers(len(sentences)):])
+            prompts[-1] = data.question_text(dict(record, options=options))
         completions += [f" {x}{between}{letter}" for letter, x in zip("ABCD", options, strict=True)]
     tokens, mask = M.encode_completions(processor, completions)
     tokens, mask = tokens.view(n, 4, -1), mask.view(n, 4, -1)
-    last = mask.sum(-1, keepdim=True) - 2                                                  # the letter stands before the stop
-    return M.tensors(processor, prompts, [None] * n), tokens, torch.zeros_like(mask).scatter(-1, last, True)
+    at = mask.sum(-1, keepdim=True) - 2                                                    # the letter, before the stop token
+    batch = M.tensors(processor, prompts, [None] * n, openings=openings)
+    batch["skip"] = torch.from_numpy(rng.integers(0, skip + 1, n))
+    return batch, tokens, torch.zeros_like(mask).scatter(-1, at, True)
 
 
 def caption_set(processor, seed):
@@ -196,37 +209,38 @@ def make_base(folder, records, seed):
     rng = np.random.default_rng([seed, 2])
     names = rng.permutation(sorted({o for r in records for o in r["options"]})).tolist()
     names = np.array(sorted(names, key=lambda x: len(processor.tokenizer(" " + x)["input_ids"])))  # one-token names first
-    asked = sorted({r["question"] for r in records})
     optimizer = torch.optim.AdamW(net.parameters(), lr=BASE_LR, betas=BETAS, weight_decay=0.0)
 
     def step(k, *batches):
-        """One optimiser step on the mean log-probability of each batch's masked tokens -> the first one's probability."""
+        """One optimiser step on the mean log-probability of each batch's masked tokens -> the first's mean probability."""
+        right = []
         optimizer.param_groups[0]["lr"] = BASE_LR * min(1, (k + 1) / 50)
         for batch, tokens, mask in batches:
             logp = M.token_logprobs(net, batch, tokens, mask)
             (-logp.sum() / mask.sum()).backward()
+            right.append(logp.detach()[mask].exp().mean().item())
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        batch, tokens, mask = batches[0]
-        return logp[mask].exp().mean().item() if len(batches) == 1 else math.nan
+        return right[0]
 
-    pools, solved, bar = list(LETTER_POOLS), 0.25, tqdm(range(LETTER_STEPS), desc="base: letters", unit="step")
+    stage, solved, bar = 0, 0.25, tqdm(range(LETTER_STEPS), desc="base: letters", unit="step")
     for k in bar:
-        n, between = pools[0]
-        solved += 0.1 * (step(k, letter_batch(processor, names[:n], between, rng, BASE_BATCH)) - solved)
-        bar.set_postfix(names=n, between=between, right=f"{solved:.2f}")
+        n, skip = LETTER_STAGES[stage]
+        solved += 0.1 * (step(k, letter_batch(processor, names[:n], skip, None, rng, BASE_BATCH)) - solved)
+        bar.set_postfix(stage=stage + 1, right=f"{solved:.2f}")
         if solved > LETTER_SOLVED:
-            pools, solved = pools[1:], 0.25
-        if not pools:
+            stage, solved = stage + 1, 0.25
+        if stage == len(LETTER_STAGES):
             bar.close()
             break
     captions = caption_set(processor, seed)
-    for _ in tqdm(range(MIXED_STEPS), desc="base: captions", unit="step"):
+    for _ in (bar := tqdm(range(MIXED_STEPS), desc="base: captions", unit="step")):
         chosen = [captions[i] for i in rng.choice(len(captions), BASE_BATCH, replace=False)]
         tokens, mask = M.encode_completions(processor, [c for _, c in chosen])
-        step(50, letter_batch(processor, names, LETTER_POOLS[-1][1], rng, BASE_BATCH // 2, asked),
+        right = step(50, letter_batch(processor, names, 0, records, rng, BASE_BATCH // 2),
              (M.tensors(processor, ["Describe the lesion."] * BASE_BATCH, [image for image, _ in chosen]), tokens, mask))
+        bar.set_postfix(letters=f"{right:.2f}")
     os.makedirs(folder, exist_ok=True)
     M.save(net, processor, folder)
     with open(os.path.join(folder, "base.json"), "w") as f:
@@ -234,7 +248,8 @@ def make_base(folder, records, seed):
 
 
 def base_recipe(seed):
-    return dict(seed=seed, letters=[list(LETTER_POOLS), LETTER_SOLVED, LETTER_STEPS], mixed=[MIXED_STEPS, CAPTION_IMAGES])
+    return dict(seed=seed, letters=[[list(s) for s in LETTER_STAGES], LETTER_SOLVED, LETTER_STEPS],
+                captions=[MIXED_STEPS, CAPTION_IMAGES])
 
 
 def prepare_tiny(args, rank):
@@ -252,7 +267,7 @@ def prepare_tiny(args, rank):
     return base, [os.path.join(args.root, "phantoms", "phantoms.jsonl")]
 
 
-# --------------------------------------------------------------------------------------------------------------------- the loop
+# -------------------------------------------------------------------------------------------------------------------- the loop
 
 def main(argv=None):
     args = knobs(KNOBS, __doc__, argv)
@@ -264,6 +279,9 @@ def main(argv=None):
     if not args.data:
         raise DataError("--model was given without --data: name the files of records to train on")
     records = data.read_records(args.data, "train")
+    if min(args.batch, len(records)) < world:
+        raise DataError(f"--batch {args.batch}: expected at least one question for each of the {world} processes "
+                        f"({len(records)} questions in all)")
     open_run(args.out, args, rank)
 
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32  # what is trained is kept in fp32

@@ -604,7 +604,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_sentence(how, world, tmp_path):
 # ----------------------------------------------------------------------------------------- CUDA, and the real model's own shape
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_bf16_on_cuda_agrees_with_fp32_and_lora_learns_at_1e_6(world, monkeypatch):
+def test_bf16_on_cuda_agrees_with_fp32_and_lora_learns_at_1e_6(world):
     """On the device: sampling and update under bf16 autocast stay within 5e-2 of fp32, and an AdamW step at the paper's 1e-6
     moves LoRA's fp32 parameters over a bf16 base."""
     net = copy.deepcopy(world.net).cuda()
@@ -628,8 +628,8 @@ def real_shape(folder):
     """A checkpoint folder with Qwen2.5-VL's own vocabulary, tokenizer and image processor, two layers, random weights."""
     source = SHARED / "qwen2_5_vl"
     config = json.loads((source / "config.json").read_text())
-    config |= dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-    config["vision_config"] |= dict(hidden_size=128, intermediate_size=256, depth=2, num_heads=4, out_hidden_size=256,
+    config |= dict(hidden_size=384, intermediate_size=512, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1)
+    config["vision_config"] |= dict(hidden_size=128, intermediate_size=256, depth=2, num_heads=4, out_hidden_size=384,
                                     fullatt_block_indexes=[1])
     config.pop("transformers_version")
     Path(make(folder), "config.json").write_text(json.dumps(config))

@@ -1,0 +1,328 @@
+"""eval.py: figures counted by hand, the files that come out, what a hostile completion may not do, and bad input."""
+import json
+import math
+import os
+import re
+import statistics
+import sys
+
+import pytest
+import torch
+from transformers import BertConfig
+
+import data
+import eval as evaluation
+import model as M
+from judge import make_judge
+
+NAN = math.nan
+STATES = ["Normal", "Abnormal", "Artifact", "Uncertain"]
+
+
+def row(task, modality, acc, fmt=1.0, con=1.0, seed=0, given="A", answer="A", cut_off=False, **other):
+    return dict(id="q", task=task, modality=modality, acc=float(acc), fmt=fmt, con=con, seed=seed, given=given, answer=answer,
+                question="Q?", options=STATES, completion="", thought="t", verdict=None, cut_off=cut_off) | other
+
+
+ROWS = [  # 3 of 4, 1 of 2 and 0 of 1 right: 4 of 7 overall, where the tasks' mean would be 5/12
+    row("anomaly", "MRI", 1), row("anomaly", "MRI", 1, con=0.0), row("anomaly", "CT", 1, fmt=0.0),
+    row("anomaly", "CT", 0, con=NAN, given="B"),
+    row("location", "MRI", 1, con=0.0), row("location", "CT", 0, fmt=0.0, con=0.0, given=None, cut_off=True),
+    row("pathology", "CT", 0, fmt=0.0, given="C")]
+
+
+def accuracies(entries):
+    return {name: (e["mean"], e["n"]) for name, e in entries.items()}
+
+
+def script(monkeypatch, world, texts):
+    """Put prepared completions in the place of sampling: M.sample hands them out, batch after batch."""
+    queue = list(texts)
+
+    def sample(model, batch, **_):
+        n = len(batch["input_ids"])
+        mine = [queue.pop(0) for _ in range(n)]
+        return M.encode_completions(world.processor, mine)
+    monkeypatch.setattr(M, "sample", sample)
+    return queue
+
+
+def run(monkeypatch, *argv):
+    """The command line as a shell would start it."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
+    data.cli(evaluation.main)
+
+
+@pytest.fixture
+def out(world, tmp_path):
+    """A folder as sft.py and grpo.py leave it: the phantoms and a checkpoint, linked."""
+    (tmp_path / "phantoms").symlink_to(os.path.dirname(world.jsonl))
+    (tmp_path / "sft").symlink_to(world.folder)
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------------------------- the figures
+
+def test_accuracy_is_section_41s():
+    """Per task right / questions of that task; overall all right / all questions, which is not the mean of the tasks."""
+    s = evaluation.summary(ROWS)
+    assert accuracies(s["tasks"]) == {"anomaly": (0.75, 4), "location": (0.5, 2), "pathology": (0.0, 1)}
+    assert s["overall"] == {"mean": 4 / 7, "std": 0.0, "n": 7}
+    assert s["overall"]["mean"] != pytest.approx(statistics.fmean([0.75, 0.5, 0]))
+    assert accuracies(s["modality"]) == {"MRI": (1.0, 3), "CT": (0.25, 4)}
+    assert list(s["tasks"]) == ["anomaly", "location", "pathology"]
+
+
+def test_rates_and_a_failed_judge():
+    """Format over all seven; consistency over the six that F could judge: a failure is neither 0 nor hidden."""
+    s = evaluation.summary(ROWS)
+    assert s["format"] == pytest.approx(4 / 7)
+    assert s["consistency"] == pytest.approx(3 / 6)
+    assert s["judge_failed"] == 1
+    assert s["cut_off"] == pytest.approx(1 / 7)
+    failed = evaluation.summary([row("anomaly", "CT", 1, con=NAN)])
+    assert failed["consistency"] is None and failed["judge_failed"] == 1
+    table, _ = evaluation.tables({"x": failed | {"params": 1}})
+    assert table[1][table[0].index("Consistency")] == "-"
+    assert any("failed on 1 " in line for line in evaluation.remarks({"x": failed}))
+
+
+def test_mean_and_deviation_over_seeds():
+    """Accuracies 1/2, 1 and 3/4 of three seeds: mean 3/4 and, over n - 1, deviation 1/4; n stays the questions of one seed."""
+    right = {0: (1, 1, 0, 0), 1: (1, 1, 1, 1), 2: (1, 1, 1, 0)}
+    rows = [row("anomaly" if i < 2 else "pathology", "CT", acc, seed=s) for s, x in right.items() for i, acc in enumerate(x)]
+    s = evaluation.summary(rows)
+    assert s["overall"] == {"mean": 0.75, "std": pytest.approx(0.25), "n": 4}
+    assert s["tasks"]["anomaly"] == {"mean": 1.0, "std": 0.0, "n": 2}
+    assert s["tasks"]["pathology"] == {"mean": 0.5, "std": pytest.approx(0.5), "n": 2}  # 0, 1, 1/2
+    table, _ = evaluation.tables({"x": s | {"params": 3_750_000_000}})
+    cells = dict(zip(*table, strict=True))
+    assert (cells["Overall"], cells["Pathology Char."], cells["n"]) == ("75.00 ± 25.00", "50.00 ± 50.00", "4")
+    assert cells["Params"] == "3.8B"
+
+
+def test_answers_given_show_a_collapse():
+    """A policy that always says Normal is seen by its share beside that of the right answers."""
+    rows = [row("anomaly", "CT", a == "A", given="A", answer=a) for a in "ABAB"]
+    s = evaluation.summary([*rows, row("anomaly", "CT", 0, given=None, answer="C")])
+    assert s["answers"]["anomaly"] == {"Normal": [0.8, 0.4], "unreadable": [0.2, 0.0], "Abnormal": [0.0, 0.4],
+                                       "Artifact": [0.0, 0.2]}
+    assert s["answers"]["letter"] == {"A": [0.8, 0.4], "unreadable": [0.2, 0.0], "B": [0.0, 0.4], "C": [0.0, 0.2]}
+    assert any("anomaly" in x and "Normal 80 (40)" in x for x in evaluation.remarks({"x": s}))
+
+
+def test_table_1s_columns():
+    """The paper's columns in its order; a task of Med-R1's behind them; "-" where a checkpoint had no such question."""
+    ours, theirs = evaluation.summary(ROWS), evaluation.summary([row("lesion grading", "Fundus", 1)])
+    table, modality = evaluation.tables({"a|b": ours | {"params": 1_100_000}, "c": theirs | {"params": 1_100_000}})
+    assert table[0] == ["Model", "Params", "Anatomy ID.", "Anomaly Det.", "Lesion Loc.", "Modality Class.", "Pathology Char.",
+                        "lesion grading", "Overall", "Format", "Consistency", "n"]
+    assert table[1] == ["a|b", "1.1M", "-", "75.00", "50.00", "-", "0.00", "-", "57.14", "57.14", "50.00", "7"]
+    assert table[2][2:9] == ["-"] * 5 + ["100.00", "100.00"]
+    assert modality == [["Model", "MRI", "CT", "Fundus"], ["a|b", "100.00", "25.00", "-"], ["c", "-", "-", "100.00"]]
+    lines = evaluation.markdown(table).splitlines()  # the | of a name is escaped
+    assert len(lines) == 4 and all(len(re.split(r"(?<!\\)\|", x)) == len(table[0]) + 2 for x in lines)
+
+
+# ------------------------------------------------------------------------------------------------------ answering the questions
+
+def test_rows_follow_the_records(world, monkeypatch):
+    """Completions meet the right records over uneven batches, and are scored: gold, wrong, talkative, unfinished."""
+    records = world.records[:7]
+    texts = [data.answer_text(r) for r in records]
+    wrong = "ABCD"[("ABCD".index(records[2]["answer"]) + 1) % 4]
+    texts[2] = f"<think>{records[2]['thought']}</think><answer>{wrong}</answer>"  # the thought supports another option
+    texts[4] = "Well: " + texts[4]
+    texts[5] = "<think>It goes on and on"
+    left = script(monkeypatch, world, texts)
+    rows = evaluation.evaluate(world.net, world.processor, records, make_judge(), max_new_tokens=99, batch=3, seed=5,
+                               progress=False)
+    assert not left and [r["id"] for r in rows] == [r["id"] for r in records]
+    assert [r["completion"] for r in rows] == texts
+    assert [r["given"] for r in rows] == [wrong if i == 2 else None if i == 5 else r["answer"] for i, r in enumerate(records)]
+    assert [r["acc"] for r in rows] == [1, 1, 0, 1, 1, 0, 1]
+    assert [r["fmt"] for r in rows] == [1, 1, 1, 1, 0, 0, 1]
+    assert [r["con"] for r in rows] == [1, 1, 0, 1, 1, 0, 1]
+    assert rows[2]["verdict"] == records[2]["answer"] and rows[0]["thought"] == records[0]["thought"]
+    assert {r["seed"] for r in rows} == {5} and not any(r["cut_off"] for r in rows)
+
+
+def test_greedy_does_not_depend_on_the_batch(world):
+    """Images and questions of several lengths: the padding that a batch brings along must not change an answer."""
+    few = [evaluation.evaluate(world.net, world.processor, world.mixed, make_judge(), max_new_tokens=8, batch=b, progress=False)
+           for b in (1, 2, 5)]
+    assert few[0] == few[1] == few[2]
+    assert any(r["completion"] for r in few[0])
+    assert any(r["cut_off"] for r in few[0])
+
+
+def test_seeds_at_a_temperature(world):
+    """The same seed gives the same answers, another seed others; greedy ones don't depend on it."""
+    def texts(seed, temperature):
+        rows = evaluation.evaluate(world.net, world.processor, world.mixed[:2], make_judge(), max_new_tokens=8, seed=seed,
+                                   temperature=temperature, progress=False)
+        return [r["completion"] for r in rows]
+    assert texts(0, 1.0) == texts(0, 1.0) != texts(1, 1.0)
+    assert texts(0, 0.0) == texts(1, 0.0)
+
+
+def test_a_subset_is_fixed_and_nested(world):
+    """The same records at every call, the smaller set inside the larger, in the file's order; 0 is all."""
+    few, more = evaluation.subset(world.records, 5), evaluation.subset(world.records, 20)
+    ids = [r["id"] for r in world.records]
+    assert len(few) == 5 and len(more) == 20 and few == evaluation.subset(world.records, 5)
+    assert {r["id"] for r in few} <= {r["id"] for r in more}
+    assert [ids.index(r["id"]) for r in more] == sorted(ids.index(r["id"]) for r in more)
+    assert more != world.records[:20] and evaluation.subset(world.records, 0) == world.records
+
+
+# ------------------------------------------------------------------------------------------------------------------- the files
+
+def test_from_checkpoint_to_results(out, monkeypatch, capsys):
+    """The whole command on a random model: schema, agreement of results.json with the completions, merge, nothing left half."""
+    (out / "results.json").write_text(json.dumps({"elsewhere": {"overall": {"mean": 0.5}}, str(out / "sft"): "an old run"}))
+    run(monkeypatch, "--ckpt", out / "sft", "--max_new_tokens", 6, "--questions", 30, "--batch", 16)
+    results = json.loads((out / "results.json").read_text())
+    assert results["elsewhere"] == {"overall": {"mean": 0.5}} and len(results) == 2
+    entry, rows = results[str(out / "sft")], [json.loads(x) for x in (out / "completions-sft.jsonl").read_text().splitlines()]
+    assert set(rows[0]) == {"ckpt", "seed", "id", "task", "modality", "question", "options", "answer", "completion", "thought",
+                            "given", "verdict", "fmt", "acc", "con", "cut_off"}
+    test = data.read_records(str(out / "phantoms" / "phantoms.jsonl"), "test")
+    assert {r["id"] for r in rows} == {r["id"] for r in evaluation.subset(test, 30)} and len(rows) == 30
+    assert entry["overall"] == {"mean": sum(r["acc"] for r in rows) / 30, "std": 0.0, "n": 30}
+    for key, field in (("tasks", "task"), ("modality", "modality")):
+        assert {k: v["n"] for k, v in entry[key].items()} == {k: sum(r[field] == k for r in rows) for k in entry[key]}
+        assert all(set(v) == {"mean", "std", "n"} and 0 <= v["mean"] <= 1 for v in entry[key].values())
+        assert sum(v["n"] for v in entry[key].values()) == 30
+    assert 0 <= entry["format"] <= 1 and 0 <= entry["consistency"] <= 1
+    assert entry["params"] == M.load(str(out / "sft"))[0].num_parameters() and entry["knobs"]["max_new_tokens"] == 6
+    report, page = (out / "report.md").read_text(), (out / "eval.html").read_text()
+    assert f"| {out / 'sft'} | 1.1M |" in report and report in capsys.readouterr().out
+    assert page.count("data:image/png;base64,") == 30 and "src=\"http" not in page and "href" not in page
+    assert sorted(os.listdir(out)) == ["completions-sft.jsonl", "eval.html", "phantoms", "report.md", "results.json", "sft"]
+
+
+def test_seeds_through_the_command(out, monkeypatch):
+    """Two seeds: every question twice in the completions, n counted once, the deviation in the report."""
+    run(monkeypatch, "--ckpt", out / "sft", "--max_new_tokens", 4, "--questions", 5, "--temperature", 1, "--seeds", 3, 8)
+    entry = json.loads((out / "results.json").read_text())[str(out / "sft")]
+    rows = [json.loads(x) for x in (out / "completions-sft.jsonl").read_text().splitlines()]
+    assert [r["seed"] for r in rows] == [3] * 5 + [8] * 5 and len({r["id"] for r in rows}) == 5
+    assert entry["overall"]["n"] == 5 and entry["seeds"] == [3, 8] and "0.00 ± 0.00" in (out / "report.md").read_text()
+
+
+def test_two_checkpoints_of_one_name_and_another_folder(out, world, tmp_path, monkeypatch):
+    """a/sft and b/sft keep apart; --out takes the results, the data stay where the first checkpoint is; JSON holds no NaN."""
+    (out / "b").mkdir()
+    (out / "b" / "sft").symlink_to(world.folder)
+    monkeypatch.setattr(evaluation, "make_judge", lambda *_: lambda thoughts, items: [NAN] * len(items))
+    script(monkeypatch, world, ["<think>t</think><answer>A</answer>"] * 8)
+    run(monkeypatch, "--ckpt", out / "sft", out / "b" / "sft", "--questions", 4, "--out", out / "results")
+    names = sorted(p.name for p in (out / "results").iterdir())
+    assert [n for n in names if n.startswith("completions")] == ["completions-b-sft.jsonl", "completions-sft.jsonl"]
+    results = json.loads((out / "results" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert set(results) == {str(out / "sft"), str(out / "b" / "sft")}
+    assert all(e["consistency"] is None and e["judge_failed"] == 4 and e["format"] == 1 for e in results.values())
+    row = json.loads((out / "results" / "completions-sft.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
+    assert row["con"] is None and row["ckpt"] == str(out / "sft")
+
+
+def test_a_completion_cannot_script_the_page(world, tmp_path):
+    """Model output, questions, options and names are escaped; the page holds no markup but its own."""
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    records = [r | dict(question=evil + r["question"], options=[evil + o for o in r["options"]]) for r in world.records[:4]]
+    texts = [evil, f"<think>{evil}</think><answer>A</answer>", f"<think>t</think><answer>{evil}</answer>", "{{ 7 * 7 }}"]
+    rows = [r | dict(ckpt=evil, seed=0, cut_off=False) for r in evaluation.score(texts, records, make_judge())]
+    page = evaluation.page({evil: evaluation.summary(rows) | {"params": 1}}, {evil: rows}, records, evil)
+    assert "<script" not in page and "<img src=x" not in page and page.count("<img ") == 4
+    assert "&lt;script&gt;alert(1)" in page and "{{ 7 * 7 }}" in page
+    assert page.count("alert(1)") == page.count("&lt;script&gt;alert(1)")
+
+
+@pytest.mark.parametrize("wrong, wrong_shown", [(10, 10), (30, 20), (55, 35)])
+def test_the_page_shows_right_and_wrong(world, wrong, wrong_shown):
+    """SHOWN of 60 questions, half of them wrong where there are enough of both, each with a completion of every checkpoint."""
+    records = world.records[:60]
+    acc = {r["id"]: float(i >= wrong) for i, r in enumerate(records)}  # by the last checkpoint; the first is always right
+    rows = {c: [row(r["task"], r["modality"], c == "a" or acc[r["id"]], id=r["id"], ckpt=c) for r in records] for c in "ab"}
+    page = evaluation.page({c: evaluation.summary(x) | {"params": 1} for c, x in rows.items()}, rows, records, "what")
+    shown = re.findall(r'<p class="what">(phantom-[\w-]+), ', page)
+    assert len(shown) == len(set(shown)) == evaluation.SHOWN == 40
+    assert sum(acc[x] == 0 for x in shown) == wrong_shown
+    assert page.count("✗ accuracy") == wrong_shown and page.count("✓ accuracy") == 80 - wrong_shown
+
+
+def test_one_question(out, world, monkeypatch, capsys):
+    """--image, --question and --options print thought and answer, for any image file, and write nothing."""
+    script(monkeypatch, world, ["<think>Grey tissue.</think><answer>B</answer>", "no idea"])
+    before, image = sorted(os.listdir(out)), world.records[0]["path"]
+    for _ in range(2):
+        run(monkeypatch, "--ckpt", out / "sft", "--image", image, "--question", "Q?", "--options", "CT", "MRI")
+    said = capsys.readouterr().out
+    assert "thought: Grey tissue." in said and "answer:  B) MRI" in said and "none to be read in 'no idea'" in said
+    assert sorted(os.listdir(out)) == before
+
+
+# ------------------------------------------------------------------------------------------------------------------- bad input
+
+def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
+    """Whatever is wrong with the command, its files or its checkpoint: exit code 2, one line, no traceback, no results."""
+    BertConfig().save_pretrained(tmp_path / "bert")
+    (tmp_path / "empty.jsonl").write_text("")
+    record = {k: v for k, v in world.records[0].items() if k != "path"} | {"image": "gone.png", "split": "test"}
+    (tmp_path / "gone.jsonl").write_text(json.dumps(record))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "results.json").write_text("[1, 2")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "results.json").write_text("[1, 2]")
+    ok, picture = ["--ckpt", out / "sft"], world.records[0]["path"]
+    cases = [
+        (["--ckpt", out / "none"], "no such checkpoint"),
+        (["--ckpt", tmp_path / "bert"], "another architecture (bert)"),
+        (["--ckpt", tmp_path / "nowhere" / "sft"], "is not there, expected the phantoms, or --data"),
+        ([*ok, out / "sft"], "expected different checkpoints"),
+        ([*ok, "--data", tmp_path / "empty.jsonl"], "holds no records"),
+        ([*ok, "--data", tmp_path / "gone.jsonl"], "1 of 1 questions are missing"),
+        ([*ok, "--split", "val"], "no usable record of split 'val'"),
+        ([*ok, "--split", "tset"], "invalid choice: 'tset'"),
+        ([*ok, "--seeds", 0, 1], "greedy answers are the same"),
+        ([*ok, "--seeds", 1, 1, "--temperature", 1], "expected different ones"),
+        ([*ok, "--temperature", -1], "--temperature -1.0: expected at least 0"),
+        ([*ok, "--temperature", "nan"], "--temperature nan: expected at least 0"),
+        ([*ok, "--batch", 0], "--batch 0: expected at least 1"),
+        ([*ok, "--judge", "oracle"], "judge 'oracle' is unknown"),
+        ([*ok, "--beam", 4], "unrecognized arguments"),
+        ([*ok, "--out", tmp_path / "broken"], "not a JSON object"),
+        ([*ok, "--out", tmp_path / "list"], "not a JSON object"),
+        ([*ok, "--image", picture], "needs all three"),
+        ([*ok, "--image", picture, "--question", "Q?", "--options", "MRI"], "expected 2 to 6"),
+        ([*ok, "--image", tmp_path / "no.png", "--question", "Q?", "--options", "MRI", "CT"], "is missing")]
+    for argv, sentence in cases:
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, *argv)
+        said = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and said[-1].startswith("error: ") and sentence in said[-1], (argv, said)
+        assert "Traceback" not in "".join(said)
+    assert not (out / "results.json").exists()
+
+
+def test_help_tells_every_knob(capsys):
+    """--help names each knob with its default."""
+    with pytest.raises(SystemExit):
+        evaluation.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name, (default, meaning, *_) in evaluation.KNOBS.items():
+        value = default[0] if isinstance(default, tuple) and default else default
+        assert f"--{name}" in said and meaning.split(":")[0] in said and (value in (None, ()) or f"[{value}]" in said), name
+
+
+def test_evaluating_leaves_the_policy_alone(world):
+    """evaluate leaves the policy as it was, mode and weights (grpo.py calls it in the middle of training)."""
+    world.net.train()
+    before = {k: v.clone() for k, v in world.net.state_dict().items()}
+    try:
+        evaluation.evaluate(world.net, world.processor, world.mixed[:2], make_judge(), max_new_tokens=2, progress=False)
+        assert world.net.training
+    finally:
+        world.net.eval()
+    assert all(torch.equal(v, before[k]) for k, v in world.net.state_dict().items())

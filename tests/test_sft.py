@@ -1,0 +1,219 @@
+"""sft.py: Eq. (1) by hand and against the stock loss, the schedule, the questions' order, the command line, a run's folder."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import grpo
+import model as M
+import sft
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# --------------------------------------------------------------------------------------------------------------------- Eq. (1)
+
+def test_sft_loss_by_hand():
+    """Eq. (1): minus the sum of the targets' log-probabilities, over the global batch's tokens; the masked bear no loss."""
+    logp = torch.tensor([[[-1.0, -2.0, -3.0]], [[-4.0, -50.0, -50.0]]])
+    mask = torch.tensor([[[True, True, True]], [[True, False, False]]])
+    assert sft.sft_loss(logp, mask, 4).item() == pytest.approx(2.5)
+    halves = [sft.sft_loss(logp[i:i + 1], mask[i:i + 1], 4).item() for i in (0, 1)]
+    assert sum(halves) == pytest.approx(2.5)  # unequal micro-batches add up to the whole
+
+
+def test_sft_loss_is_the_stock_loss_on_the_answer_alone(world):
+    """What the loop computes equals transformers' own cross-entropy with labels on think and answer (and the stop token) and
+    -100 on question, options, image and padding; gradients too. So the question bears no loss."""
+    records = world.mixed[:3]
+    net = M.load(world.folder)[0].requires_grad_(True)
+    banned = M.never_drawn(net)  # out of our softmax, in the stock one's: made too unlikely to count
+    hook = net.lm_head.register_forward_hook(lambda module, inputs, out: out.index_fill(-1, banned, -1e4))
+    batch = M.encode(world.processor, records)
+    tokens, mask = M.encode_completions(world.processor, [data.answer_text(r) for r in records])
+    loss = sft.sft_loss(M.token_logprobs(net, batch, tokens, mask), mask, int(mask.sum()))
+    loss.backward()
+    ours = torch.cat([p.grad.flatten() for p in net.parameters()])
+    net.zero_grad()
+
+    ids = torch.cat([batch["input_ids"], tokens[:, 0]], 1)
+    seen = torch.cat([batch["attention_mask"], mask[:, 0].long()], 1)
+    labels = torch.full_like(ids, -100)
+    labels[:, batch["input_ids"].shape[1]:][mask[:, 0]] = tokens[:, 0][mask[:, 0]]
+    stock = net(input_ids=ids, attention_mask=seen, labels=labels, **M.images_of(batch),
+                mm_token_type_ids=(ids == net.config.image_token_id).int()).loss
+    stock.backward()
+    hook.remove()
+    theirs = torch.cat([p.grad.flatten() for p in net.parameters()])
+    assert loss.item() == pytest.approx(stock.item(), rel=1e-5)
+    assert theirs.norm() > 0.1 and (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+def test_targets_are_think_then_answer(world):
+    """Y* is the thought, then the letter, then the end of the turn, and nothing else."""
+    record = world.records[0]
+    tokens, mask = M.encode_completions(world.processor, [data.answer_text(record)])
+    assert world.processor.tokenizer.decode(tokens[mask]) == (
+        f"<think>{record['thought']}</think><answer>{record['answer']}</answer><|im_end|>")
+
+
+# ---------------------------------------------------------------------------------------------------------- schedule and order
+
+def test_learning_rate_rises_then_falls_to_nothing():
+    """Linear over the first 3 % of 1000 steps, the peak at its end, a cosine to 0: half the peak half-way."""
+    rates = [sft.learning_rate(step, 1000, 1e-3, 0.03) for step in range(1000)]
+    assert rates[0] == pytest.approx(1e-3 / 30) and rates[14] == pytest.approx(0.5e-3) and rates[29] == pytest.approx(1e-3)
+    assert max(rates) == pytest.approx(1e-3) and rates[30] == pytest.approx(1e-3) and rates[30 + 485] == pytest.approx(0.5e-3)
+    assert rates[30 + 970 // 4] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * 242 / 970)))
+    assert all(a < b for a, b in zip(rates[:29], rates[1:30], strict=True))
+    assert all(a > b for a, b in zip(rates[30:], rates[31:], strict=False)) and 0 < rates[-1] < 1e-8
+    assert sft.learning_rate(0, 1, 1e-3, 0.03) == pytest.approx(1e-3)  # a run of one step trains at all
+
+
+def test_epoch_order_is_a_permutation_of_the_seed_alone():
+    """Every question once an epoch; another order each epoch and seed; the same at every call, whatever was drawn between."""
+    a = sft.epoch_order(100, 0, 0)
+    torch.rand(7)
+    assert sorted(a) == list(range(100)) and a == sft.epoch_order(100, 0, 0)
+    assert len({tuple(sft.epoch_order(100, epoch, seed)) for epoch in range(3) for seed in range(3)}) == 9
+
+
+# ------------------------------------------------------------------------------------------------------------ the command line
+
+PAPER = {  # section 4.1's figures, and design.md's where the paper gives none
+    sft: dict(batch=64, epochs=2.0, lr=1e-4, lora=64),
+    grpo: dict(batch=64, epochs=1.0, lr=1e-6, G=8, beta=0.04, lora=64, ratio="sft", scale="none", loss_norm="sum", kl="k3",
+               eps=0.2, max_new_tokens=512, temperature=1.0, top_p=1.0, mu=1)}
+
+
+def used(table, *argv):
+    return sft.knobs(table, "", argv)
+
+
+@pytest.mark.parametrize("stage", [sft, grpo], ids=["sft", "grpo"])
+def test_the_model_chooses_the_preset(stage, world):
+    """No model, or a tiny one: `tiny`. Any other: `paper`, with section 4.1's figures. --preset has the last word."""
+    table, name = stage.KNOBS, "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert used(table).preset == "tiny" and used(table).lora == 0
+    assert used(table, "--model", world.folder).preset == "tiny"
+    real = used(table, "--model", name)
+    assert real.preset == "paper" and {k: getattr(real, k) for k in PAPER[stage]} == PAPER[stage]
+    assert used(table, "--model", name, "--preset", "tiny").lora == 0
+    assert used(table, "--preset", "paper").lr == PAPER[stage]["lr"]
+
+
+@pytest.mark.parametrize("table", [sft.KNOBS, grpo.KNOBS], ids=["sft", "grpo"])
+def test_what_is_given_is_used(table):
+    """A value on the command line replaces the preset's, also when it is 0: --lora 0 is full fine-tuning, not rank 64."""
+    args = used(table, "--preset", "paper", "--lora", "0", "--weight_decay", "0.1", "--warmup", "0", "--save_every", "0",
+                "--data", "a.jsonl", "b.jsonl", "--seed", "3")
+    assert (args.lora, args.weight_decay, args.warmup, args.save_every, args.seed) == (0, 0.1, 0, 0, 3)
+    assert list(args.data) == ["a.jsonl", "b.jsonl"] and args.lr == table["lr"][1] and args.resume is False
+    if "beta" in table:
+        args = used(table, "--preset", "paper", "--beta", "0", "--weights", "0.8", "0.1", "0.1", "--mask_truncated")
+        assert args.beta == 0 and tuple(args.weights) == (0.8, 0.1, 0.1) and args.mask_truncated is True
+        assert tuple(used(table).weights) == pytest.approx((1 / 3, 1 / 3, 1 / 3)) and used(table).mask_truncated is False
+
+
+@pytest.mark.parametrize("stage", [sft, grpo], ids=["sft", "grpo"])
+def test_print_shows_every_knob_and_runs_nothing(stage, capsys, tmp_path, monkeypatch):
+    """--print writes the knobs as JSON and ends with exit code 0, leaving no file; --help names each with its meaning."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        stage.main(["--print", "--preset", "paper", "--lr", "0.5"])
+    shown = json.loads(capsys.readouterr().out)
+    assert not caught.value.code and shown["lr"] == 0.5 and shown["preset"] == "paper" and set(stage.KNOBS) <= shown.keys()
+    with pytest.raises(SystemExit) as caught:
+        stage.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert not caught.value.code and all(f"--{name}" in text for name in stage.KNOBS) and "paper 64" in text
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--lora x", "--lora"), ("--nonsense 1", "nonsense"), ("--preset huge", "huge"), ("--batch 0", "--batch"),
+    ("--lr -1", "--lr"), ("--lr nan", "--lr"), ("--lora -1", "--lora"), ("--micro_batch -2", "--micro_batch"),
+    ("--epochs 0", "--epochs"), ("--max_steps -1", "--max_steps"), ("--data /nowhere.jsonl", "nowhere"),
+    ("--model /nowhere", "nowhere")])
+def test_flags_that_make_no_sense_are_one_sentence(flags, word, world, tmp_path):
+    """Bad values are refused with a sentence that names the flag, before anything is written or an older run moved aside."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(data.DataError) as caught:
+        sft.main(["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--out", str(out), "--batch", "2",
+                  "--max_steps", "1", *flags.split()])
+    assert word in str(caught.value) and "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["metrics.jsonl"]
+
+
+def test_records_without_thoughts_are_refused_at_the_start(world, tmp_path):
+    """Med-R1's questions have no thoughts to learn from: such a record is named before the first step, not after an hour."""
+    records = data.read_records(world.jsonl, "train")
+    records[40]["thought"] = None
+    file = Path(world.jsonl).with_name("thoughtless.jsonl")
+    data.write_records(records, file)
+    with pytest.raises(data.DataError, match=records[40]["id"]):
+        sft.main(["--preset", "tiny", "--model", world.folder, "--data", str(file), "--out", str(tmp_path / "x"),
+                  "--batch", "1", "--max_steps", "1"])
+    assert not (tmp_path / "x").exists()
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    """The program itself, from a shell: one line on stderr that starts with "error:", no traceback, exit code 2."""
+    done = subprocess.run([sys.executable, ROOT / "sft.py", "--ratio", "sft"], cwd=tmp_path, text=True, capture_output=True,
+                          env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "--ratio" in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- a run's folder
+
+def test_an_older_run_is_moved_aside_never_deleted(world, tmp_path, capsys):
+    """A second and a third run into the same folder keep the first two, whole, beside it, and say where."""
+    out = tmp_path / "sft"
+    flags = ["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--out", str(out), "--batch", "2",
+             "--max_steps", "1"]
+    for seed in "012":
+        sft.main([*flags, "--seed", seed])
+        (out / "notes.txt").write_text(seed)
+    runs = sorted(tmp_path.iterdir())
+    assert [r.name for r in runs] == ["sft", "sft.1", "sft.2"]
+    assert [json.loads((r / "knobs.json").read_text())["seed"] for r in runs] == [2, 0, 1]
+    assert [(r / "notes.txt").read_text() for r in runs] == ["2", "0", "1"]
+    assert all((r / "model.safetensors").exists() and (r / "state.pt").exists() for r in runs)
+    said = capsys.readouterr().out
+    assert "sft.1" in said and "sft.2" in said
+
+
+def test_training_on_from_the_folder_itself(world, tmp_path):
+    """--model and --out the same folder: the model is read before its run is moved aside, or the user is told in a sentence
+    that fits; either way nothing is lost."""
+    out = tmp_path / "sft"
+    flags = ["--preset", "tiny", "--data", world.jsonl, "--out", str(out), "--batch", "2", "--max_steps", "1"]
+    sft.main(["--model", world.folder, *flags])
+    weights = (out / "model.safetensors").read_bytes()
+    try:
+        sft.main(["--model", str(out), *flags])
+    except data.DataError as e:
+        assert "no such checkpoint" not in str(e)
+        assert (out / "model.safetensors").read_bytes() == weights
+    else:
+        assert (tmp_path / "sft.1" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_step_learns_and_micro_batches_change_nothing(world, tmp_path):
+    """Ten steps lower the loss; the micro-batch's size changes it by rounding alone, although the targets' lengths differ."""
+    losses = []
+    for micro in ("8", "3"):
+        sft.main(["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--out", str(tmp_path / micro),
+                  "--batch", "8", "--micro_batch", micro, "--max_steps", "10"])
+        losses.append([json.loads(x)["loss"] for x in (tmp_path / micro / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0][-1] < losses[0][0] - 0.5
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0][0] == pytest.approx(losses[1][0], abs=2e-6)
