@@ -109,13 +109,13 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
     all tokens alike; "constant" divided by B * max_tokens (Dr. GRPO). total: the global batch's B
     (for "token": its tokens) where this is a micro-batch of it, so that the losses of micro-batches and ranks add up.
     """
-    log_r = logp - old_logp                                        # (B, T)
+    # where, not a product, and before exp: at padding r may be inf, and 0 * inf is nan, in backward too
+    log_r = torch.where(mask, logp - old_logp, 0.0)                # (B, T)
     r = torch.exp(log_r)                                           # (B, T)
     A = advantages[:, None]                                        # (B, 1)
     low, high = 1 - eps, 1 + (eps if eps_high is None else eps_high)
     surrogate = torch.min(r * A, r.clamp(low, high) * A)           # (B, T)
-    D_KL = kl_divergence(logp, ref_logp, kl)                       # (B, T)
-    # where, not a product: at padding r may be inf, and inf * 0 is nan
+    D_KL = kl_divergence(torch.where(mask, logp, 0.0), torch.where(mask, ref_logp, 0.0), kl)  # (B, T)
     objective = torch.where(mask, surrogate - beta * D_KL, 0.0)    # (B, T)
     per_sequence = objective.sum(1)                                # (B,)
     lengths = mask.sum(1).clamp(min=1)                             # (B,)
@@ -124,7 +124,7 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
         per_sequence = per_sequence / lengths
     if loss_norm == "constant":
         per_sequence = per_sequence / max_tokens
-    loss = -per_sequence.sum() / count
+    loss = -per_sequence.sum() / max(1, count)
     tokens = mask.sum().clamp(min=1)
     with torch.no_grad():
         metrics = dict(kl=(torch.where(mask, D_KL, 0.0).sum() / tokens).item(),
@@ -199,11 +199,11 @@ def main(argv=None):
     judge = make_judge(args.judge, args.judge_sees)
     if rank == 0:
         check_gold(records, judge)
-    open_run(args.out, args, rank)
 
     # The policy starts as pi_SFT. The reference is pi_SFT: the adapter switched off, or a frozen copy.
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
+    open_run(args.out, args, rank)
     sft_copy = None if args.lora else M.frozen_copy(policy)
     policy = M.add_lora(policy, args.lora, args.seed) if args.lora else policy.requires_grad_(True)
     parameters = list(trained(policy).values())
@@ -252,7 +252,7 @@ def main(argv=None):
             ref_logp = torch.cat([M.token_logprobs(pi_sft, M.rows_of(batch, rows), tokens[rows], mask[rows], **likelihood)
                                   for rows in micro]).flatten(0, 1)                        # (N*G, T)
         old_logp = ref_logp if args.ratio == "sft" else None  # None: the policy's own, taken as it comes in the first epoch
-        total = M.sum_over_ranks(max(1, int(counted.sum())) if args.loss_norm == "token" else len(flat))
+        total = M.sum_over_ranks(int(counted.sum()) if args.loss_norm == "token" else len(flat))
         clock.append(time.perf_counter())
 
         # Eq. (8): mu optimiser steps.

@@ -83,7 +83,7 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise DataError(f"{name}: the checkpoint can't be read: {str(e).splitlines()[0]}") from e
+        raise DataError(f"{name}: the checkpoint can't be read: {str(e).splitlines()[0].split('. ')[0]}") from e
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise DataError(f"{name}: the checkpoint is incomplete: {len(wrong)} tensors are missing or of another shape, "
@@ -179,7 +179,8 @@ _patches = {}  # (processor, image path) -> (patches, grid): an image is decoded
 
 def image_patches(processor, record):
     """One record's image -> (patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns of patches)."""
-    key = (id(processor.image_processor), record["path"])
+    ip = processor.image_processor
+    key = (record["path"], ip.patch_size, ip.merge_size, ip.size["shortest_edge"], ip.size["longest_edge"])
     if key not in _patches:
         out = processor.image_processor(images=[load_image(record)], return_tensors="pt")
         entry = out["pixel_values"], out["image_grid_thw"]

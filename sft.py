@@ -45,6 +45,7 @@ KNOBS = dict(
     save_every=(0, 200, "optimiser steps between checkpoints, 0 = at the end alone"),
     resume=(False, False, "continue the run in --out from its last checkpoint"),
 )
+POSITIVE = ("batch", "micro_batch", "lr", "epochs", "G", "max_new_tokens", "mu", "temperature", "top_p", "max_pixels")
 BETAS = (0.9, 0.98)  # of AdamW in every stage
 
 
@@ -56,8 +57,11 @@ def knobs(table, doc, argv=None):
     parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
     for name, (tiny, paper, meaning, *choices) in table.items():
         default = f"[{tiny}]" if tiny == paper else f"[tiny {tiny}, paper {paper}]"
-        kind = dict(action="store_true") if tiny is False else dict(nargs="+") if isinstance(tiny, tuple) else dict(
-            type=str if tiny is None else type(tiny), choices=choices[0] if choices else None)
+        kind = dict(type=str if tiny is None else type(tiny), choices=choices[0] if choices else None)
+        if tiny is False:
+            kind = dict(action="store_true")
+        if isinstance(tiny, tuple):
+            kind = dict(nargs="+", type=type(tiny[0]) if tiny else str)
         parser.add_argument(f"--{name}", default=None, help=f"{meaning} {default}", **kind)
     parser.add_argument("--preset", choices=["tiny", "paper"], help="which defaults to take (chosen by the model if not given)")
     parser.add_argument("--print", action="store_true", help="print the knobs as they would be used, and stop")
@@ -68,9 +72,15 @@ def knobs(table, doc, argv=None):
         if getattr(given, name) is None:
             setattr(given, name, values[("tiny", "paper").index(preset)])
     given.preset = preset
-    for name in ("batch", "micro_batch", "lr", "epochs", "G", "max_new_tokens", "mu"):
-        if getattr(given, name, 1) <= 0:
-            raise DataError(f"--{name} {getattr(given, name)}: expected more than 0")
+    for name in vars(given):
+        value = getattr(given, name)
+        if isinstance(value, float | int) and not 0 <= value < math.inf or value == 0 and name in POSITIVE:
+            raise DataError(f"--{name} {value}: expected a number {'more than' if name in POSITIVE else 'of at least'} 0")
+    if not 0 < getattr(given, "top_p", 1) <= 1:
+        raise DataError(f"--top_p {given.top_p}: expected more than 0, at most 1")
+    weights = getattr(given, "weights", (1, 1, 1))
+    if len(weights) != 3 or not sum(weights) > 0 or min(weights) < 0:
+        raise DataError(f"--weights {' '.join(map(str, weights))}: expected three numbers of at least 0, not all of them 0")
     if given.print:
         print(json.dumps(vars(given), indent=2))
         raise SystemExit(0)
@@ -114,7 +124,7 @@ def trim_log(folder, step):
     for path in (os.path.join(folder, name) for name in ("metrics.jsonl", "completions.jsonl")):
         if os.path.exists(path):
             with open(path) as f:
-                kept = [line for line in f if json.loads(line)["step"] <= step]
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
             with open(path + ".writing", "w") as f:
                 f.writelines(kept)
             os.replace(path + ".writing", path)
@@ -191,14 +201,14 @@ def letter_batch(processor, names, skip, records, rng, n):
 
 
 def caption_set(processor, seed):
-    """(image patches, caption) of CAPTION_IMAGES phantoms with a lesion: what it looks like and where it lies, nothing else."""
+    """(image patches, caption) of CAPTION_IMAGES phantoms with a lesion: where it lies, how it looks, what it is, no more."""
     rng, out = np.random.default_rng([seed, 1]), []
     for i in range(CAPTION_IMAGES):
         lesion = (str(rng.choice(list(data.STYLES))), str(rng.choice(data.LOCATIONS)))
         image, facts = data.draw_phantom(rng, *data.PAIRS[i % len(data.PAIRS)], lesion)
         pixels = processor.image_processor(images=[image], return_tensors="pt")
         out.append(((pixels["pixel_values"], pixels["image_grid_thw"]),
-                    f"There is {data.STYLES[facts['style']]} in the {facts['location']}. This fits {facts['lesion']}."))
+                    f" {facts['location']} {data.STYLES[facts['style']]} {facts['lesion']}"))
     return out
 
 
@@ -282,10 +292,12 @@ def main(argv=None):
     if min(args.batch, len(records)) < world:
         raise DataError(f"--batch {args.batch}: expected at least one question for each of the {world} processes "
                         f"({len(records)} questions in all)")
-    open_run(args.out, args, rank)
+    for r in records:
+        data.answer_text(r)  # a record without a thought is an error now, not after an hour
 
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32  # what is trained is kept in fp32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
+    open_run(args.out, args, rank)
     policy = M.add_lora(policy, args.lora, args.seed) if args.lora else policy.requires_grad_(True)
     parameters = list(trained(policy).values())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay)

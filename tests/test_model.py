@@ -245,11 +245,15 @@ def test_rows_of_takes_each_question_with_its_own_pixels(world):
 
 
 def test_two_processors_do_not_share_remembered_patches(world):
-    """Images are remembered by path; a processor with other patches or other limits must not be handed the first one's."""
-    record = world.mixed[1]
-    ours, _ = M.image_patches(world.processor, record)
-    theirs, _ = M.image_patches(family("qwen3_vl", world)[1], record)
-    assert ours.shape[1] == 3 * 2 * 14 * 14 and theirs.shape[1] == 3 * 2 * 16 * 16
+    """Images are remembered by path; a processor with other patches or other limits must not be handed another's, also where
+    that one is gone and its address in memory is used again (eval.py loads one checkpoint after another)."""
+    for k in range(12):
+        patch, limit = (14, 16)[k % 2], (112 * 112, 64 * 64)[k // 2 % 2]
+        images = Qwen2VLImageProcessorPil(patch_size=patch, min_pixels=4 * patch**2, max_pixels=limit)
+        got, grid = M.image_patches(M.Processor(None, images, ""), world.mixed[1])
+        expected = images(images=[data.load_image(world.mixed[1])], return_tensors="pt")
+        assert torch.equal(grid, expected["image_grid_thw"]) and torch.equal(got, expected["pixel_values"])
+        del images
 
 
 # ----------------------------------------------------------------------------------------------------------------------- sample
