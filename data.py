@@ -166,8 +166,8 @@ def answer_text(record):
 # ---- phantoms: knobs and words ----------------------------------------------------------------------------------------------
 SIZE = 112                # px, side of the square image
 LESION_RATE = 0.5         # share of images with a lesion
-LESION_RADIUS = (7, 11)   # px, smallest and largest
-LESION_CONTRAST = 0.40    # fraction of the grey range by which a lesion is brighter or darker than what lies under it
+LESION_RADIUS = (9, 13)   # px, smallest and largest
+LESION_CONTRAST = 0.50    # fraction of the grey range by which a lesion is brighter or darker than what lies under it
 TRAIN_SHARE = 0.7         # of the images; the rest is the test split
 SIGNS = {"MRI": "Soft tissue and dark bone", "CT": "Grey tissue and white bone", "OCT": "Thin bright layers",
          "Ultrasound": "Speckle and a fan", "Dermoscopy": "Hair and a pink surface", "CE-MRI": "Bright vessels and soft tissue",

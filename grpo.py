@@ -24,7 +24,7 @@ import model as M
 from data import DataError
 from judge import make_judge, visible_thought
 from rewards import accuracy_reward, consistency_reward, format_reward, parse_completion, total_reward
-from sft import BETAS, epoch_order, knobs, load_state, log, open_run, trained, trim_log
+from sft import BETAS, epoch_order, knobs, load_state, log, open_run, save_state, trained, trim_log
 
 # name: (tiny preset, paper preset, unit and meaning [, choices])
 KNOBS = dict(
@@ -39,7 +39,7 @@ KNOBS = dict(
     max_new_tokens=(80, 512, "tokens at which a completion is cut off"),
     temperature=(1.0, 1.0, "of the sampling; log-probabilities are those of the same distribution"),
     top_p=(1.0, 1.0, "sample from the most likely tokens that hold this much probability; under 1 biases the ratio"),
-    lr=(1e-4, 1e-6, "learning rate of AdamW, constant after the warm-up (paper: 1e-6)"),
+    lr=(5e-5, 1e-6, "learning rate of AdamW, constant after the warm-up (paper: 1e-6)"),
     warmup=(5, 5, "optimiser steps in which the learning rate rises"),
     weight_decay=(0.0, 0.0, "AdamW's decoupled weight decay"),
     clip=(1.0, 1.0, "gradient norm above which the gradient is scaled down"),
@@ -60,7 +60,7 @@ KNOBS = dict(
     micro_batch=(16, 1, "questions, with their groups, a forward pass on one device"),
     lora=(0, 64, "rank of LoRA on the language model; 0 trains every parameter against a frozen copy"),
     max_pixels=(M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk"),
-    max_steps=(150, 0, "stop after so many optimiser steps, 0 = as many as epochs say"),
+    max_steps=(200, 0, "stop after so many optimiser steps, 0 = as many as epochs say"),
     eval_every=(0, 0, "optimiser steps between evaluations on held-out questions, 0 = never; nothing is selected by them"),
     eval_questions=(200, 200, "held-out questions of such an evaluation"),
     show_every=(10, 10, "optimiser steps between samples of completions in completions.jsonl, for eyes"),
@@ -212,10 +212,10 @@ def main(argv=None):
     epoch_rollouts = max(1, len(records) // questions_a_step)
     steps, start = max(1, round(args.epochs * epoch_rollouts)) * args.mu, 0
     if args.resume:
-        start = load_state(args.out, policy, optimizer)["step"]
+        start = load_state(args, policy, optimizer)
         if rank == 0:
             trim_log(args.out, start)
-    end = min(steps, args.max_steps or steps)
+    end = -(-min(steps, args.max_steps or steps) // args.mu) * args.mu  # whole rollouts
     likelihood = dict(temperature=args.temperature)  # of the distribution that is sampled
     weights = tuple(args.weights)
 
@@ -304,8 +304,7 @@ def main(argv=None):
                 show(args.out, done, mine[:4], texts[:4], torch.stack([fmt, acc, con, R], -1)[:4])
             if done >= end or args.save_every and done // args.save_every > step // args.save_every:
                 M.save(policy, processor, args.out)
-                M.save_state(os.path.join(args.out, "state.pt"), trained=trained(policy), optimizer=optimizer.state_dict(),
-                             step=done)
+                save_state(args, policy, optimizer, done)
     bar.close()
     M.close_devices()
 

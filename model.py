@@ -16,6 +16,7 @@ import copy
 import json
 import os
 import shutil
+import warnings
 from typing import NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,6 +33,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from data import DataError, load_image, question_text
 
 transformers.logging.set_verbosity_error()
+warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")  # peft on transformers 5
 
 FAMILIES = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
 MAX_PIXELS = 512 * 28 * 28  # pixels: a larger image is shrunk to at most 512 image tokens
@@ -190,19 +192,18 @@ def image_patches(processor, record):
     return _patches[key]
 
 
-def tensors(processor, texts, images, device="cpu", openings=None):
-    """User messages, their image patches (or None each) and what their answers open with, if anything -> the batch that
-    `sample` and `token_logprobs` take:
+def tensors(processor, texts, images, device="cpu"):
+    """User messages and their image patches (or None each) -> the batch that `sample` and `token_logprobs` take:
     input_ids, attention_mask (N, P) left-padded, pixel_values (all patches, d), image_grid_thw (images, 3), stop_ids, pad_id.
     """
     tok, merge = processor.tokenizer, processor.image_processor.merge_size
     prompts = []
-    for text, image, opening in zip(texts, images, openings or [""] * len(texts), strict=True):
+    for text, image in zip(texts, images, strict=True):
         content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": text}]
         prompt = tok.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
         if image is not None:  # one placeholder for each merged patch
             prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * int(image[1].prod() // merge**2), 1)
-        prompts.append(prompt + opening)
+        prompts.append(prompt)
     ids = tok(prompts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
     batch = dict(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"],
                  stop_ids=torch.tensor(sorted({tok.eos_token_id, tok.pad_token_id})))
@@ -212,8 +213,17 @@ def tensors(processor, texts, images, device="cpu", openings=None):
     return {k: v.to(device) for k, v in batch.items()} | {"pad_id": tok.pad_token_id}
 
 
+def check_texts(processor, records, text_of):
+    """DataError for a record whose text holds one of the tokenizer's special tokens: it would be read as an image or a turn."""
+    special = processor.tokenizer.all_special_tokens
+    for r in records:
+        if found := [t for t in special if t in text_of(r)]:
+            raise DataError(f"record {r['id']!r}: its text holds the special token {found[0]}, which only the program may set")
+
+
 def encode(processor, records, device="cpu"):
     """Records -> batch (see `tensors`): each record's question, options and instruction behind its image."""
+    check_texts(processor, records, question_text)
     return tensors(processor, [question_text(r) for r in records], [image_patches(processor, r) for r in records], device)
 
 

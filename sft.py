@@ -31,7 +31,7 @@ KNOBS = dict(
     root=("out", "out", "folder under which everything is written"),
     out=(None, None, "folder of this run (default: ROOT/sft)"),
     seed=(0, 0, "seed of phantoms, base, LoRA and the order of the questions"),
-    images=(2000, 2000, "phantoms to draw, 70 %% of them to train on"),
+    images=(3000, 3000, "phantoms to draw, 70 %% of them to train on"),
     epochs=(2.0, 2.0, "passes over the training questions (paper: 2)"),
     batch=(32, 64, "questions an optimiser step over all processes (paper: global batch 64)"),
     micro_batch=(32, 8, "questions a forward pass on one device; memory, not the result, depends on it"),
@@ -47,6 +47,8 @@ KNOBS = dict(
 )
 POSITIVE = ("batch", "micro_batch", "lr", "epochs", "G", "max_new_tokens", "mu", "temperature", "top_p", "max_pixels")
 BETAS = (0.9, 0.98)  # of AdamW in every stage
+FREE = ("resume", "max_steps", "save_every", "show_every", "eval_every", "eval_questions", "print", "out", "root", "model",
+        "data")  # knobs that a resumed run may change
 
 
 # --------------------------------------------------------------------------------------------- knobs and runs, for both stages
@@ -108,15 +110,25 @@ def log(folder, **figures):
         f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}) + "\n")
 
 
-def load_state(folder, policy, optimizer):
-    """Put a checkpoint's weights and optimiser state back -> its other entries. Lines logged after it are dropped."""
-    path = os.path.join(folder, "state.pt")
+def save_state(args, policy, optimizer, step):
+    """What a resumed run needs and the folder's weights may not hold. The order of the questions and the sampling are functions
+    of seed and step, so there is no other random state."""
+    M.save_state(os.path.join(args.out, "state.pt"), trained=trained(policy), optimizer=optimizer.state_dict(), step=step,
+                 knobs={k: v for k, v in vars(args).items() if k not in FREE})
+
+
+def load_state(args, policy, optimizer):
+    """Put a checkpoint's weights and optimiser state back -> the step it was taken after."""
+    path = os.path.join(args.out, "state.pt")
     if not os.path.exists(path):
-        raise DataError(f"{folder}: nothing to resume: there is no state.pt")
+        raise DataError(f"{args.out}: nothing to resume: there is no state.pt")
     state = torch.load(path, weights_only=True)
+    for k, v in state["knobs"].items():
+        if getattr(args, k) != v:
+            raise DataError(f"{args.out}: the run to resume had --{k} {v}, not {getattr(args, k)}")
     policy.load_state_dict(state["trained"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
-    return state
+    return state["step"]
 
 
 def trim_log(folder, step):
@@ -164,93 +176,140 @@ def sft_loss(logp, mask, tokens_in_batch):
 # A random network does not learn to name an option by its letter, nor to see, from think-then-answer targets alone: the few
 # tokens that matter drown among the many that don't. Real base models bring both along; this makes a tiny one that does, half.
 LETTER_STAGES = (*((n, 0) for n in (4, 8, 16, 32, 100)), *((100, s) for s in (8, 16, 32, 64)))  # (names in play, skip)
-LETTER_SOLVED = 0.8                   # mean probability of the right letter at which the next stage begins
-LETTER_STEPS = 2000                   # at most this many steps of letters alone
-MIXED_STEPS = 200                     # then so many of letters and dense captions in turn: longer sees more
-CAPTION_IMAGES = 1000                 # phantoms drawn for the captions, from a seed of their own: none is in train or test
-BASE_BATCH = 32                       # prompts a step
+LETTER_SOLVED = 0.75     # mean probability of the right letter at which the next stage begins
+LETTER_STEPS = 2000      # at most this many steps of letters alone
+EYE_STEPS = 100          # steps of the vision tower under a linear head
+READ_STEPS = 200         # steps of letters in full prompts and of thoughts before images, in turn
+BASE_IMAGES = 1500       # phantoms for both, from a seed of their own: none is in train or test
+BASE_BATCH = 24          # prompts or images a step
 BASE_LR = 1e-3
 
 
-def letter_batch(processor, names, skip, records, rng, n):
+def letter_batch(processor, names, skip, rng, n):
     """n text-only prompts of four options, each with a group of four completions, one for each option: its name, then its
     letter: "cystB" or "cyst.</think><answer>B", by turns, for the way from name to letter is easier to find the shorter it is.
     The four share their prompt and don't see each other, so no letter can be guessed by elimination; up to `skip` positions
-    between prompt and completion are left free, so that the distance doesn't matter. With records the prompt is in full: a
-    record's question with these options, and its thought, all of it or the end, up to the conclusion.
+    between prompt and completion are left free, so that the distance doesn't matter.
     -> batch, tokens (n, 4, T), mask of the letters alone.
     """
-    prompts, openings, completions = [], [], []
+    prompts, completions = [], []
     for _ in range(n):
         options, between = rng.choice(names, 4, replace=False).tolist(), rng.choice(["", ".</think><answer>"])
         prompts.append("\n".join(map("{}) {}".format, "ABCD", options)))
-        openings.append("")
-        if records:
-            record, between = dict(records[rng.integers(len(records))]), ".</think><answer>"
-            truth = record["options"][data.LETTERS.index(record["answer"])]
-            sentences = record["thought"].removesuffix(f" {truth}.").split(". ")
-            openings[-1] = "<think>" + ". ".join(sentences[rng.integers(len(sentences)):])
-            prompts[-1] = data.question_text(dict(record, options=options))
         completions += [f" {x}{between}{letter}" for letter, x in zip("ABCD", options, strict=True)]
     tokens, mask = M.encode_completions(processor, completions)
     tokens, mask = tokens.view(n, 4, -1), mask.view(n, 4, -1)
     at = mask.sum(-1, keepdim=True) - 2                                                    # the letter, before the stop token
-    batch = M.tensors(processor, prompts, [None] * n, openings=openings)
+    batch = M.tensors(processor, prompts, [None] * n)
     batch["skip"] = torch.from_numpy(rng.integers(0, skip + 1, n))
     return batch, tokens, torch.zeros_like(mask).scatter(-1, at, True)
 
 
-def caption_set(processor, seed):
-    """(image patches, caption) of CAPTION_IMAGES phantoms with a lesion: where it lies, how it looks, what it is, no more."""
-    rng, out = np.random.default_rng([seed, 1]), []
-    for i in range(CAPTION_IMAGES):
-        lesion = (str(rng.choice(list(data.STYLES))), str(rng.choice(data.LOCATIONS)))
+def blind_batch(processor, records, rng, n):
+    """n records without their image, each with four gold completions: one that concludes on each of its options. How thoughts
+    are worded and how letters follow from them can be learned here, but nothing about images. -> batch, tokens (n, 4, T),
+    mask, mask of the letters alone."""
+    chosen, completions = [records[i] for i in rng.choice(len(records), n)], []
+    for r in chosen:
+        opening = r["thought"].removesuffix(f"{r['options'][data.LETTERS.index(r['answer'])]}.")
+        completions += [data.answer_text(dict(r, thought=f"{opening}{x}.", answer=letter))
+                        for letter, x in zip("ABCD", r["options"], strict=True)]
+    tokens, mask = M.encode_completions(processor, completions)
+    tokens, mask = tokens.view(n, 4, -1), mask.view(n, 4, -1)
+    at = mask.sum(-1, keepdim=True) - 3                                            # the letter, before </answer> and stop
+    return (M.tensors(processor, [data.question_text(r) for r in chosen], [None] * n), tokens, mask,
+            torch.zeros_like(mask).scatter(-1, at, True))
+
+
+def base_images(processor, seed):
+    """Phantoms of a seed of their own -> patches and grids, labels (n, 3) of pair, style (0: none) and location (-100: none),
+    and the thoughts up to the conclusion."""
+    rng, images, labels, thoughts = np.random.default_rng([seed, 1]), [], [], []
+    for i in tqdm(range(BASE_IMAGES), desc="base: images", unit="image"):
+        style, place = rng.integers(len(data.STYLES)), rng.integers(len(data.LOCATIONS))
+        lesion = (list(data.STYLES)[style], data.LOCATIONS[place]) if rng.random() < 2 / 3 else None
         image, facts = data.draw_phantom(rng, *data.PAIRS[i % len(data.PAIRS)], lesion)
         pixels = processor.image_processor(images=[image], return_tensors="pt")
-        out.append(((pixels["pixel_values"], pixels["image_grid_thw"]),
-                    f" {facts['location']} {data.STYLES[facts['style']]} {facts['lesion']}"))
-    return out
+        images.append((pixels["pixel_values"], pixels["image_grid_thw"]))
+        labels.append((i % len(data.PAIRS), 1 + style if lesion else 0, place if lesion else -100))
+        thoughts.append(data.phantom_records(facts, rng, "base", "")[0]["thought"].rsplit(" So ", 1)[0])
+    return images, torch.tensor(labels), thoughts
+
+
+def open_eyes(net, images, labels, rng):
+    """Train the vision tower alone: the mean of its tokens tells the pair, and each token the style of the lesion it shows, if
+    any, under linear heads that are thrown away. One head for all places: a lesion looks alike wherever it lies."""
+    rows, columns = (int(x) // net.config.vision_config.spatial_merge_size for x in images[0][1][0, 1:])
+    y, x = (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns
+    covers = torch.stack([((y[:, None] - b).abs().maximum((x - a).abs()) < 0.25).flatten()
+                          for a, b in data.CENTERS.values()])                  # (locations, tokens)
+    width = net.config.vision_config.out_hidden_size
+    heads = torch.nn.ModuleList([torch.nn.Linear(width, len(data.PAIRS)), torch.nn.Linear(width, 1 + len(data.STYLES))])
+    optimizer = torch.optim.AdamW([*net.model.visual.parameters(), *heads.parameters()], betas=BETAS, weight_decay=0.0)
+    for k in (bar := tqdm(range(EYE_STEPS), desc="base: eyes", unit="step")):
+        chosen = rng.integers(0, len(images), 2 * BASE_BATCH)
+        pair, style, place = labels[chosen].T                                              # (n,) each
+        seen = net.model.get_image_features(*(torch.cat([images[i][j] for i in chosen]) for j in (0, 1)))
+        seen = torch.stack(list(seen.pooler_output))                                       # (n, tokens, d)
+        shown = torch.where(covers[place.clamp(min=0)] & (place >= 0)[:, None], style[:, None], 0)   # (n, tokens)
+        loss = (torch.nn.functional.cross_entropy(heads[0](seen.mean(1)), pair)
+                + 4 * torch.nn.functional.cross_entropy(heads[1](seen).flatten(0, 1), shown.flatten()))
+        descend(optimizer, loss, k)
+        bar.set_postfix(loss=f"{loss.item():.2f}")
+
+
+def learn_letters(net, processor, names, rng):
+    """Name an option by its letter: LETTER_STAGES, each until LETTER_SOLVED."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=BASE_LR, betas=BETAS, weight_decay=0.0)
+    stage, right = 0, 0.25
+    for k in (bar := tqdm(range(LETTER_STEPS), desc="base: letters", unit="step")):
+        n, skip = LETTER_STAGES[stage]
+        batch, tokens, letters = letter_batch(processor, names[:n], skip, rng, BASE_BATCH)
+        logp = M.token_logprobs(net, batch, tokens, letters)[letters]
+        descend(optimizer, -logp.mean(), k)
+        right += 0.1 * (logp.detach().exp().mean().item() - right)
+        bar.set_postfix(stage=f"{stage + 1}/{len(LETTER_STAGES)}", right=f"{right:.2f}")
+        if right > LETTER_SOLVED:
+            stage, right = stage + 1, 0.25
+        if stage == len(LETTER_STAGES):
+            bar.close()
+            return
+
+
+def learn_to_read(net, processor, records, images, thoughts, rng):
+    """Letters in full prompts without images, and thoughts up to the conclusion before images, in one step each."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=BASE_LR, betas=BETAS, weight_decay=0.0)
+    for k in (bar := tqdm(range(READ_STEPS), desc="base: reading", unit="step")):
+        batch, tokens, mask, letters = blind_batch(processor, records, rng, BASE_BATCH // 4)
+        blind = M.token_logprobs(net, batch, tokens, mask)
+        chosen = rng.choice(len(images), BASE_BATCH, replace=False)
+        tokens, mask_seen = M.encode_completions(processor, [f"<think>{thoughts[i]}" for i in chosen])
+        batch = M.tensors(processor, ["Describe."] * BASE_BATCH, [images[i] for i in chosen])
+        seen = M.token_logprobs(net, batch, tokens, mask_seen)[mask_seen]
+        descend(optimizer, -blind[letters].mean() - blind[mask].mean() - seen.mean(), k)
+        bar.set_postfix(letters=f"{blind[letters].exp().mean().item():.2f}", described=f"{-seen.mean().item():.2f}")
+
+
+def descend(optimizer, loss, k):
+    """One optimiser step, the learning rate rising over the first 50."""
+    optimizer.param_groups[0]["lr"] = BASE_LR * min(1, (k + 1) / 50)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
 
 
 def make_base(folder, records, seed):
-    """The tiny base of the phantoms: letters by a curriculum, then letters and captions in turn; written to `folder`."""
+    """The tiny base of the phantoms, written to `folder`: letters, then eyes, then reading."""
     texts = [data.question_text(r) + " " + data.answer_text(r) for r in records]
     net, processor = M.build_tiny(texts, image_size=data.SIZE, seed=seed)
     rng = np.random.default_rng([seed, 2])
     names = rng.permutation(sorted({o for r in records for o in r["options"]})).tolist()
     names = np.array(sorted(names, key=lambda x: len(processor.tokenizer(" " + x)["input_ids"])))  # one-token names first
-    optimizer = torch.optim.AdamW(net.parameters(), lr=BASE_LR, betas=BETAS, weight_decay=0.0)
-
-    def step(k, *batches):
-        """One optimiser step on the mean log-probability of each batch's masked tokens -> the first's mean probability."""
-        right = []
-        optimizer.param_groups[0]["lr"] = BASE_LR * min(1, (k + 1) / 50)
-        for batch, tokens, mask in batches:
-            logp = M.token_logprobs(net, batch, tokens, mask)
-            (-logp.sum() / mask.sum()).backward()
-            right.append(logp.detach()[mask].exp().mean().item())
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return right[0]
-
-    stage, solved, bar = 0, 0.25, tqdm(range(LETTER_STEPS), desc="base: letters", unit="step")
-    for k in bar:
-        n, skip = LETTER_STAGES[stage]
-        solved += 0.1 * (step(k, letter_batch(processor, names[:n], skip, None, rng, BASE_BATCH)) - solved)
-        bar.set_postfix(stage=stage + 1, right=f"{solved:.2f}")
-        if solved > LETTER_SOLVED:
-            stage, solved = stage + 1, 0.25
-        if stage == len(LETTER_STAGES):
-            bar.close()
-            break
-    captions = caption_set(processor, seed)
-    for _ in (bar := tqdm(range(MIXED_STEPS), desc="base: captions", unit="step")):
-        chosen = [captions[i] for i in rng.choice(len(captions), BASE_BATCH, replace=False)]
-        tokens, mask = M.encode_completions(processor, [c for _, c in chosen])
-        right = step(50, letter_batch(processor, names, 0, records, rng, BASE_BATCH // 2),
-             (M.tensors(processor, ["Describe the lesion."] * BASE_BATCH, [image for image, _ in chosen]), tokens, mask))
-        bar.set_postfix(letters=f"{right:.2f}")
+    learn_letters(net, processor, names, rng)
+    images, labels, thoughts = base_images(processor, seed)
+    open_eyes(net, images, labels, rng)
+    learn_to_read(net, processor, records, images, thoughts, rng)
     os.makedirs(folder, exist_ok=True)
     M.save(net, processor, folder)
     with open(os.path.join(folder, "base.json"), "w") as f:
@@ -259,7 +318,7 @@ def make_base(folder, records, seed):
 
 def base_recipe(seed):
     return dict(seed=seed, letters=[[list(s) for s in LETTER_STAGES], LETTER_SOLVED, LETTER_STEPS],
-                captions=[MIXED_STEPS, CAPTION_IMAGES])
+                eyes=EYE_STEPS, reading=READ_STEPS, images=BASE_IMAGES)
 
 
 def prepare_tiny(args, rank):
@@ -292,11 +351,10 @@ def main(argv=None):
     if min(args.batch, len(records)) < world:
         raise DataError(f"--batch {args.batch}: expected at least one question for each of the {world} processes "
                         f"({len(records)} questions in all)")
-    for r in records:
-        data.answer_text(r)  # a record without a thought is an error now, not after an hour
 
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32  # what is trained is kept in fp32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
+    M.check_texts(processor, records, data.answer_text)  # a record without a thought is an error now, not after an hour
     open_run(args.out, args, rank)
     policy = M.add_lora(policy, args.lora, args.seed) if args.lora else policy.requires_grad_(True)
     parameters = list(trained(policy).values())
@@ -304,7 +362,7 @@ def main(argv=None):
     epoch_steps = max(1, len(records) // args.batch)
     steps, start = math.ceil(args.epochs * epoch_steps), 0
     if args.resume:
-        start = load_state(args.out, policy, optimizer)["step"]
+        start = load_state(args, policy, optimizer)
         if rank == 0:
             trim_log(args.out, start)
     end = min(steps, args.max_steps or steps)
@@ -342,8 +400,7 @@ def main(argv=None):
                 seconds=time.perf_counter() - began)
             if step + 1 == end or args.save_every and (step + 1) % args.save_every == 0:
                 M.save(policy, processor, args.out)
-                M.save_state(os.path.join(args.out, "state.pt"), trained=trained(policy), optimizer=optimizer.state_dict(),
-                             step=step + 1)
+                save_state(args, policy, optimizer, step + 1)
     M.close_devices()
 
 
