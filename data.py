@@ -48,7 +48,8 @@ def cli(main):
         main()
     except (DataError, OSError, KeyboardInterrupt) as e:
         known = isinstance(e, OSError) and e.strerror
-        print("error:", f"{e.filename or 'system'}: {e.strerror}" if known else str(e) or "stopped by Ctrl-C", file=sys.stderr)
+        said = f"{e.filename or 'system'}: {e.strerror}" if known else str(e) or "stopped by Ctrl-C"
+        tqdm.write(f"error: {said}", file=sys.stderr)  # on a line of its own, whatever bar is being drawn
         sys.exit(2)
 
 # ---- records ---------------------------------------------------------------------------------------------------------------

@@ -219,8 +219,9 @@ def main(argv=None):
     likelihood = dict(temperature=args.temperature)  # of the distribution that is sampled
     weights = tuple(args.weights)
 
-    bar = tqdm(total=end, initial=start, desc="grpo", unit="step", disable=rank > 0)
-    for step in range(start, end, args.mu):  # one rollout; mu optimiser steps on it
+    bar = tqdm(range(start, end, args.mu), initial=start // args.mu, total=end // args.mu, desc="grpo", unit="rollout",
+               disable=rank > 0)
+    for step in bar:  # one rollout; mu optimiser steps on it
         clock = [time.perf_counter()]
 
         # Eq. (2): questions from D, this process's share of them, and G completions for each from the current policy.
@@ -294,7 +295,6 @@ def main(argv=None):
             rows = evaluation.evaluate(policy, processor, held_out[rank::world], judge, max_new_tokens=args.max_new_tokens,
                                        progress=False)
             figures |= average(dict(held_out_accuracy=(sum(row["acc"] for row in rows), len(rows))))
-        bar.update(args.mu)
         bar.set_postfix(reward=f"{figures['reward']:.3f}", accuracy=f"{figures['accuracy']:.2f}", kl=f"{figures['kl']:.3f}")
         if rank == 0:
             log(args.out, step=done, **figures, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
@@ -305,7 +305,6 @@ def main(argv=None):
             if done >= end or args.save_every and done // args.save_every > step // args.save_every:
                 M.save(policy, processor, args.out)
                 save_state(args, policy, optimizer, done)
-    bar.close()
     M.close_devices()
 
 

@@ -192,18 +192,19 @@ def image_patches(processor, record):
     return _patches[key]
 
 
-def tensors(processor, texts, images, device="cpu"):
-    """User messages and their image patches (or None each) -> the batch that `sample` and `token_logprobs` take:
+def tensors(processor, texts, images, device="cpu", openings=None):
+    """User messages, their image patches (or None each) and what the answers open with, if anything -> the batch that `sample`
+    and `token_logprobs` take:
     input_ids, attention_mask (N, P) left-padded, pixel_values (all patches, d), image_grid_thw (images, 3), stop_ids, pad_id.
     """
     tok, merge = processor.tokenizer, processor.image_processor.merge_size
     prompts = []
-    for text, image in zip(texts, images, strict=True):
+    for text, image, opening in zip(texts, images, openings or [""] * len(texts), strict=True):
         content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": text}]
         prompt = tok.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
         if image is not None:  # one placeholder for each merged patch
             prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * int(image[1].prod() // merge**2), 1)
-        prompts.append(prompt)
+        prompts.append(prompt + opening)
     ids = tok(prompts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
     batch = dict(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"],
                  stop_ids=torch.tensor(sorted({tok.eos_token_id, tok.pad_token_id})))
@@ -215,7 +216,7 @@ def tensors(processor, texts, images, device="cpu"):
 
 def check_texts(processor, records, text_of):
     """DataError for a record whose text holds one of the tokenizer's special tokens: it would be read as an image or a turn."""
-    special = processor.tokenizer.all_special_tokens
+    special = [str(t) for t in processor.tokenizer.added_tokens_decoder.values() if t.special]
     for r in records:
         if found := [t for t in special if t in text_of(r)]:
             raise DataError(f"record {r['id']!r}: its text holds the special token {found[0]}, which only the program may set")
@@ -406,7 +407,10 @@ def save(model, processor, folder):
     beside = os.path.join(folder, ".writing")
     shutil.rmtree(beside, ignore_errors=True)
     os.makedirs(beside)
-    net.save_pretrained(beside)
+    try:
+        net.save_pretrained(beside)
+    except SafetensorError as e:  # an OSError in disguise
+        raise DataError(f"{beside}: the weights can't be written: {e}") from e
     processor.image_processor.save_pretrained(beside)
     processor.tokenizer.save_pretrained(beside)
     for name in ("preprocessor_config.json", "tokenizer_config.json"):  # the class that AutoProcessor should build of them
@@ -424,7 +428,10 @@ def save(model, processor, folder):
 
 def save_state(path, **state):
     """torch.save beside, then rename: what a resumed run needs and the folder's weights don't hold."""
-    torch.save(state, path + ".writing")
+    try:
+        torch.save(state, path + ".writing")
+    except RuntimeError as e:  # an OSError in disguise
+        raise DataError(f"{path}.writing can't be written: {str(e).splitlines()[0]}") from e
     os.replace(path + ".writing", path)
 
 

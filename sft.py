@@ -1,7 +1,7 @@
 """Stage 1, Cognitive Injection: supervised fine-tuning on think-then-answer targets, Eq. (1).
 
-With no model named it starts from nothing: it draws the phantoms (data.py), makes a tiny base model that can read letters and
-half see (`make_base`, kept in ROOT/tiny-base), and fine-tunes that. With --model and --data it is the real thing.
+With no model named it starts from nothing: it draws the phantoms (data.py), makes a tiny base model that knows letters and half
+sees (`make_base`, kept in ROOT/tiny-base), and fine-tunes that. With --model and --data it is the real thing.
 
     python sft.py                                                                    # out/phantoms, out/tiny-base, out/sft
     python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data medad38k/medad38k.jsonl
@@ -175,32 +175,41 @@ def sft_loss(logp, mask, tokens_in_batch):
 
 # A random network does not learn to name an option by its letter, nor to see, from think-then-answer targets alone: the few
 # tokens that matter drown among the many that don't. Real base models bring both along; this makes a tiny one that does, half.
-LETTER_STAGES = (*((n, 0) for n in (4, 8, 16, 32, 100)), *((100, s) for s in (8, 16, 32, 64)))  # (names in play, skip)
+LETTER_STAGES = (*((n, 0) for n in (4, 8, 16, 32, 100)), *((100, s) for s in (8, 16, 32, 64)), (100, 0))  # (names, skip)
 LETTER_SOLVED = 0.75     # mean probability of the right letter at which the next stage begins
+LETTER_FULL = 0.9        # that of the last stage, in full prompts
 LETTER_STEPS = 2000      # at most this many steps of letters alone
-EYE_STEPS = 100          # steps of the vision tower under a linear head
-READ_STEPS = 200         # steps of letters in full prompts and of thoughts before images, in turn
+EYE_STEPS = 300          # steps of the vision tower under a linear head
+READ_STEPS = 200         # steps of captions, of wording and of letters: how many sets how much the base can see
 BASE_IMAGES = 1500       # phantoms for both, from a seed of their own: none is in train or test
 BASE_BATCH = 24          # prompts or images a step
 BASE_LR = 1e-3
 
 
-def letter_batch(processor, names, skip, rng, n):
+def letter_batch(processor, names, skip, records, rng, n):
     """n text-only prompts of four options, each with a group of four completions, one for each option: its name, then its
     letter: "cystB" or "cyst.</think><answer>B", by turns, for the way from name to letter is easier to find the shorter it is.
     The four share their prompt and don't see each other, so no letter can be guessed by elimination; up to `skip` positions
-    between prompt and completion are left free, so that the distance doesn't matter.
+    between prompt and completion are left free, so that the distance doesn't matter. With records the prompt is in full: a
+    record's question with its options or others, and its thought, all of it or the end, up to the conclusion.
     -> batch, tokens (n, 4, T), mask of the letters alone.
     """
-    prompts, completions = [], []
+    prompts, openings, completions = [], [], []
     for _ in range(n):
         options, between = rng.choice(names, 4, replace=False).tolist(), rng.choice(["", ".</think><answer>"])
         prompts.append("\n".join(map("{}) {}".format, "ABCD", options)))
+        openings.append("")
+        if records:
+            r, between = records[rng.integers(len(records))], ".</think><answer>"
+            options = options if rng.random() < 0.5 else r["options"]
+            sentences = r["thought"].removesuffix(f" {r['options'][data.LETTERS.index(r['answer'])]}.").split(". ")
+            openings[-1] = "<think>" + ". ".join(sentences[rng.integers(len(sentences)):])
+            prompts[-1] = data.question_text(dict(r, options=options))
         completions += [f" {x}{between}{letter}" for letter, x in zip("ABCD", options, strict=True)]
     tokens, mask = M.encode_completions(processor, completions)
     tokens, mask = tokens.view(n, 4, -1), mask.view(n, 4, -1)
     at = mask.sum(-1, keepdim=True) - 2                                                    # the letter, before the stop token
-    batch = M.tensors(processor, prompts, [None] * n)
+    batch = M.tensors(processor, prompts, [None] * n, openings=openings)
     batch["skip"] = torch.from_numpy(rng.integers(0, skip + 1, n))
     return batch, tokens, torch.zeros_like(mask).scatter(-1, at, True)
 
@@ -223,17 +232,17 @@ def blind_batch(processor, records, rng, n):
 
 def base_images(processor, seed):
     """Phantoms of a seed of their own -> patches and grids, labels (n, 3) of pair, style (0: none) and location (-100: none),
-    and the thoughts up to the conclusion."""
-    rng, images, labels, thoughts = np.random.default_rng([seed, 1]), [], [], []
+    and captions of the lesions as short as can be ("" where there is none)."""
+    rng, images, labels, captions = np.random.default_rng([seed, 1]), [], [], []
     for i in tqdm(range(BASE_IMAGES), desc="base: images", unit="image"):
         style, place = rng.integers(len(data.STYLES)), rng.integers(len(data.LOCATIONS))
         lesion = (list(data.STYLES)[style], data.LOCATIONS[place]) if rng.random() < 2 / 3 else None
-        image, facts = data.draw_phantom(rng, *data.PAIRS[i % len(data.PAIRS)], lesion)
+        image, _ = data.draw_phantom(rng, *data.PAIRS[i % len(data.PAIRS)], lesion)
         pixels = processor.image_processor(images=[image], return_tensors="pt")
         images.append((pixels["pixel_values"], pixels["image_grid_thw"]))
         labels.append((i % len(data.PAIRS), 1 + style if lesion else 0, place if lesion else -100))
-        thoughts.append(data.phantom_records(facts, rng, "base", "")[0]["thought"].rsplit(" So ", 1)[0])
-    return images, torch.tensor(labels), thoughts
+        captions.append(f" {data.STYLES[lesion[0]].split()[-1]} {lesion[1]}" if lesion else "")
+    return images, torch.tensor(labels), captions
 
 
 def open_eyes(net, images, labels, rng):
@@ -254,45 +263,50 @@ def open_eyes(net, images, labels, rng):
         shown = torch.where(covers[place.clamp(min=0)] & (place >= 0)[:, None], style[:, None], 0)   # (n, tokens)
         loss = (torch.nn.functional.cross_entropy(heads[0](seen.mean(1)), pair)
                 + 4 * torch.nn.functional.cross_entropy(heads[1](seen).flatten(0, 1), shown.flatten()))
-        descend(optimizer, loss, k)
+        descend(optimizer, loss, k, 2 * BASE_LR)
         bar.set_postfix(loss=f"{loss.item():.2f}")
 
 
-def learn_letters(net, processor, names, rng):
+def learn_letters(net, processor, names, records, rng):
     """Name an option by its letter: LETTER_STAGES, each until LETTER_SOLVED."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=BASE_LR, betas=BETAS, weight_decay=0.0)
     stage, right = 0, 0.25
     for k in (bar := tqdm(range(LETTER_STEPS), desc="base: letters", unit="step")):
         n, skip = LETTER_STAGES[stage]
-        batch, tokens, letters = letter_batch(processor, names[:n], skip, rng, BASE_BATCH)
+        full = stage + 1 == len(LETTER_STAGES)
+        batch, tokens, letters = letter_batch(processor, names[:n], skip, records if full else None, rng, BASE_BATCH)
         logp = M.token_logprobs(net, batch, tokens, letters)[letters]
         descend(optimizer, -logp.mean(), k)
         right += 0.1 * (logp.detach().exp().mean().item() - right)
         bar.set_postfix(stage=f"{stage + 1}/{len(LETTER_STAGES)}", right=f"{right:.2f}")
-        if right > LETTER_SOLVED:
+        if right > (LETTER_FULL if full else LETTER_SOLVED):
             stage, right = stage + 1, 0.25
         if stage == len(LETTER_STAGES):
             bar.close()
             return
 
 
-def learn_to_read(net, processor, records, images, thoughts, rng):
-    """Letters in full prompts without images, and thoughts up to the conclusion before images, in one step each."""
+def learn_to_read(net, processor, records, images, captions, rng):
+    """Say in three words what the eyes see, where every token counts; every other step also wording and letters, blind."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=BASE_LR, betas=BETAS, weight_decay=0.0)
+    lesions = [i for i, caption in enumerate(captions) if caption]
     for k in (bar := tqdm(range(READ_STEPS), desc="base: reading", unit="step")):
-        batch, tokens, mask, letters = blind_batch(processor, records, rng, BASE_BATCH // 4)
-        blind = M.token_logprobs(net, batch, tokens, mask)
-        chosen = rng.choice(len(images), BASE_BATCH, replace=False)
-        tokens, mask_seen = M.encode_completions(processor, [f"<think>{thoughts[i]}" for i in chosen])
-        batch = M.tensors(processor, ["Describe."] * BASE_BATCH, [images[i] for i in chosen])
-        seen = M.token_logprobs(net, batch, tokens, mask_seen)[mask_seen]
-        descend(optimizer, -blind[letters].mean() - blind[mask].mean() - seen.mean(), k)
-        bar.set_postfix(letters=f"{blind[letters].exp().mean().item():.2f}", described=f"{-seen.mean().item():.2f}")
+        chosen = rng.choice(lesions, 32, replace=False)
+        tokens, mask = M.encode_completions(processor, [captions[i] for i in chosen])
+        seen = M.token_logprobs(net, M.tensors(processor, ["See."] * 32, [images[i] for i in chosen]), tokens, mask)[mask]
+        loss = -seen.mean() * 3
+        if k % 2:
+            batch, tokens, mask, letters = blind_batch(processor, records, rng, 8)
+            blind = M.token_logprobs(net, batch, tokens, mask)
+            loss = loss - blind[letters].mean() - blind[mask].mean()
+            bar.set_postfix(letters=f"{blind[letters].exp().mean().item():.2f}", wording=f"{-blind[mask].mean().item():.2f}",
+                            seen=f"{-seen.mean().item():.2f}")
+        descend(optimizer, loss, k)
 
 
-def descend(optimizer, loss, k):
+def descend(optimizer, loss, k, lr=BASE_LR):
     """One optimiser step, the learning rate rising over the first 50."""
-    optimizer.param_groups[0]["lr"] = BASE_LR * min(1, (k + 1) / 50)
+    optimizer.param_groups[0]["lr"] = lr * min(1, (k + 1) / 50)
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
@@ -306,10 +320,10 @@ def make_base(folder, records, seed):
     rng = np.random.default_rng([seed, 2])
     names = rng.permutation(sorted({o for r in records for o in r["options"]})).tolist()
     names = np.array(sorted(names, key=lambda x: len(processor.tokenizer(" " + x)["input_ids"])))  # one-token names first
-    learn_letters(net, processor, names, rng)
-    images, labels, thoughts = base_images(processor, seed)
+    learn_letters(net, processor, names, records, rng)
+    images, labels, captions = base_images(processor, seed)
     open_eyes(net, images, labels, rng)
-    learn_to_read(net, processor, records, images, thoughts, rng)
+    learn_to_read(net, processor, records, images, captions, rng)
     os.makedirs(folder, exist_ok=True)
     M.save(net, processor, folder)
     with open(os.path.join(folder, "base.json"), "w") as f:
@@ -317,7 +331,7 @@ def make_base(folder, records, seed):
 
 
 def base_recipe(seed):
-    return dict(seed=seed, letters=[[list(s) for s in LETTER_STAGES], LETTER_SOLVED, LETTER_STEPS],
+    return dict(seed=seed, letters=[[list(s) for s in LETTER_STAGES], LETTER_SOLVED, LETTER_FULL, LETTER_STEPS],
                 eyes=EYE_STEPS, reading=READ_STEPS, images=BASE_IMAGES)
 
 
