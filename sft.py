@@ -215,9 +215,10 @@ def letter_batch(processor, names, skip, records, rng, n):
 
 
 def blind_batch(processor, records, rng, n):
-    """n records without their image, each with four gold completions: one that concludes on each of its options. How thoughts
+    """n records behind a blank image, each with four gold completions: one that concludes on each of its options. How thoughts
     are worded and how letters follow from them can be learned here, but nothing about images. -> batch, tokens (n, 4, T),
     mask, mask of the letters alone."""
+    blank = processor.image_processor(images=[np.full((data.SIZE, data.SIZE, 3), 127, np.uint8)], return_tensors="pt")
     chosen, completions = [records[i] for i in rng.choice(len(records), n)], []
     for r in chosen:
         opening = r["thought"].removesuffix(f"{r['options'][data.LETTERS.index(r['answer'])]}.")
@@ -226,8 +227,9 @@ def blind_batch(processor, records, rng, n):
     tokens, mask = M.encode_completions(processor, completions)
     tokens, mask = tokens.view(n, 4, -1), mask.view(n, 4, -1)
     at = mask.sum(-1, keepdim=True) - 3                                            # the letter, before </answer> and stop
-    return (M.tensors(processor, [data.question_text(r) for r in chosen], [None] * n), tokens, mask,
-            torch.zeros_like(mask).scatter(-1, at, True))
+    blank = blank["pixel_values"], blank["image_grid_thw"]
+    batch = M.tensors(processor, [data.question_text(r) for r in chosen], [blank] * n)
+    return batch, tokens, mask, torch.zeros_like(mask).scatter(-1, at, True)
 
 
 def base_images(processor, seed):
