@@ -23,7 +23,7 @@ import eval as evaluation
 import model as M
 from data import DataError
 from judge import make_judge, visible_thought
-from rewards import accuracy_reward, consistency_reward, format_reward, parse_completion, total_reward
+from rewards import parse_completion, total_reward
 from sft import BETAS, epoch_order, knobs, load_state, log, open_run, save_state, trained, trim_log
 
 # name: (tiny preset, paper preset, unit and meaning [, choices])
@@ -138,11 +138,8 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
 
 def score(texts, items, judge):
     """Eqs. (4), (5), (6) for n texts and their records -> fmt, acc, con, each (n,) float32; con is nan where F failed."""
-    verdicts = judge([parse_completion(text)[0] for text in texts], items)
-    fmt = torch.tensor([format_reward(text) for text in texts])
-    acc = torch.tensor([accuracy_reward(text, item) for text, item in zip(texts, items, strict=True)])
-    con = torch.tensor([consistency_reward(t, i, v) for t, i, v in zip(texts, items, verdicts, strict=True)])
-    return fmt, acc, con
+    rows = evaluation.score(texts, items, judge)
+    return tuple(torch.tensor([row[part] for row in rows]) for part in ("fmt", "acc", "con"))
 
 
 def without_failures(con):

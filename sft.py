@@ -186,6 +186,12 @@ BASE_BATCH = 24          # prompts or images a step
 BASE_LR = 1e-3
 
 
+def groups_of_four(processor, completions, from_end):
+    """4n texts -> tokens, mask (n, 4, T), and the mask of one token of each, `from_end` places from its end: the letter."""
+    tokens, mask = (x.view(len(completions) // 4, 4, -1) for x in M.encode_completions(processor, completions))
+    return tokens, mask, torch.zeros_like(mask).scatter(-1, mask.sum(-1, keepdim=True) - from_end, True)
+
+
 def letter_batch(processor, names, skip, records, rng, n):
     """n text-only prompts of four options, each with a group of four completions, one for each option: its name, then its
     letter: "cystB" or "cyst.</think><answer>B", by turns, for the way from name to letter is easier to find the shorter it is.
@@ -206,12 +212,10 @@ def letter_batch(processor, names, skip, records, rng, n):
             openings[-1] = "<think>" + ". ".join(sentences[rng.integers(len(sentences)):])
             prompts[-1] = data.question_text(dict(r, options=options))
         completions += [f" {x}{between}{letter}" for letter, x in zip("ABCD", options, strict=True)]
-    tokens, mask = M.encode_completions(processor, completions)
-    tokens, mask = tokens.view(n, 4, -1), mask.view(n, 4, -1)
-    at = mask.sum(-1, keepdim=True) - 2                                                    # the letter, before the stop token
+    tokens, _, letters = groups_of_four(processor, completions, 2)                         # the letter, then the stop token
     batch = M.tensors(processor, prompts, [None] * n, openings=openings)
     batch["skip"] = torch.from_numpy(rng.integers(0, skip + 1, n))
-    return batch, tokens, torch.zeros_like(mask).scatter(-1, at, True)
+    return batch, tokens, letters
 
 
 def blind_batch(processor, records, rng, n):
@@ -224,12 +228,10 @@ def blind_batch(processor, records, rng, n):
         opening = r["thought"].removesuffix(f"{r['options'][data.LETTERS.index(r['answer'])]}.")
         completions += [data.answer_text(dict(r, thought=f"{opening}{x}.", answer=letter))
                         for letter, x in zip("ABCD", r["options"], strict=True)]
-    tokens, mask = M.encode_completions(processor, completions)
-    tokens, mask = tokens.view(n, 4, -1), mask.view(n, 4, -1)
-    at = mask.sum(-1, keepdim=True) - 3                                            # the letter, before </answer> and stop
+    tokens, mask, letters = groups_of_four(processor, completions, 3)              # the letter, then </answer> and stop
     blank = blank["pixel_values"], blank["image_grid_thw"]
     batch = M.tensors(processor, [data.question_text(r) for r in chosen], [blank] * n)
-    return batch, tokens, mask, torch.zeros_like(mask).scatter(-1, at, True)
+    return batch, tokens, mask, letters
 
 
 def base_images(processor, seed):
