@@ -166,7 +166,7 @@ def answer_text(record):
 
 # ---- phantoms: knobs and words ----------------------------------------------------------------------------------------------
 SIZE = 112                # px, side of the square image
-LESION_RATE = 0.5         # share of images with a lesion
+LESION_RATE = 0.67        # share of images with a lesion
 LESION_RADIUS = (9, 13)   # px, smallest and largest
 LESION_CONTRAST = 0.50    # fraction of the grey range by which a lesion is brighter or darker than what lies under it
 TRAIN_SHARE = 0.7         # of the images; the rest is the test split
@@ -323,20 +323,17 @@ def phantom_records(facts, rng, group, image, split="train", decks=None):
 
     The thought is the same up to its last sentence, which names the right option's text, never a letter. decks, a
     defaultdict(list) kept from image to image, deals the letters: A to D are equally frequent in every task and split."""
-    def say(*texts):
-        return texts[rng.integers(len(texts))]
     m, a, kind, style, place = (facts[k] for k in ("modality", "anatomy", "lesion", "style", "location"))
     state, states = "Abnormal" if kind else "Normal", ("Normal", "Abnormal", "Artifact", "Uncertain")
     asked = {"anatomy": (a, ANATOMIES, "So the organ is"), "anomaly": (state, states, "So the image is"),
              "modality": (m, MODALITIES, "So this is")}
-    seen = f"{SIGNS[m]} {say('suggest', 'point to')} {m}. {say('The region is', 'It shows')} {a}. "
+    seen = f"{SIGNS[m]} suggest {m}. The region is {a}. "
     if kind:
         asked["location"] = place, LOCATIONS, "So the lesion lies in the"
         asked["pathology"] = kind, KINDS[a], "So the finding is"
-        seen += say(f"There is {STYLES[style]} in the {place}. ", f"In the {place} there is {STYLES[style]}. ")
-        seen += say(f"This fits {kind}. ", f"It looks like {kind}. ")
+        seen += f"There is {STYLES[style]} in the {place}. This fits {kind}. "
     else:
-        seen += say("There is no lesion. ", "No lesion is seen. ")
+        seen += "There is no lesion. "
     records, decks = [], defaultdict(list) if decks is None else decks
     for task, (truth, names, so) in sorted(asked.items()):
         deck = decks[task, split]
@@ -345,7 +342,7 @@ def phantom_records(facts, rng, group, image, split="train", decks=None):
         answer, options = deck.pop(), rng.permutation(others)[:3].tolist()
         options.insert(LETTERS.index(answer), truth)
         records.append({"id": f"{group}-{task}", "image": image, "modality": m, "anatomy": a, "task": task,
-                        "question": say(*PHRASES).format(ASKED[task]), "options": options, "answer": answer,
+                        "question": str(rng.choice(PHRASES)).format(ASKED[task]), "options": options, "answer": answer,
                         "thought": f"{seen}{so} {truth}.", "source": "phantom", "group": group, "split": split})
     return records
 

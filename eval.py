@@ -26,6 +26,8 @@ from collections import Counter
 from statistics import fmean, stdev
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
 
 import data
@@ -54,7 +56,6 @@ KNOBS = dict(
 )
 COLUMNS = {"anatomy": "Anatomy ID.", "anomaly": "Anomaly Det.", "location": "Lesion Loc.", "modality": "Modality Class.",
            "pathology": "Pathology Char."}  # Table 1's; other tasks (Med-R1's) get columns under their own names
-TINY_HIDDEN = 256   # a checkpoint whose hidden states are no wider is tiny
 SHOWN = 40          # questions on the page, half of them answered wrong by the last checkpoint
 THUMBNAIL = 224     # px, longer side of an image on the page
 COMMON = 8          # different answers a task whose shares are told
@@ -241,13 +242,25 @@ def knobs(argv):
            f"--seeds {args.seeds}: expected different ones, and a --temperature above 0: greedy answers are the same for each")
     return args
 
+def load_unmerged(name, *, dtype, device="cpu", max_pixels=M.MAX_PIXELS):
+    """As `M.load`, but a checkpoint of GRPO under LoRA comes as it was trained: pi_SFT in `dtype` under its adapter in fp32. In
+    bf16 the merged weights would round away an update as small as lr 1e-6 makes. The fp32 weights of the folder less the
+    adapter's part are pi_SFT's bf16 weights again, bit for bit."""
+    net, processor = M.load(name, dtype=torch.float32, max_pixels=max_pixels)
+    if dtype != torch.float32 and os.path.isdir(adapter := os.path.join(name, M.ADAPTER)):
+        net = PeftModel.from_pretrained(net, adapter).eval()
+        for layer in (m for m in net.modules() if isinstance(m, LoraLayer)):
+            layer.base_layer.weight.data -= layer.get_delta_weight("default")
+    for key, p in net.named_parameters():
+        p.data = p.data if "lora_" in key else p.data.to(dtype)
+    return net.to(device), processor
+
 def load(name, args):
     """A checkpoint -> (policy, processor, max_new_tokens)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy, processor = M.load(name, dtype=dtype, device=device, max_pixels=args.max_pixels)
-    tiny = policy.config.get_text_config().hidden_size <= TINY_HIDDEN
-    return policy, processor, args.max_new_tokens or (80 if tiny else 512)
+    policy, processor = load_unmerged(name, dtype=dtype, device=device, max_pixels=args.max_pixels)
+    return policy, processor, args.max_new_tokens or (80 if M.is_tiny(name) else 512)
 
 def answer_one(args):
     """--image, --question, --options: print each checkpoint's thought and answer."""

@@ -11,6 +11,8 @@ policy by a KL penalty. The loop at the end of this file reads in that order.
 
 Left out on purpose: a value network (the group's mean is the baseline), a replay buffer, sampling ahead of the update.
 """
+import contextlib
+import copy
 import json
 import os
 import time
@@ -34,13 +36,14 @@ KNOBS = dict(
     out=(None, None, "folder of this run (default: ROOT/grpo)"),
     seed=(0, 0, "seed of the sampling, of LoRA and of the order of the questions"),
     epochs=(1.0, 1.0, "passes over the training questions (paper: 1)"),
-    batch=(256, 64, "completions an optimiser step over all processes (paper: global batch 64)"),
+    batch=(128, 64, "completions an optimiser step over all processes (paper: global batch 64)"),
     G=(8, 8, "completions a question: the group (paper: G = 8)"),
     max_new_tokens=(80, 512, "tokens at which a completion is cut off"),
     temperature=(1.0, 1.0, "of the sampling; log-probabilities are those of the same distribution"),
     top_p=(1.0, 1.0, "sample from the most likely tokens that hold this much probability; under 1 biases the ratio"),
-    lr=(1e-4, 1e-6, "learning rate of AdamW, constant after the warm-up (paper: 1e-6)"),
-    warmup=(5, 5, "optimiser steps in which the learning rate rises"),
+    lr=(1e-3, 1e-6, "peak learning rate of AdamW (paper: 1e-6)"),
+    schedule=("linear", "constant", "the learning rate after the warm-up: constant, or falling to 0", ["constant", "linear"]),
+    warmup=(10, 10, "optimiser steps in which the learning rate rises"),
     weight_decay=(0.0, 0.0, "AdamW's decoupled weight decay"),
     clip=(1.0, 1.0, "gradient norm above which the gradient is scaled down"),
     ratio=("old", "sft", "below the line of Eq. (8)'s ratio: pi_SFT as printed, or the policy that sampled", ["sft", "old"]),
@@ -58,16 +61,15 @@ KNOBS = dict(
     judge=("lexical", "lexical", "the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH or openai:BASE_URL#MODEL"),
     judge_sees=("cut", "cut", "the thought with letters and answer statements cut, or raw as printed", ["cut", "raw"]),
     micro_batch=(16, 1, "questions, with their groups, a forward pass on one device"),
-    lora=(0, 64, "rank of LoRA on the language model; 0 trains every parameter against a frozen copy"),
+    lora=(16, 64, "rank of LoRA on the language model; 0 trains every parameter against a frozen copy"),
     max_pixels=(M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk"),
-    max_steps=(110, 0, "stop after so many optimiser steps, 0 = as many as epochs say"),
+    max_steps=(0, 0, "stop after so many optimiser steps, 0 = as many as epochs say (the schedule is the whole run's)"),
     eval_every=(0, 0, "optimiser steps between evaluations on held-out questions, 0 = never; nothing is selected by them"),
     eval_questions=(200, 200, "held-out questions of such an evaluation"),
     show_every=(10, 10, "optimiser steps between samples of completions in completions.jsonl, for eyes"),
     save_every=(0, 50, "optimiser steps between checkpoints, 0 = at the end alone"),
     resume=(False, False, "continue the run in --out from its last checkpoint"),
 )
-
 
 # --------------------------------------------------------------------------------------------------------------- the equations
 
@@ -82,7 +84,6 @@ def group_advantages(rewards, scale="none"):
         A = A / (R.std(1, keepdim=True) + 1e-4)
     return A
 
-
 def kl_divergence(logp, ref_logp, kind="k3"):
     """D_KL(pi_theta || pi_SFT) of Eq. (8), estimated at the sampled tokens (Schulman): (B, T) and (B, T) -> (B, T).
 
@@ -95,7 +96,6 @@ def kl_divergence(logp, ref_logp, kind="k3"):
     if kind == "k2":
         return log_ratio**2 / 2
     return torch.exp(-log_ratio) - 1 + log_ratio
-
 
 def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_norm="sum", eps_high=None, kl="k3",
                 max_tokens=None, total=None):
@@ -133,21 +133,39 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
                        ratio=(torch.where(mask, r, 0.0).sum() / tokens).item())
     return loss, metrics
 
-
 # ------------------------------------------------------------------------------------------------------------------ the pieces
+
+def frozen_copy(model):
+    """The reference of a fully fine-tuned policy: a copy without gradients. Under LoRA `reference_of` needs none."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+@contextlib.contextmanager
+def reference_of(policy, copy_of_sft=None):
+    """Inside, the value is pi_SFT: the frozen copy, or under LoRA the policy with its adapter off. That is pi_SFT because
+    stage 1's adapter was merged into the weights before stage 2's was added; otherwise it would be the base model."""
+    with contextlib.nullcontext() if copy_of_sft is not None else policy.disable_adapter():
+        yield policy if copy_of_sft is None else copy_of_sft
+
+def rows_of(batch, rows):
+    """Questions `rows` (a slice) of a batch, with their images: a micro-batch."""
+    out = dict(batch, input_ids=batch["input_ids"][rows], attention_mask=batch["attention_mask"][rows])
+    if "pixel_values" in batch:
+        ends = batch["image_grid_thw"].prod(1).cumsum(0)
+        first = 0 if rows.start == 0 else ends[rows.start - 1]
+        out["pixel_values"] = batch["pixel_values"][first:ends[rows][-1]]
+        out["image_grid_thw"] = batch["image_grid_thw"][rows]
+    return out
 
 def score(texts, items, judge):
     """Eqs. (4), (5), (6) for n texts and their records -> fmt, acc, con, each (n,) float32; con is nan where F failed."""
     rows = evaluation.score(texts, items, judge)
     return tuple(torch.tensor([row[part] for row in rows]) for part in ("fmt", "acc", "con"))
 
-
 def without_failures(con):
     """R_con (N, G) with nan where F failed -> the same with the group's mean there: such a sample's part of the advantage is 0
     and the others' is what it would be in a group without it. A failure of F is not a reward of 0."""
     mean = torch.nan_to_num(con.nanmean(1, keepdim=True))
     return torch.where(con.isnan(), mean, con)
-
 
 def check_gold(records, judge):
     """The gold answers must score 1 by the code that will score the policy's; else the reward, not the policy, is wrong."""
@@ -160,12 +178,10 @@ def check_gold(records, judge):
                 raise DataError(f"record {records[bad[0]]['id']!r}: its gold answer has {name} reward {part[bad[0]].item():g}, "
                                 f"expected 1 (so for {len(bad)} of {len(records)} records)")
 
-
 def average(sums):
     """{name: (sum, count)} of this process -> {name: mean over all processes}."""
     table = M.sum_over_ranks(torch.tensor(list(sums.values()), dtype=torch.float64))
     return {name: (row[0] / row[1].clamp(min=1e-9)).item() for name, row in zip(sums, table, strict=True)}
-
 
 def show(folder, step, records, texts, rewards):
     """Append some groups to completions.jsonl, for eyes."""
@@ -174,7 +190,6 @@ def show(folder, step, records, texts, rewards):
             f.write(json.dumps(dict(step=step, id=record["id"], answer=record["answer"], options=record["options"],
                                     completions=[dict(text=t, fmt=s[0], acc=s[1], con=s[2] if s[2] == s[2] else None,  # no nan
                                                       reward=s[3]) for t, s in zip(group, scores, strict=True)])) + "\n")
-
 
 # -------------------------------------------------------------------------------------------------------------------- the loop
 
@@ -201,7 +216,7 @@ def main(argv=None):
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
     open_run(args.out, args, rank)
-    sft_copy = None if args.lora else M.frozen_copy(policy)
+    sft_copy = None if args.lora else frozen_copy(policy)
     policy = M.add_lora(policy, args.lora, args.seed) if args.lora else policy.requires_grad_(True)
     parameters = list(trained(policy).values())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay)
@@ -246,8 +261,8 @@ def main(argv=None):
         # log pi_SFT of the same tokens: for the KL penalty, and for the ratio as the paper prints it.
         counted = mask & ended[..., None] if args.mask_truncated else mask                 # (N, G, T)
         micro = [slice(i, i + args.micro_batch) for i in range(0, len(mine), args.micro_batch)]
-        with torch.no_grad(), M.reference_of(policy, sft_copy) as pi_sft:
-            ref_logp = torch.cat([M.token_logprobs(pi_sft, M.rows_of(batch, rows), tokens[rows], mask[rows], **likelihood)
+        with torch.no_grad(), reference_of(policy, sft_copy) as pi_sft:
+            ref_logp = torch.cat([M.token_logprobs(pi_sft, rows_of(batch, rows), tokens[rows], mask[rows], **likelihood)
                                   for rows in micro]).flatten(0, 1)                        # (N*G, T)
         old_logp = ref_logp if args.ratio == "sft" else None  # None: the policy's own, taken as it comes in the first epoch
         total = M.sum_over_ranks(int(counted.sum()) if args.loss_norm == "token" else len(flat))
@@ -258,7 +273,7 @@ def main(argv=None):
             sums, logps = {}, []
             for rows in micro:
                 groups = slice(rows.start * args.G, rows.stop * args.G)
-                logp = M.token_logprobs(policy, M.rows_of(batch, rows), tokens[rows], mask[rows], **likelihood).flatten(0, 1)
+                logp = M.token_logprobs(policy, rows_of(batch, rows), tokens[rows], mask[rows], **likelihood).flatten(0, 1)
                 logps.append(logp.detach())
                 loss, metrics = policy_loss(logp, logps[-1] if old_logp is None else old_logp[groups], ref_logp[groups],
                                             A[groups], counted.flatten(0, 1)[groups], eps=args.eps, beta=args.beta,
@@ -272,7 +287,8 @@ def main(argv=None):
             old_logp = torch.cat(logps) if old_logp is None else old_logp
             M.sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
-            optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + inner + 1) / max(1, args.warmup))
+            left = 1 - (step + inner) / steps if args.schedule == "linear" else 1
+            optimizer.param_groups[0]["lr"] = args.lr * min(left, (step + inner + 1) / max(1, args.warmup))
             optimizer.step()
             optimizer.zero_grad()
         clock.append(time.perf_counter())
@@ -300,10 +316,9 @@ def main(argv=None):
             if rollout % args.show_every == 0:
                 show(args.out, done, mine[:4], texts[:4], torch.stack([fmt, acc, con, R], -1)[:4])
             if done >= end or args.save_every and done // args.save_every > step // args.save_every:
-                M.save(policy, processor, args.out)
+                M.save(policy, processor, args.out, keep_adapter=True)
                 save_state(args, policy, optimizer, done)
     M.close_devices()
-
 
 if __name__ == "__main__":
     data.cli(main)

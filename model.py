@@ -1,15 +1,14 @@
 """The network, and everything that turns records into its tensors and its outputs into log-probabilities.
 
-What is here: loading Qwen2-VL, Qwen2.5-VL or Qwen3-VL through transformers, without torchvision; a tiny Qwen2.5-VL of the same
-architecture for a laptop; LoRA through peft; the hand-written sampling loop; the log-probabilities of sampled tokens; saving as
-a plain Hugging Face folder; the few lines that several processes need.
+Loading Qwen2-VL, Qwen2.5-VL or Qwen3-VL through transformers, without torchvision; a tiny Qwen2.5-VL for a laptop; LoRA through
+peft; the hand-written sampling loop; the log-probabilities of sampled tokens; saving as a plain Hugging Face folder; devices.
 
 One group, one image: the G completions of a question share its prompt. `sample` computes image and prompt once and repeats
 their key/value cache for the G rows; `token_logprobs` puts the group in one row, [image, prompt | completion 1 | ... |
 completion G], with an attention mask in which each completion sees the prompt and itself.
 
-What is left out on purpose: videos, several images a question, beam search, penalties, any default that a checkpoint's
-generation_config would bring along (the policy that is sampled must be the policy that is trained).
+Left out on purpose: videos, several images a question, beam search, penalties, any default of a checkpoint's
+generation_config (the policy that is sampled must be the policy that is trained).
 """
 import contextlib
 import copy
@@ -17,6 +16,7 @@ import json
 import os
 import shutil
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -30,12 +30,13 @@ from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from data import DataError, load_image, question_text
+from data import DataError, expect, load_image, question_text
 
 transformers.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")  # peft on transformers 5
 
 FAMILIES = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+ADAPTER = "adapter"         # folder inside a checkpoint of GRPO under LoRA: the adapter by itself
 MAX_PIXELS = 512 * 28 * 28  # pixels: a larger image is shrunk to at most 512 image tokens
 LOGIT_FLOATS = 2**26        # floats: log-probabilities are taken in chunks of tokens whose logits hold at most this many
 PIXEL_CACHE = 2**29         # bytes of prepared image patches kept in memory (all of the phantoms; a slice of a large set)
@@ -49,8 +50,8 @@ TINY_VISION = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, 
                    temporal_patch_size=2, window_size=112, out_hidden_size=128, fullatt_block_indexes=[1],
                    initializer_range=0.05)
 TINY_VOCABULARY = 1000      # tokens at most, the special ones included: every word of the phantoms is one
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-                  "<|image_pad|>", "<|video_pad|>"]
+SPECIAL_TOKENS = [f"<|{x}|>" for x in
+                  "endoftext im_start im_end vision_start vision_end vision_pad image_pad video_pad".split()]
 TAG_TOKENS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, as in Qwen3's tokenizer
 CHAT_TEMPLATE = (  # Qwen2.5-VL's turns, for one image and text
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -58,13 +59,11 @@ CHAT_TEMPLATE = (  # Qwen2.5-VL's turns, for one image and text
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
-
 class Processor(NamedTuple):
     """What turns a question into ids and an image into patches. The stock AutoProcessor needs torchvision; this doesn't."""
     tokenizer: object
     image_processor: object
-    name: str  # the stock processor class, written into saved folders so that AutoProcessor finds it
-
+    name: str  # of the stock class, for AutoProcessor
 
 # ----------------------------------------------------------------------------------------------------------------- the network
 
@@ -75,9 +74,8 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
     except (OSError, ValueError) as e:
         raise DataError(f"{name}: no such checkpoint: neither a folder with a config.json nor a name on the hub that could be "
                         f"reached ({type(e).__name__})") from e
-    if config.model_type not in FAMILIES:
-        raise DataError(f"{name}: a checkpoint of another architecture ({config.model_type}); expected one of "
-                        f"{', '.join(FAMILIES)}")
+    expect(config.model_type in FAMILIES,
+           f"{name}: a checkpoint of another architecture ({config.model_type}); expected one of {', '.join(FAMILIES)}")
     try:
         net, info = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa",
                                                                 output_loading_info=True, use_safetensors=True,
@@ -86,29 +84,23 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
         image_processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise DataError(f"{name}: the checkpoint can't be read: {str(e).splitlines()[0].split('. ')[0]}") from e
-    if info["missing_keys"] or info["mismatched_keys"]:
-        wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise DataError(f"{name}: the checkpoint is incomplete: {len(wrong)} tensors are missing or of another shape, "
-                        f"the first is {wrong[0]}")
-    if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
-        raise DataError(f"{name}: the checkpoint's tokenizer does not fit it or is missing: no <|image_pad|> of id "
-                        f"{config.image_token_id}")
+    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    expect(not wrong, f"{name}: the checkpoint is incomplete: {len(wrong)} tensors are missing or of another shape, the first "
+                      f"is {(*wrong, '')[0]}")
+    expect(tokenizer.convert_tokens_to_ids("<|image_pad|>") == config.image_token_id,
+           f"{name}: the checkpoint's tokenizer does not fit it or is missing: no <|image_pad|> of id {config.image_token_id}")
     longest = min(max_pixels, image_processor.size["longest_edge"])
     image_processor.size = {"shortest_edge": min(image_processor.size["shortest_edge"], longest), "longest_edge": longest}
     tokenizer.padding_side = "left"
     return net.to(device).eval(), Processor(tokenizer, image_processor, FAMILIES[config.model_type])
 
-
 def is_tiny(name):
     """Whether a checkpoint folder holds a network as small as build_tiny's."""
-    if not os.path.exists(os.path.join(name, "config.json")):
-        return False
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    return config.get_text_config().hidden_size <= 2 * TINY_TEXT["hidden_size"]
-
+    there = os.path.exists(os.path.join(name, "config.json"))
+    return there and AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config().hidden_size <= 256
 
 def build_tiny(texts, *, image_size, seed=0):
-    """A tiny Qwen2.5-VL with random weights and a byte-level BPE tokenizer trained on `texts` -> (model, Processor)."""
+    """A tiny Qwen2.5-VL with random weights, and a byte-level BPE tokenizer trained on `texts` -> (model, Processor)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -126,18 +118,16 @@ def build_tiny(texts, *, image_size, seed=0):
     tokenizer.add_tokens(TAG_TOKENS)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.padding_side = "left"
-    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS), strict=True))
-    config = Qwen2_5_VLConfig(
-        text_config=dict(TINY_TEXT, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=ids["<|im_end|>"],
-                         pad_token_id=ids["<|endoftext|>"]),
-        vision_config=dict(TINY_VISION), image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
+    text = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    vision = {f"{x}_token_id": tokenizer.convert_tokens_to_ids(f"<|{y}|>") for x, y in dict(
+        image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end").items()}
+    config = Qwen2_5_VLConfig(text_config=dict(TINY_TEXT, vocab_size=len(tokenizer), **text), vision_config=dict(TINY_VISION),
+                              **vision, tie_word_embeddings=True)
     config._attn_implementation = "sdpa"
     torch.manual_seed(seed)
     net = Qwen2_5_VLForConditionalGeneration(config).float().eval()
-    image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=image_size**2)
-    return net, Processor(tokenizer, image_processor, "Qwen2_5_VLProcessor")
-
+    images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=image_size**2)
+    return net, Processor(tokenizer, images, "Qwen2_5_VLProcessor")
 
 def add_lora(net, rank, seed=0):
     """LoRA of `rank` on the language model's matrices, its parameters in fp32 whatever the base is in: at lr 1e-6 an update
@@ -146,38 +136,18 @@ def add_lora(net, rank, seed=0):
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
     return get_peft_model(net, config, autocast_adapter_dtype=True).eval()
 
-
-def frozen_copy(model):
-    """The reference of a fully fine-tuned policy: a copy without gradients. Under LoRA `reference_of` needs none."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
-
-
-@contextlib.contextmanager
-def reference_of(policy, copy_of_sft=None):
-    """Inside, the value is pi_SFT: the frozen copy, or under LoRA the policy with its adapter off. That is pi_SFT because
-    stage 1's adapter was merged into the weights before stage 2's was added; otherwise it would be the base model."""
-    if copy_of_sft is not None:
-        yield copy_of_sft
-    else:
-        with policy.disable_adapter():
-            yield policy
-
-
 def network(model):
     """The transformers model under an adapter, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
 
 def autocast(model):
     """bf16 arithmetic on CUDA over whatever the weights are kept in (fp32 master weights); plain fp32 on the CPU."""
     device = next(model.parameters()).device.type
     return torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
 
-
 # ---------------------------------------------------------------------------------------------------------- records -> tensors
 
 _patches = {}  # (processor, image path) -> (patches, grid): an image is decoded and cut once a run while it fits in PIXEL_CACHE
-
 
 def image_patches(processor, record):
     """One record's image -> (patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns of patches)."""
@@ -190,7 +160,6 @@ def image_patches(processor, record):
             return entry
         _patches[key] = entry
     return _patches[key]
-
 
 def tensors(processor, texts, images, device="cpu", openings=None):
     """User messages, their image patches (or None each) and what the answers open with, if anything -> the batch that `sample`
@@ -213,20 +182,17 @@ def tensors(processor, texts, images, device="cpu", openings=None):
         batch |= dict(pixel_values=torch.cat([p for p, _ in seen]), image_grid_thw=torch.cat([g for _, g in seen]))
     return {k: v.to(device) for k, v in batch.items()} | {"pad_id": tok.pad_token_id}
 
-
 def check_texts(processor, records, text_of):
     """DataError for a record whose text holds one of the tokenizer's special tokens: it would be read as an image or a turn."""
     special = [str(t) for t in processor.tokenizer.added_tokens_decoder.values() if t.special]
     for r in records:
-        if found := [t for t in special if t in text_of(r)]:
-            raise DataError(f"record {r['id']!r}: its text holds the special token {found[0]}, which only the program may set")
-
+        found = [t for t in special if t in text_of(r)]
+        expect(not found, f"record {r['id']!r}: its text holds the special token {found}, which only the program may set")
 
 def encode(processor, records, device="cpu"):
     """Records -> batch (see `tensors`): each record's question, options and instruction behind its image."""
     check_texts(processor, records, question_text)
     return tensors(processor, [question_text(r) for r in records], [image_patches(processor, r) for r in records], device)
-
 
 def encode_completions(processor, texts, device="cpu"):
     """N target texts -> tokens, mask (N, 1, T), right-padded, each closed by the end-of-turn token: groups of one for SFT."""
@@ -235,18 +201,6 @@ def encode_completions(processor, texts, device="cpu"):
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tok.pad_token_id)
     mask = torch.arange(tokens.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
     return tokens[:, None].to(device), mask[:, None].to(device)
-
-
-def rows_of(batch, rows):
-    """Questions `rows` (a slice) of a batch, with their images: a micro-batch."""
-    out = dict(batch, input_ids=batch["input_ids"][rows], attention_mask=batch["attention_mask"][rows])
-    if "pixel_values" in batch:
-        ends = batch["image_grid_thw"].prod(1).cumsum(0)
-        first = 0 if rows.start == 0 else ends[rows.start - 1]
-        out["pixel_values"] = batch["pixel_values"][first:ends[rows][-1]]
-        out["image_grid_thw"] = batch["image_grid_thw"][rows]
-    return out
-
 
 def prompt_positions(net, batch):
     """mRoPE positions of the prompt (3, N, P), and the position of each completion's first token (N,). An image takes as many
@@ -258,22 +212,18 @@ def prompt_positions(net, batch):
     positions = positions.masked_fill(batch["attention_mask"][None] == 0, 0)
     return positions, positions.amax(dim=(0, 2)) + 1 + batch.get("skip", 0)
 
-
 def images_of(batch):
     return {k: batch[k] for k in ("pixel_values", "image_grid_thw") if k in batch}
-
 
 def never_drawn(net):
     """Ids a completion may not hold: an image token without an image breaks the next forward pass."""
     c = net.config
     return torch.tensor([c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id])
 
-
 def next_token_logits(net, hidden, temperature):
     """Hidden states (..., d) -> the logits of the distribution that is sampled (..., V), float32."""
     logits = net.lm_head(hidden).float()
     return logits.index_fill(-1, never_drawn(net).to(logits.device), -torch.inf) / temperature
-
 
 # ----------------------------------------------------------------------------------------------------------- the sampling loop
 
@@ -319,7 +269,6 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
     T = int(mask.any(0).sum())
     return tokens[:, :T].view(N, G, T), mask[:, :T].view(N, G, T)
 
-
 def draw(logits, temperature, top_p, generator):
     """Logits (rows, V) -> one token each (rows,). top_p < 1 keeps the smallest set of tokens that holds that much probability;
     the ratio of Eq. (8) is then biased, since log-probabilities stay those of the whole vocabulary."""
@@ -332,17 +281,14 @@ def draw(logits, temperature, top_p, generator):
         return order.gather(-1, torch.multinomial(ordered, 1, generator=generator))[:, 0]
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
-
 def decode(processor, tokens, mask):
     """tokens, mask (N, G, T) -> N lists of G texts, without the stop token."""
     return [processor.tokenizer.batch_decode([y[m] for y, m in zip(ys, ms, strict=True)], skip_special_tokens=True)
             for ys, ms in zip(tokens.cpu(), mask.cpu(), strict=True)]
 
-
 def finished(batch, tokens, mask):
     """(N, G) bool: the completion ended by itself, rather than at the limit."""
     return (torch.isin(tokens, batch["stop_ids"]) & mask).any(-1)
-
 
 # ----------------------------------------------------------------------------------------------------------- log-probabilities
 
@@ -360,7 +306,6 @@ def group_mask(prompt_mask, G, T):
     see[P:, P:] = torch.block_diag(*[own] * G) if G * T else see[P:, P:]
     real = torch.cat([prompt_mask.bool(), prompt_mask.new_ones(N, G * T).bool()], 1)       # (N, S)
     return (see & real[:, None] | torch.eye(S, dtype=torch.bool, device=device))[:, None]
-
 
 def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
     """log pi(y_t | I, Q, y_<t) of given completions -> (N, G, T) float32, 0 outside `mask`; with gradient if grad is enabled.
@@ -382,79 +327,65 @@ def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
         logp = chosen_logprobs(net, h, tokens[mask], temperature)
     return torch.zeros(N, G, T, device=tokens.device).masked_scatter(mask, logp)
 
-
 def chosen_logprobs(net, h, y, temperature):
     """Hidden states (M, d) and the tokens they predict (M,) -> log-probabilities (M,), never with all (M, V) logits at once."""
     def chunk(h, y):
         logits = next_token_logits(net, h, temperature)
         return logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1)
     size = max(1, LOGIT_FLOATS // net.lm_head.out_features)
-    if len(y) <= size:
-        return chunk(h, y)
-    parts = zip(h.split(size), y.split(size), strict=True)
-    return torch.cat([checkpoint(chunk, a, b, use_reentrant=False) if h.requires_grad else chunk(a, b) for a, b in parts])
-
+    again = h.requires_grad and len(y) > size
+    return torch.cat([checkpoint(chunk, a, b, use_reentrant=False) if again else chunk(a, b)
+                      for a, b in zip(h.split(size), y.split(size), strict=True)])
 
 # ------------------------------------------------------------------------------------------------------------ save and devices
 
-def save(model, processor, folder):
-    """Write a Hugging Face folder that stock AutoProcessor and AutoModelForImageTextToText load (an adapter is merged into a
-    copy first). Files are written beside and renamed into place, so a crash never leaves half a file."""
+def save(model, processor, folder, keep_adapter=False):
+    """Write a Hugging Face folder that stock AutoProcessor and AutoModelForImageTextToText load. An adapter is merged into a
+    copy first; with keep_adapter that is in fp32, and the adapter is there by itself too, for eval.load_unmerged. Files are
+    written beside and renamed into place, so a crash never leaves half a file."""
+    net, keep_adapter = model, keep_adapter and isinstance(model, PeftModel)
     if isinstance(model, PeftModel):
-        net = copy.deepcopy(model).merge_and_unload()
-    else:
-        net = model
+        net = copy.deepcopy(model).cpu()
+        net = (net.float() if keep_adapter else net).merge_and_unload()
     beside = os.path.join(folder, ".writing")
     shutil.rmtree(beside, ignore_errors=True)
     os.makedirs(beside)
     try:
         net.save_pretrained(beside)
+        if keep_adapter:
+            model.save_pretrained(os.path.join(beside, ADAPTER), save_embedding_layers=False)
+        shutil.rmtree(os.path.join(folder, ADAPTER), ignore_errors=True)
     except SafetensorError as e:  # an OSError in disguise
         raise DataError(f"{beside}: the weights can't be written: {e}") from e
     processor.image_processor.save_pretrained(beside)
     processor.tokenizer.save_pretrained(beside)
-    for name in ("preprocessor_config.json", "tokenizer_config.json"):  # the class that AutoProcessor should build of them
-        path = os.path.join(beside, name)
-        with open(path) as f:
-            config = json.load(f) | {"processor_class": processor.name}
-        if name == "preprocessor_config.json":
-            config["image_processor_type"] = "Qwen2VLImageProcessor"  # the stock name, not its PIL variant's
-        with open(path, "w") as f:
-            json.dump(config, f, indent=2)
+    stock = {"processor_class": processor.name}  # what AutoProcessor should build of them: stock names, not the PIL variant's
+    for name, more in {"preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor"},
+                       "tokenizer_config.json": {}}.items():
+        path = Path(beside, name)
+        path.write_text(json.dumps(json.loads(path.read_text()) | stock | more, indent=2))
     for name in os.listdir(beside):
         os.replace(os.path.join(beside, name), os.path.join(folder, name))
     os.rmdir(beside)
 
-
-def save_state(path, **state):
-    """torch.save beside, then rename: what a resumed run needs and the folder's weights don't hold."""
-    try:
-        torch.save(state, path + ".writing")
-    except RuntimeError as e:  # an OSError in disguise
-        raise DataError(f"{path}.writing can't be written: {str(e).splitlines()[0]}") from e
-    os.replace(path + ".writing", path)
-
-
 def setup_devices():
     """One process, or those that torchrun started -> (rank, world size, device). nccl on CUDA, gloo on the CPU."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local)
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
-
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
 
 def sum_over_ranks(x):
     """Sum a tensor or a number over the processes, on all of them alike."""
     if not dist.is_initialized():
         return x
-    t = x if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
+    t = torch.as_tensor(x, dtype=None if torch.is_tensor(x) else torch.float64)
     t = t.to("cuda") if dist.get_backend() == "nccl" else t
     dist.all_reduce(t)
     return t if torch.is_tensor(x) else t.item()
-
 
 def sum_gradients(parameters):
     """Add up the processes' gradients once an optimiser step. Each rank's loss is already divided by global counts."""
@@ -463,12 +394,6 @@ def sum_gradients(parameters):
             if p.grad is None:  # a rank whose share did not touch this parameter must still take part
                 p.grad = torch.zeros_like(p)
             dist.all_reduce(p.grad)
-
-
-def wait_for_all():
-    if dist.is_initialized():
-        dist.barrier()
-
 
 def close_devices():
     if dist.is_initialized():

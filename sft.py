@@ -31,7 +31,7 @@ KNOBS = dict(
     root=("out", "out", "folder under which everything is written"),
     out=(None, None, "folder of this run (default: ROOT/sft)"),
     seed=(0, 0, "seed of phantoms, base, LoRA and the order of the questions"),
-    images=(3000, 3000, "phantoms to draw, 70 %% of them to train on"),
+    images=(1200, 1200, "phantoms to draw, 70 %% of them to train on"),
     epochs=(2.0, 2.0, "passes over the training questions (paper: 2)"),
     batch=(32, 64, "questions an optimiser step over all processes (paper: global batch 64)"),
     micro_batch=(32, 8, "questions a forward pass on one device; memory, not the result, depends on it"),
@@ -49,7 +49,6 @@ POSITIVE = ("batch", "micro_batch", "lr", "epochs", "G", "max_new_tokens", "mu",
 BETAS = (0.9, 0.98)  # of AdamW in every stage
 FREE = ("resume", "max_steps", "save_every", "show_every", "eval_every", "eval_questions", "print", "out", "root", "model",
         "data")  # knobs that a resumed run may change
-
 
 # --------------------------------------------------------------------------------------------- knobs and runs, for both stages
 
@@ -78,16 +77,14 @@ def knobs(table, doc, argv=None):
         value = getattr(given, name)
         if isinstance(value, float | int) and not 0 <= value < math.inf or value == 0 and name in POSITIVE:
             raise DataError(f"--{name} {value}: expected a number {'more than' if name in POSITIVE else 'of at least'} 0")
-    if not 0 < getattr(given, "top_p", 1) <= 1:
-        raise DataError(f"--top_p {given.top_p}: expected more than 0, at most 1")
+    data.expect(0 < getattr(given, "top_p", 1) <= 1, "--top_p: expected more than 0, at most 1")
     weights = getattr(given, "weights", (1, 1, 1))
-    if len(weights) != 3 or not sum(weights) > 0 or min(weights) < 0:
-        raise DataError(f"--weights {' '.join(map(str, weights))}: expected three numbers of at least 0, not all of them 0")
+    data.expect(len(weights) == 3 and sum(weights) > 0 and min(weights) >= 0,
+                f"--weights {' '.join(map(str, weights))}: expected three numbers of at least 0, not all of them 0")
     if given.print:
         print(json.dumps(vars(given), indent=2))
         raise SystemExit(0)
     return given
-
 
 def open_run(folder, args, rank):
     """Prepare a run's folder on rank 0. What an earlier run left there is moved aside, never overwritten."""
@@ -103,33 +100,31 @@ def open_run(folder, args, rank):
     with open(os.path.join(folder, "knobs.json"), "w") as f:
         json.dump(vars(args), f, indent=2)
 
-
 def log(folder, **figures):
     """Append one line to metrics.jsonl."""
     with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
         f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}) + "\n")
 
-
 def save_state(args, policy, optimizer, step):
     """What a resumed run needs and the folder's weights may not hold. The order of the questions and the sampling are functions
     of seed and step, so there is no other random state."""
-    M.save_state(os.path.join(args.out, "state.pt"), trained=trained(policy), optimizer=optimizer.state_dict(), step=step,
-                 knobs={k: v for k, v in vars(args).items() if k not in FREE})
-
+    path, knobs = os.path.join(args.out, "state.pt"), {k: v for k, v in vars(args).items() if k not in FREE}
+    try:
+        torch.save(dict(trained=trained(policy), optimizer=optimizer.state_dict(), step=step, knobs=knobs), path + ".writing")
+    except RuntimeError as e:  # an OSError in disguise
+        raise DataError(f"{path}.writing can't be written: {str(e).splitlines()[0]}") from e
+    os.replace(path + ".writing", path)
 
 def load_state(args, policy, optimizer):
     """Put a checkpoint's weights and optimiser state back -> the step it was taken after."""
     path = os.path.join(args.out, "state.pt")
-    if not os.path.exists(path):
-        raise DataError(f"{args.out}: nothing to resume: there is no state.pt")
+    data.expect(os.path.exists(path), f"{args.out}: nothing to resume: there is no state.pt")
     state = torch.load(path, weights_only=True)
     for k, v in state["knobs"].items():
-        if getattr(args, k) != v:
-            raise DataError(f"{args.out}: the run to resume had --{k} {v}, not {getattr(args, k)}")
+        data.expect(getattr(args, k) == v, f"{args.out}: the run to resume had --{k} {v}, not {getattr(args, k)}")
     policy.load_state_dict(state["trained"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
-
 
 def trim_log(folder, step):
     """Drop the lines of metrics.jsonl and completions.jsonl that a resumed run will write again."""
@@ -141,11 +136,9 @@ def trim_log(folder, step):
                 f.writelines(kept)
             os.replace(path + ".writing", path)
 
-
 def trained(policy):
     """The parameters that are trained, by name: what a checkpoint must hold to go on bit for bit."""
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
-
 
 def learning_rate(step, steps, peak, warmup):
     """Linear rise over warmup * steps, then a cosine to 0. `step` counts from 0."""
@@ -154,11 +147,9 @@ def learning_rate(step, steps, peak, warmup):
         return peak * (step + 1) / rise
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
-
 def epoch_order(n, epoch, seed):
     """The order of n questions in an epoch, a function of the seed alone: a resumed run needs no state for it."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
-
 
 # --------------------------------------------------------------------------------------------------------------------- Eq. (1)
 
@@ -169,7 +160,6 @@ def sft_loss(logp, mask, tokens_in_batch):
     tokens, so that lr does not depend on the batch; the question, the image and the padding bear no loss.
     """
     return -(logp * mask).sum() / tokens_in_batch
-
 
 # --------------------------------------------------------------------------------------------------------------- the tiny base
 
@@ -185,12 +175,10 @@ BASE_IMAGES = 1500       # phantoms for both, from a seed of their own: none is 
 BASE_BATCH = 24          # prompts or images a step
 BASE_LR = 1e-3
 
-
 def groups_of_four(processor, completions, from_end):
     """4n texts -> tokens, mask (n, 4, T), and the mask of one token of each, `from_end` places from its end: the letter."""
     tokens, mask = (x.view(len(completions) // 4, 4, -1) for x in M.encode_completions(processor, completions))
     return tokens, mask, torch.zeros_like(mask).scatter(-1, mask.sum(-1, keepdim=True) - from_end, True)
-
 
 def letter_batch(processor, names, skip, records, rng, n):
     """n text-only prompts of four options, each with a group of four completions, one for each option: its name, then its
@@ -217,22 +205,19 @@ def letter_batch(processor, names, skip, records, rng, n):
     batch["skip"] = torch.from_numpy(rng.integers(0, skip + 1, n))
     return batch, tokens, letters
 
-
-def blind_batch(processor, records, rng, n):
-    """n records behind a blank image, each with four gold completions: one that concludes on each of its options. How thoughts
-    are worded and how letters follow from them can be learned here, but nothing about images. -> batch, tokens (n, 4, T),
-    mask, mask of the letters alone."""
-    blank = processor.image_processor(images=[np.full((data.SIZE, data.SIZE, 3), 127, np.uint8)], return_tensors="pt")
+def blind_batch(processor, records, images, rng, n):
+    """n records behind an image that isn't theirs, each with four gold completions: one that concludes on each of its options.
+    How thoughts are worded and how letters follow from them can be learned here, but nothing about images.
+    -> batch, tokens (n, 4, T), mask, mask of the letters alone."""
     chosen, completions = [records[i] for i in rng.choice(len(records), n)], []
     for r in chosen:
         opening = r["thought"].removesuffix(f"{r['options'][data.LETTERS.index(r['answer'])]}.")
         completions += [data.answer_text(dict(r, thought=f"{opening}{x}.", answer=letter))
                         for letter, x in zip("ABCD", r["options"], strict=True)]
     tokens, mask, letters = groups_of_four(processor, completions, 3)              # the letter, then </answer> and stop
-    blank = blank["pixel_values"], blank["image_grid_thw"]
-    batch = M.tensors(processor, [data.question_text(r) for r in chosen], [blank] * n)
+    others = [images[i] for i in rng.integers(0, len(images), n)]
+    batch = M.tensors(processor, [data.question_text(r) for r in chosen], others)
     return batch, tokens, mask, letters
-
 
 def base_images(processor, seed):
     """Phantoms of a seed of their own -> patches and grids, labels (n, 3) of pair, style (0: none) and location (-100: none),
@@ -247,7 +232,6 @@ def base_images(processor, seed):
         labels.append((i % len(data.PAIRS), 1 + style if lesion else 0, place if lesion else -100))
         captions.append(f" {data.STYLES[lesion[0]].split()[-1]} {lesion[1]}" if lesion else "")
     return images, torch.tensor(labels), captions
-
 
 def open_eyes(net, images, labels, rng):
     """Train the vision tower alone: the mean of its tokens tells the pair, and each token the style of the lesion it shows, if
@@ -270,7 +254,6 @@ def open_eyes(net, images, labels, rng):
         descend(optimizer, loss, k, 2 * BASE_LR)
         bar.set_postfix(loss=f"{loss.item():.2f}")
 
-
 def learn_letters(net, processor, names, records, rng):
     """Name an option by its letter: LETTER_STAGES, each until LETTER_SOLVED."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=BASE_LR, betas=BETAS, weight_decay=0.0)
@@ -286,9 +269,7 @@ def learn_letters(net, processor, names, records, rng):
         if right > (LETTER_FULL if full else LETTER_SOLVED):
             stage, right = stage + 1, 0.25
         if stage == len(LETTER_STAGES):
-            bar.close()
-            return
-
+            return bar.close()
 
 def learn_to_read(net, processor, records, images, captions, rng):
     """Say in three words what the eyes see, where every token counts; every other step also wording and letters, blind."""
@@ -300,13 +281,12 @@ def learn_to_read(net, processor, records, images, captions, rng):
         seen = M.token_logprobs(net, M.tensors(processor, ["See."] * 32, [images[i] for i in chosen]), tokens, mask)[mask]
         loss = -seen.mean() * 3
         if k % 2:
-            batch, tokens, mask, letters = blind_batch(processor, records, rng, 8)
+            batch, tokens, mask, letters = blind_batch(processor, records, images, rng, 8)
             blind = M.token_logprobs(net, batch, tokens, mask)
             loss = loss - blind[letters].mean() - blind[mask].mean()
             bar.set_postfix(letters=f"{blind[letters].exp().mean().item():.2f}", wording=f"{-blind[mask].mean().item():.2f}",
                             seen=f"{-seen.mean().item():.2f}")
         descend(optimizer, loss, k)
-
 
 def descend(optimizer, loss, k, lr=BASE_LR):
     """One optimiser step, the learning rate rising over the first 50."""
@@ -315,7 +295,6 @@ def descend(optimizer, loss, k, lr=BASE_LR):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
-
 
 def make_base(folder, records, seed):
     """The tiny base of the phantoms, written to `folder`: letters, then eyes, then reading."""
@@ -333,11 +312,9 @@ def make_base(folder, records, seed):
     with open(os.path.join(folder, "base.json"), "w") as f:
         json.dump(base_recipe(seed), f)
 
-
 def base_recipe(seed):
     return dict(seed=seed, letters=[[list(s) for s in LETTER_STAGES], LETTER_SOLVED, LETTER_FULL, LETTER_STEPS],
                 eyes=EYE_STEPS, reading=READ_STEPS, images=BASE_IMAGES)
-
 
 def prepare_tiny(args, rank):
     """Phantoms and base under ROOT, made once -> (base folder, [data file])."""
@@ -346,13 +323,12 @@ def prepare_tiny(args, rank):
     files = [data.make_phantoms(os.path.join(args.root, "phantoms"), args.seed, args.images)] if rank == 0 else [None]
     if rank == 0 and os.path.exists(recipe):
         with open(recipe) as f:
-            if json.load(f) != base_recipe(args.seed):
-                raise DataError(f"{base} was made with another seed or recipe: remove it, or name another --root")
+            data.expect(json.load(f) == base_recipe(args.seed),
+                        f"{base} was made with another seed or recipe: remove it, or name another --root")
     elif rank == 0:
         make_base(base, data.read_records(files[0], "train"), args.seed)
-    M.wait_for_all()
+    M.sum_over_ranks(0)  # the other processes wait here
     return base, [os.path.join(args.root, "phantoms", "phantoms.jsonl")]
-
 
 # -------------------------------------------------------------------------------------------------------------------- the loop
 
@@ -366,9 +342,8 @@ def main(argv=None):
     if not args.data:
         raise DataError("--model was given without --data: name the files of records to train on")
     records = data.read_records(args.data, "train")
-    if min(args.batch, len(records)) < world:
-        raise DataError(f"--batch {args.batch}: expected at least one question for each of the {world} processes "
-                        f"({len(records)} questions in all)")
+    data.expect(min(args.batch, len(records)) >= world, f"--batch {args.batch}: expected at least one question for each of the "
+                                                        f"{world} processes ({len(records)} questions in all)")
 
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32  # what is trained is kept in fp32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
@@ -420,7 +395,6 @@ def main(argv=None):
                 M.save(policy, processor, args.out)
                 save_state(args, policy, optimizer, step + 1)
     M.close_devices()
-
 
 if __name__ == "__main__":
     data.cli(main)

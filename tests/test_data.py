@@ -304,7 +304,7 @@ def test_records_of_an_image(phantoms):
         assert sorted(r["task"] for r in rows) == sorted(asked)
         assert len({(r["split"], r["group"], r["modality"], r["anatomy"]) for r in rows}) == 1
         assert len({r["thought"].split(" So ")[0] for r in rows}) == 1
-    assert .35 < counts["Normal"] / 260 < .65
+    assert abs(counts["Abnormal"] / 260 - data.LESION_RATE) < .1
     assert sum(rows[0]["split"] == "train" for rows in images.values()) == 182  # 70 %
     assert len({rows[0]["group"] for rows in images.values()}) == 260
 

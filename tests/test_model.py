@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
+import eval as evaluation
 import grpo
 import model as M
 import sft
@@ -235,7 +236,7 @@ def test_rows_of_takes_each_question_with_its_own_pixels(world):
     with torch.no_grad():
         whole = M.token_logprobs(world.net, batch, tokens, mask)
     for rows in (slice(0, 2), slice(1, 3), slice(3, 9), slice(0, 5)):
-        part = M.rows_of(batch, rows)
+        part = grpo.rows_of(batch, rows)
         alone = M.encode(world.processor, world.mixed[rows])
         assert torch.equal(part["pixel_values"], alone["pixel_values"])
         assert torch.equal(part["image_grid_thw"], alone["image_grid_thw"])
@@ -418,7 +419,7 @@ def test_adapter_off_is_the_merged_sft_model_exactly(world, tmp_path):
     torch.testing.assert_close(logp(merged), logp(stage1), rtol=0, atol=1e-4)
     assert (logp(merged) - logp(world.net)).abs().max() > 1e-2
     policy = with_lora(M.load(str(tmp_path / "sft"))[0], seed=5)
-    with M.reference_of(policy) as pi_sft:
+    with grpo.reference_of(policy) as pi_sft:
         assert torch.equal(logp(pi_sft), logp(merged))
     assert (logp(policy) - logp(merged)).abs().max() > 1e-2  # and outside the adapter is on again
     fresh = M.add_lora(M.load(str(tmp_path / "sft"))[0], 4)
@@ -432,6 +433,36 @@ def test_saving_a_lora_policy_leaves_it_as_it_was(world, tmp_path):
     M.save(policy, world.processor, make(tmp_path / "a"))
     after = policy.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+def test_an_update_too_small_for_bf16_survives_in_the_adapter(world, tmp_path):
+    """Steps of lr 1e-6 are smaller than bf16's spacing: merged into bf16 weights they are gone. eval.load_unmerged gives the
+    policy that was trained, bit for bit: pi_SFT in bf16 under the adapter; stock loaders find the merged weights, in fp32."""
+    batch, (tokens, mask) = M.encode(world.processor, world.mixed[:2]), completions(2, 3, 6)
+
+    def logp(net):
+        with torch.no_grad():
+            return M.token_logprobs(net, batch, tokens, mask)
+    sft_folder, out = make(tmp_path / "sft"), make(tmp_path / "grpo")
+    M.save(copy.deepcopy(world.net).to(torch.bfloat16), world.processor, sft_folder)
+    pi_sft, _ = M.load(sft_folder, dtype=torch.bfloat16)
+    policy = M.add_lora(M.load(sft_folder, dtype=torch.bfloat16)[0], 4)
+    for name, p in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=2e-5)
+    for _ in range(2):  # a second checkpoint takes the place of the first
+        M.save(policy, world.processor, out, keep_adapter=True)
+    merged, _ = M.load(out, dtype=torch.bfloat16)
+    moved = sum((p != q).sum().item() for p, q in zip(merged.parameters(), pi_sft.parameters(), strict=True))
+    assert moved < 0.1 * pi_sft.num_parameters()                       # nearly all of the update is rounded away in bf16
+    again, _ = evaluation.load_unmerged(out, dtype=torch.bfloat16)
+    assert torch.equal(logp(again), logp(policy)) and not torch.equal(logp(again), logp(pi_sft))
+    with grpo.reference_of(again) as reference:
+        assert torch.equal(logp(reference), logp(pi_sft))
+    stock = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    lifted = M.add_lora(M.load(sft_folder, dtype=torch.float32)[0], 4)
+    lifted.load_state_dict({k: v for k, v in policy.state_dict().items() if "lora_" in k}, strict=False)
+    torch.testing.assert_close(logp(stock), logp(lifted), rtol=0, atol=1e-5)
 
 
 def test_lora_is_on_the_language_model_alone_and_in_fp32(world):
@@ -459,7 +490,7 @@ def test_lora_finds_every_family(name, world):
 def test_frozen_copy_stays(world):
     """The reference of full fine-tuning does not move with the policy, and takes no gradient."""
     policy = copy.deepcopy(world.net).requires_grad_(True)
-    frozen = M.frozen_copy(policy)
+    frozen = grpo.frozen_copy(policy)
     before = {k: v.clone() for k, v in frozen.state_dict().items()}
     batch = M.encode(world.processor, world.mixed[:2])
     tokens, mask = completions(2, 2, 4)
@@ -468,7 +499,7 @@ def test_frozen_copy_stays(world):
     optimizer.step()
     assert all(torch.equal(v, frozen.state_dict()[k]) for k, v in before.items())
     assert not torch.equal(policy.lm_head.weight, frozen.lm_head.weight)
-    with M.reference_of(policy, frozen) as pi_sft:
+    with grpo.reference_of(policy, frozen) as pi_sft:
         assert not M.token_logprobs(pi_sft, batch, tokens, mask).requires_grad
 
 
