@@ -220,12 +220,12 @@ def test_a_thousand_thoughts():
     "upper left ", "\0 ", "(", "normal "])
 def test_linear_in_the_thought(unit):
     """Eight times the text takes about eight times as long; quadratic would be 64 times."""
-    times = []
-    for n in (4_000, 32_000):
+    def seconds(n):
         thought = unit * (n // len(unit))
         began = time.process_time()
         visible_thought(thought)
         for options in (KIND, PLACE, STATE):
             lexical_verdict(thought, {"options": options})
-        times.append(time.process_time() - began)
-    assert times[1] < 30 * times[0] + 0.02
+        return time.process_time() - began
+    short, long = (min(seconds(n) for _ in range(3)) for n in (4_000, 32_000))  # the best of three: the machine may be busy
+    assert long < 30 * short + 0.02
