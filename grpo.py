@@ -26,7 +26,7 @@ import model as M
 from data import DataError
 from judge import make_judge, visible_thought
 from rewards import parse_completion, total_reward
-from sft import BETAS, epoch_order, knobs, load_state, log, open_run, save_state, trained, trim_log
+from sft import BETAS, epoch_order, knobs, load_state, log, open_run, save_state, trained
 
 # name: (tiny preset, paper preset, unit and meaning [, choices])
 KNOBS = dict(
@@ -35,7 +35,7 @@ KNOBS = dict(
     root=("out", "out", "folder under which everything is written"),
     out=(None, None, "folder of this run (default: ROOT/grpo)"),
     seed=(0, 0, "seed of the sampling, of LoRA and of the order of the questions"),
-    epochs=(1.0, 1.0, "passes over the training questions (paper: 1)"),
+    epochs=(2.0, 1.0, "passes over the training questions (paper: 1)"),
     batch=(128, 64, "completions an optimiser step over all processes (paper: global batch 64)"),
     G=(8, 8, "completions a question: the group (paper: G = 8)"),
     max_new_tokens=(80, 512, "tokens at which a completion is cut off"),
@@ -222,11 +222,8 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay)
     generator = torch.Generator(device)
     epoch_rollouts = max(1, len(records) // questions_a_step)
-    steps, start = max(1, round(args.epochs * epoch_rollouts)) * args.mu, 0
-    if args.resume:
-        start = load_state(args, policy, optimizer)
-        if rank == 0:
-            trim_log(args.out, start)
+    steps = max(1, round(args.epochs * epoch_rollouts)) * args.mu
+    start = load_state(args, policy, optimizer, rank) if args.resume else 0
     end = -(-min(steps, args.max_steps or steps) // args.mu) * args.mu  # whole rollouts
     likelihood = dict(temperature=args.temperature)  # of the distribution that is sampled
     weights = tuple(args.weights)

@@ -11,6 +11,7 @@ sees (`make_base`, kept in ROOT/tiny-base), and fine-tunes that. With --model an
 Left out on purpose: evaluation in the loop (eval.py does it), early stopping, packing of several questions into one row.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,7 @@ KNOBS = dict(
     root=("out", "out", "folder under which everything is written"),
     out=(None, None, "folder of this run (default: ROOT/sft)"),
     seed=(0, 0, "seed of phantoms, base, LoRA and the order of the questions"),
-    images=(1200, 1200, "phantoms to draw, 70 %% of them to train on"),
+    images=(600, 600, "phantoms to draw, 70 %% of them to train on"),
     epochs=(2.0, 2.0, "passes over the training questions (paper: 2)"),
     batch=(32, 64, "questions an optimiser step over all processes (paper: global batch 64)"),
     micro_batch=(32, 8, "questions a forward pass on one device; memory, not the result, depends on it"),
@@ -91,11 +92,9 @@ def open_run(folder, args, rank):
     if rank:
         return
     if os.path.exists(os.path.join(folder, "metrics.jsonl")) and not args.resume:
-        k = 1
-        while os.path.exists(f"{folder}.{k}"):
-            k += 1
-        os.rename(folder, f"{folder}.{k}")
-        print(f"{folder} held an earlier run: moved to {folder}.{k}")
+        aside = next(x for k in itertools.count(1) if not os.path.exists(x := f"{folder}.{k}"))
+        os.rename(folder, aside)
+        print(f"{folder} held an earlier run: moved to {aside}")
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "knobs.json"), "w") as f:
         json.dump(vars(args), f, indent=2)
@@ -115,8 +114,9 @@ def save_state(args, policy, optimizer, step):
         raise DataError(f"{path}.writing can't be written: {str(e).splitlines()[0]}") from e
     os.replace(path + ".writing", path)
 
-def load_state(args, policy, optimizer):
-    """Put a checkpoint's weights and optimiser state back -> the step it was taken after."""
+def load_state(args, policy, optimizer, rank):
+    """Put a checkpoint's weights and optimiser state back, and drop the lines of metrics.jsonl and completions.jsonl that will
+    be written again -> the step the checkpoint was taken after."""
     path = os.path.join(args.out, "state.pt")
     data.expect(os.path.exists(path), f"{args.out}: nothing to resume: there is no state.pt")
     state = torch.load(path, weights_only=True)
@@ -124,17 +124,14 @@ def load_state(args, policy, optimizer):
         data.expect(getattr(args, k) == v, f"{args.out}: the run to resume had --{k} {v}, not {getattr(args, k)}")
     policy.load_state_dict(state["trained"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-def trim_log(folder, step):
-    """Drop the lines of metrics.jsonl and completions.jsonl that a resumed run will write again."""
-    for path in (os.path.join(folder, name) for name in ("metrics.jsonl", "completions.jsonl")):
-        if os.path.exists(path):
+    for path in (os.path.join(args.out, name) for name in ("metrics.jsonl", "completions.jsonl")):
+        if rank == 0 and os.path.exists(path):
             with open(path) as f:
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
             with open(path + ".writing", "w") as f:
                 f.writelines(kept)
             os.replace(path + ".writing", path)
+    return state["step"]
 
 def trained(policy):
     """The parameters that are trained, by name: what a checkpoint must hold to go on bit for bit."""
@@ -170,6 +167,7 @@ LETTER_SOLVED = 0.75     # mean probability of the right letter at which the nex
 LETTER_FULL = 0.9        # that of the last stage, in full prompts
 LETTER_STEPS = 2000      # at most this many steps of letters alone
 EYE_STEPS = 300          # steps of the vision tower under a linear head
+WORDING_EVERY = 4        # steps of letters between batches of how thoughts are worded
 READ_STEPS = 200         # steps of captions, of wording and of letters: how many sets how much the base can see
 BASE_IMAGES = 1500       # phantoms for both, from a seed of their own: none is in train or test
 BASE_BATCH = 24          # prompts or images a step
@@ -206,8 +204,8 @@ def letter_batch(processor, names, skip, records, rng, n):
     return batch, tokens, letters
 
 def blind_batch(processor, records, images, rng, n):
-    """n records behind an image that isn't theirs, each with four gold completions: one that concludes on each of its options.
-    How thoughts are worded and how letters follow from them can be learned here, but nothing about images.
+    """n records behind an image that isn't theirs (or none), each with four gold completions: one that concludes on each of its
+    options. How thoughts are worded and how letters follow can be learned here, but nothing about images.
     -> batch, tokens (n, 4, T), mask, mask of the letters alone."""
     chosen, completions = [records[i] for i in rng.choice(len(records), n)], []
     for r in chosen:
@@ -215,7 +213,7 @@ def blind_batch(processor, records, images, rng, n):
         completions += [data.answer_text(dict(r, thought=f"{opening}{x}.", answer=letter))
                         for letter, x in zip("ABCD", r["options"], strict=True)]
     tokens, mask, letters = groups_of_four(processor, completions, 3)              # the letter, then </answer> and stop
-    others = [images[i] for i in rng.integers(0, len(images), n)]
+    others = [images[i] for i in rng.integers(0, len(images), n)] if images else [None] * n
     batch = M.tensors(processor, [data.question_text(r) for r in chosen], others)
     return batch, tokens, mask, letters
 
@@ -255,7 +253,7 @@ def open_eyes(net, images, labels, rng):
         bar.set_postfix(loss=f"{loss.item():.2f}")
 
 def learn_letters(net, processor, names, records, rng):
-    """Name an option by its letter: LETTER_STAGES, each until LETTER_SOLVED."""
+    """Name an option by its letter: LETTER_STAGES, each until LETTER_SOLVED. Meanwhile also how thoughts are worded."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=BASE_LR, betas=BETAS, weight_decay=0.0)
     stage, right = 0, 0.25
     for k in (bar := tqdm(range(LETTER_STEPS), desc="base: letters", unit="step")):
@@ -263,9 +261,14 @@ def learn_letters(net, processor, names, records, rng):
         full = stage + 1 == len(LETTER_STAGES)
         batch, tokens, letters = letter_batch(processor, names[:n], skip, records if full else None, rng, BASE_BATCH)
         logp = M.token_logprobs(net, batch, tokens, letters)[letters]
-        descend(optimizer, -logp.mean(), k)
+        loss = -logp.mean()
+        if k % WORDING_EVERY == 0:
+            words, tokens, mask, _ = blind_batch(processor, records, None, rng, 8)
+            wording = -M.token_logprobs(net, words, tokens, mask)[mask].mean()
+            loss = loss + wording
+        descend(optimizer, loss, k)
         right += 0.1 * (logp.detach().exp().mean().item() - right)
-        bar.set_postfix(stage=f"{stage + 1}/{len(LETTER_STAGES)}", right=f"{right:.2f}")
+        bar.set_postfix(stage=f"{stage + 1}/{len(LETTER_STAGES)}", right=f"{right:.2f}", wording=f"{wording.item():.2f}")
         if right > (LETTER_FULL if full else LETTER_SOLVED):
             stage, right = stage + 1, 0.25
         if stage == len(LETTER_STAGES):
@@ -314,7 +317,7 @@ def make_base(folder, records, seed):
 
 def base_recipe(seed):
     return dict(seed=seed, letters=[[list(s) for s in LETTER_STAGES], LETTER_SOLVED, LETTER_FULL, LETTER_STEPS],
-                eyes=EYE_STEPS, reading=READ_STEPS, images=BASE_IMAGES)
+                wording=WORDING_EVERY, eyes=EYE_STEPS, reading=READ_STEPS, images=BASE_IMAGES)
 
 def prepare_tiny(args, rank):
     """Phantoms and base under ROOT, made once -> (base folder, [data file])."""
@@ -353,11 +356,8 @@ def main(argv=None):
     parameters = list(trained(policy).values())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay)
     epoch_steps = max(1, len(records) // args.batch)
-    steps, start = math.ceil(args.epochs * epoch_steps), 0
-    if args.resume:
-        start = load_state(args, policy, optimizer)
-        if rank == 0:
-            trim_log(args.out, start)
+    steps = math.ceil(args.epochs * epoch_steps)
+    start = load_state(args, policy, optimizer, rank) if args.resume else 0
     end = min(steps, args.max_steps or steps)
 
     bar = tqdm(range(start, end), initial=start, total=end, desc="sft", unit="step", disable=rank > 0)
