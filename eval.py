@@ -246,11 +246,13 @@ def load_unmerged(name, *, dtype, device="cpu", max_pixels=M.MAX_PIXELS):
     """As `M.load`, but a checkpoint of GRPO under LoRA comes as it was trained: pi_SFT in `dtype` under its adapter in fp32. In
     bf16 the merged weights would round away an update as small as lr 1e-6 makes. The fp32 weights of the folder less the
     adapter's part are pi_SFT's bf16 weights again, bit for bit."""
+    adapter = os.path.join(name, M.ADAPTER)
+    if dtype == torch.float32 or not os.path.isdir(adapter):
+        return M.load(name, dtype=dtype, device=device, max_pixels=max_pixels)
     net, processor = M.load(name, dtype=torch.float32, max_pixels=max_pixels)
-    if dtype != torch.float32 and os.path.isdir(adapter := os.path.join(name, M.ADAPTER)):
-        net = PeftModel.from_pretrained(net, adapter).eval()
-        for layer in (m for m in net.modules() if isinstance(m, LoraLayer)):
-            layer.base_layer.weight.data -= layer.get_delta_weight("default")
+    net = PeftModel.from_pretrained(net, adapter).eval()
+    for layer in (m for m in net.modules() if isinstance(m, LoraLayer)):
+        layer.base_layer.weight.data -= layer.get_delta_weight("default")
     for key, p in net.named_parameters():
         p.data = p.data if "lora_" in key else p.data.to(dtype)
     return net.to(device), processor

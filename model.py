@@ -354,7 +354,6 @@ def save(model, processor, folder, keep_adapter=False):
         net.save_pretrained(beside)
         if keep_adapter:
             model.save_pretrained(os.path.join(beside, ADAPTER), save_embedding_layers=False)
-        shutil.rmtree(os.path.join(folder, ADAPTER), ignore_errors=True)
     except SafetensorError as e:  # an OSError in disguise
         raise DataError(f"{beside}: the weights can't be written: {e}") from e
     processor.image_processor.save_pretrained(beside)
@@ -364,6 +363,7 @@ def save(model, processor, folder, keep_adapter=False):
                        "tokenizer_config.json": {}}.items():
         path = Path(beside, name)
         path.write_text(json.dumps(json.loads(path.read_text()) | stock | more, indent=2))
+    shutil.rmtree(os.path.join(folder, ADAPTER), ignore_errors=True)  # a folder can't be renamed over
     for name in os.listdir(beside):
         os.replace(os.path.join(beside, name), os.path.join(folder, name))
     os.rmdir(beside)
