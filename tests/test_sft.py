@@ -100,11 +100,12 @@ def used(table, *argv):
 def test_the_model_chooses_the_preset(stage, world):
     """No model, or a tiny one: `tiny`. Any other: `paper`, with section 4.1's figures. --preset has the last word."""
     table, name = stage.KNOBS, "Qwen/Qwen2.5-VL-3B-Instruct"
-    assert used(table).preset == "tiny" and used(table).lr == table["lr"][0]
+    tiny_lora = {sft: 0, grpo: 16}[stage]
+    assert used(table).preset == "tiny" and used(table).lora == tiny_lora
     assert used(table, "--model", world.folder).preset == "tiny"
     real = used(table, "--model", name)
     assert real.preset == "paper" and {k: getattr(real, k) for k in PAPER[stage]} == PAPER[stage]
-    assert used(table, "--model", name, "--preset", "tiny").lr == table["lr"][0]
+    assert used(table, "--model", name, "--preset", "tiny").lora == tiny_lora
     assert used(table, "--preset", "paper").lr == PAPER[stage]["lr"]
 
 
