@@ -167,6 +167,20 @@ def without_failures(con):
     mean = torch.nan_to_num(con.nanmean(1, keepdim=True))
     return torch.where(con.isnan(), mean, con)
 
+def questions(args, world):
+    """The questions to train on and, with --eval_every, some held-out ones; DataError where no run of `world` processes can be
+    made of what was asked for."""
+    if args.G < 2:
+        raise DataError(f"--G {args.G}: a group of one has no advantage over its own mean; expected at least 2")
+    records = data.read_records(args.data, "train")
+    if args.batch % args.G or min(args.batch // args.G, len(records)) < world:
+        raise DataError(f"--batch {args.batch}: expected a multiple of --G {args.G}, and at least one question for each of "
+                        f"the {world} processes ({len(records)} questions in all)")
+    if os.path.realpath(args.model) == os.path.realpath(args.out):
+        raise DataError(f"--out {args.out} is the folder of the SFT policy itself; name another")
+    held_out = evaluation.subset(data.read_records(args.data, "test"), args.eval_questions) if args.eval_every else []
+    return records, held_out
+
 def check_gold(records, judge):
     """The gold answers must score 1 by the code that will score the policy's; else the reward, not the policy, is wrong."""
     records = [r for r in records if r["thought"] is not None]
@@ -198,16 +212,7 @@ def main(argv=None):
     args.out, args.model = args.out or os.path.join(args.root, "grpo"), args.model or os.path.join(args.root, "sft")
     args.data = args.data or [os.path.join(args.root, "phantoms", "phantoms.jsonl")]
     rank, world, device = M.setup_devices()
-    questions_a_step = args.batch // args.G
-    if args.G < 2:
-        raise DataError(f"--G {args.G}: a group of one has no advantage over its own mean; expected at least 2")
-    records = data.read_records(args.data, "train")
-    if args.batch % args.G or min(questions_a_step, len(records)) < world:
-        raise DataError(f"--batch {args.batch}: expected a multiple of --G {args.G}, and at least one question for each of "
-                        f"the {world} processes ({len(records)} questions in all)")
-    if os.path.realpath(args.model) == os.path.realpath(args.out):
-        raise DataError(f"--out {args.out} is the folder of the SFT policy itself; name another")
-    held_out = evaluation.subset(data.read_records(args.data, "test"), args.eval_questions) if args.eval_every else []
+    records, held_out = questions(args, world)
     judge = make_judge(args.judge, args.judge_sees)
     if rank == 0:
         check_gold(records, judge)
@@ -221,6 +226,7 @@ def main(argv=None):
     parameters = list(trained(policy).values())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay)
     generator = torch.Generator(device)
+    questions_a_step = args.batch // args.G
     epoch_rollouts = max(1, len(records) // questions_a_step)
     steps = max(1, round(args.epochs * epoch_rollouts)) * args.mu
     start = load_state(args, policy, optimizer, rank) if args.resume else 0
