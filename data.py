@@ -9,17 +9,25 @@ read_records. Left out on purpose: dataset classes, augmentation, resizing (mode
     python data.py check out/phantoms/phantoms.jsonl                                  # validate, count by task, split, letter
 """
 import argparse
+import csv
+import hashlib
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import sys
 import warnings
+import zlib
 from collections import Counter, defaultdict
+from functools import partial, reduce
 from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
 LETTERS = "ABCDEF"
@@ -33,7 +41,9 @@ MED_R1_TASKS = {  # Med-R1's question types; its files don't name them: the firs
 KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "answer", "thought", "source", "group", "split")
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = 2**26  # pixels an image may have; looked at before anything is decoded
-INSTRUCTION = "First think in <think></think>, then give the letter in <answer></answer>."
+INSTRUCTIONS = {"before": "First think in <think></think>, then give the letter in <answer></answer>.",  # by --thinking
+                "none": "Give the letter in <answer></answer>.",
+                "after": "First give the letter in <answer></answer>, then say why in <think></think>."}
 
 class DataError(ValueError):
     """Input that cannot be used; the message is one sentence for the user."""
@@ -73,54 +83,89 @@ def check_record(record, folder):
            f"image {image!r} leaves the data folder, expected a path inside it, relative to the file")
     return {**record, "path": path}
 
-def read_records(files, split=None):
-    """Validated records of one file or several, each with "path" added; split keeps one. A .json file is taken as Med-R1's.
+def read_records(files, split=None, only=(), thinking="before"):
+    """Validated records of one file or several, each with "path" added. split keeps one; only, texts like "modality=CT", keeps
+    those with one of the values given for each key. thinking (a key of INSTRUCTIONS) goes with them into prompt and target.
 
-    DataError names file, line and what was expected. Bad questions in Med-R1's files, not ours to mend, are left out, counted
-    and told on stderr. Whether the images exist is load_image's business."""
-    records, seen = [], {}
+    DataError names file, line and what was expected. Others' questions (`foreign_record`), not ours to mend, are left out where
+    they can't be used, counted and told on stderr. Whether the images exist is load_image's business."""
+    records, seen, wanted = [], {}, defaultdict(set)
+    for key, _, value in (x.partition("=") for x in only):
+        expect(key in KEYS and value, f"--only {key}={value}: expected KEY=VALUE, the key one of {', '.join(KEYS)}")
+        wanted[key].add(value.casefold())
     for file in [files] if isinstance(files, (str, os.PathLike)) else files:
-        theirs, folder, left_out = str(file).endswith(".json"), os.path.dirname(os.path.abspath(file)), Counter()
-        form, unit = ("a JSON list of questions", "question") if theirs else ("one JSON object a line", "line")
+        whole, folder, left_out = str(file).endswith(".json"), Path(file).absolute().parent, Counter()
+        folder = folder.parents[1] if folder.parent.name == "QA_information" else folder  # OmniMedVQA's paths start at its root
+        form, unit = ("a JSON list of questions", "question") if whole else ("one JSON object a line", "line")
         try:
             text = Path(file).read_text(encoding="utf-8-sig")
-            items = json.loads(text or "[]") if theirs else text.split("\n")
+            items = json.loads(text or "[]") if whole else text.split("\n")
         except (OSError, ValueError, RecursionError) as e:
             raise DataError(f"{file}: {getattr(e, 'strerror', None) or e}, expected UTF-8 text with {form}") from None
         expect(isinstance(items, list) and items and text.strip(), f"{file} holds no records, expected {form}")
         for k, item in enumerate(items, 1):
+            if not whole and not item.strip():
+                continue
+            foreign = whole
             try:
-                if theirs or item.strip():
-                    record = check_record(med_r1_record(item, Path(file).stem, k) if theirs else json.loads(item), folder)
-                    expect(record["id"] not in seen, f"id {record['id']!r} was already used in {seen.get(record['id'])}")
-                    seen[record["id"]] = f"{file}, {unit} {k}"
-                    records.append(record)
+                item = item if whole else json.loads(item)
+                if foreign := whole or isinstance(item, dict) and bool(FOREIGN & item.keys()):
+                    item = foreign_record(item, Path(file).stem, k)
+                record = check_record(item, folder)
+                expect(record["id"] not in seen, f"id {record['id']!r} was already used in {seen.get(record['id'])}")
+                seen[record["id"]] = f"{file}, {unit} {k}"
+                records.append(record)
             except (ValueError, RecursionError) as e:
                 why = f"broken JSON, {e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
-                expect(theirs, f"{file}, line {k}: {why}")
+                expect(foreign, f"{file}, line {k}: {why}")
                 left_out[re.sub(r"'.*'|\".*\"|\[.*\]", "..", why)] += 1
         if left_out:
             reasons = "; ".join(f"{n} x {why}" for why, n in left_out.most_common())
             print(f"{file}: {left_out.total()} of {len(items)} questions left out: {reasons}", file=sys.stderr)
-    kept = [r for r in records if split in (None, r["split"])]
-    expect(kept, f"no usable record{f' of split {split!r}' if split else ''} in {files}")
+    kept = [r | ({} if thinking == "before" else {"thinking": thinking}) for r in records
+            if split in (None, r["split"]) and all(str(r[key]).casefold() in values for key, values in wanted.items())]
+    which = " ".join([f" of split {split!r}"] * bool(split) + [f" with {x}" for x in only])
+    expect(kept, f"no usable record{which} in {files}")
     return kept
 
-def med_r1_record(item, stem, k):
-    """Record of Med-R1's {"image", "problem": "Q? A)x, B)y", "solution": "<answer> B </answer>"}, question k of file `stem`."""
-    expect(isinstance(item, dict) and all(isinstance(item.get(x), str) for x in ("image", "problem", "solution")),
-           "expected an object with the texts image, problem and solution")
-    parts = [item["problem"]]
-    for n, letter in enumerate(LETTERS, 1):  # a marker is the next letter, after a space or comma: "(H&E)" is no option E
-        if len(parts) == n:
-            parts += re.split(rf"(?<=[\s,;:?.]){letter}\)", parts.pop(), maxsplit=1)
-    question, *options = (p.strip(" ,;\n") for p in parts)
-    answer, words = re.search(r"<answer>\s*([A-F])\s*</answer>", item["solution"]), re.findall(r"[a-z]+", stem.lower())
-    modality = next((m for m in MODALITIES if m.lower().replace("-", "") in words), stem)
-    task = next((t for t, rule in MED_R1_TASKS.items() if re.search(rule, question.lower())), "disease diagnosis")
-    return {"id": f"{stem}-{k}", "image": item["image"], "modality": modality, "anatomy": "unknown", "task": task,
-            "question": question, "options": options, "answer": answer[1] if answer else "none", "thought": None,
-            "source": "Med-R1", "group": item["image"], "split": "test" if "test" in words else "train"}
+FOREIGN = {"gt_answer", "problem", "conversations"}  # a key of another's record: OmniMedVQA, Med-R1, VLM-R1
+
+def foreign_record(item, stem, k):
+    """Record of question k of file `stem` in one of three forms; DataError with half a sentence if it is none of them.
+
+    OmniMedVQA: "question", "option_A".., "gt_answer" (an option's text; case, punctuation and spaces forgiven), "image_path".
+    Med-R1: "image", "problem": "Q? A)x, B)y", "solution": "<answer> B </answer>". VLM-R1: the two said in "conversations"."""
+    expect(isinstance(item, dict), "expected an object")
+    words, split = re.findall(r"[a-z]+", stem.lower()), "train"
+    if "gt_answer" in item:
+        def fold(text):
+            return re.sub(r"\W+", " ", str(text)).casefold().strip()
+        options = [item[f"option_{x}"] for x in LETTERS if item.get(f"option_{x}")]
+        right = [letter for letter, o in zip(LETTERS, options, strict=False) if fold(o) == fold(item["gt_answer"])]
+        expect(len(right) == 1, f"gt_answer fits {len(right)} options, expected one")
+        image, question, answer, source = item.get("image_path"), item.get("question"), right[0], item.get("dataset", stem)
+        name, modality = item.get("question_id"), item.get("modality_type", item.get("modality"))
+        task = str(item.get("question_type")).lower()
+        split = "test" if zlib.crc32(str(image).encode()) % 100 >= 100 * TRAIN_SHARE else split  # theirs has none
+    else:
+        talk = item.get("conversations")
+        if isinstance(talk, list) and len(talk) > 1 and all(isinstance(x, dict) for x in talk):
+            said, reply = (str(x.get("value")) for x in talk[:2])
+            reply = reply if "<answer>" in reply else f"<answer>{reply}</answer>"
+            item = {"problem": said.replace("<image>", ""), "solution": reply} | item
+        expect(all(isinstance(item.get(x), str) for x in ("image", "problem", "solution")),
+               "expected an object with the texts image, problem and solution")
+        parts = [item["problem"]]
+        for n, letter in enumerate(LETTERS, 1):  # a marker is the next letter, after a space or comma: "(H&E)" is no option E
+            if len(parts) == n:
+                parts += re.split(rf"(?<=[\s,;:?.]){letter}\)", parts.pop(), maxsplit=1)
+        image, (question, *options) = item["image"], (p.strip(" ,;\n") for p in parts)
+        answer = (re.findall(r"<answer>\s*([A-F])\s*</answer>", item["solution"]) or ["none"])[0]
+        task = next((t for t, rule in MED_R1_TASKS.items() if re.search(rule, question.lower())), "disease diagnosis")
+        modality = next((m for m in MODALITIES if m.lower().replace("-", "") in words), stem)
+        name, source, split = f"{stem}-{k}", "Med-R1", "test" if "test" in words else split
+    return {"id": name, "image": image, "modality": modality, "anatomy": "unknown", "task": task, "question": question,
+            "options": options, "answer": answer, "thought": None, "source": source, "group": image, "split": split}
 
 def write_records(records, file):
     """Write JSONL, without "path"; beside the file first, then renamed into place: no half-written file is ever seen."""
@@ -157,18 +202,25 @@ def load_image(record):
 def question_text(record):
     """The user's message: question, options as "A) text", how to answer."""
     options = "".join(f"{letter}) {o}\n" for letter, o in zip(LETTERS, record["options"], strict=False))
-    return f"{record['question']}\n{options}{INSTRUCTION}"
+    return f"{record['question']}\n{options}{INSTRUCTIONS[record.get('thinking', 'before')]}"
 
 def answer_text(record):
-    """Y* of Eq. (1): "<think>T*</think><answer>A*</answer>"; DataError if the record has no thought."""
+    """Y* of Eq. (1): "<think>T*</think><answer>A*</answer>", turned round or the answer alone as `thinking` says; DataError if
+    there is no thought and one is needed."""
+    answer, thinking = f"<answer>{record['answer']}</answer>", record.get("thinking", "before")
+    if thinking == "none":
+        return answer
     expect(record["thought"] is not None, f"record {record['id']!r} has no thought, which supervised fine-tuning needs")
-    return f"<think>{record['thought']}</think><answer>{record['answer']}</answer>"
+    thought = f"<think>{record['thought']}</think>"
+    return answer + thought if thinking == "after" else thought + answer
 
 # ---- phantoms: knobs and words ----------------------------------------------------------------------------------------------
 SIZE = 112                # px, side of the square image
 LESION_RATE = 0.67        # share of images with a lesion
 LESION_RADIUS = (9, 13)   # px, smallest and largest
-LESION_CONTRAST = 0.50    # fraction of the grey range by which a lesion is brighter or darker than what lies under it
+LESION_CONTRAST = 0.38    # fraction of the grey range by which a lesion is brighter or darker than what lies under it
+SHOWN = 20                # images or volumes on a source's contact sheet
+SLICES = 4                # of a volume with the lesion, and as many without
 TRAIN_SHARE = 0.7         # of the images; the rest is the test split
 SIGNS = {"MRI": "Soft tissue and dark bone", "CT": "Grey tissue and white bone", "OCT": "Thin bright layers",
          "Ultrasound": "Speckle and a fan", "Dermoscopy": "Hair and a pink surface", "CE-MRI": "Bright vessels and soft tissue",
@@ -188,7 +240,12 @@ MODALITIES, ANATOMIES, LOCATIONS = tuple(SIGNS), tuple(KINDS), tuple(CENTERS)  #
 PAIRS = (("MRI", "Brain"), ("CE-MRI", "Liver"), ("CT", "Liver"), ("CT", "Lung"), ("OCT", "Retina"), ("Ultrasound", "Breast"),
          ("Ultrasound", "Thyroid"), ("Dermoscopy", "Skin"), ("Endoscopy", "Alimentary"), ("Fundus", "Retina"),
          ("X-ray", "Chest"), ("Microscopy", "Lymph Node"), ("Microscopy", "Breast"))  # as in the paper's sources
-ALIKE = ({"MRI", "CE-MRI"}, {"Lung", "Chest"})  # never offered against each other: both would be right
+STATES = ("Normal", "Abnormal", "Artifact", "Uncertain")  # the last two are never true
+FILLERS = ("foreign body", "surgical implant")  # beside the kinds of a real source with fewer than four
+# never offered against each other: both could be right
+ALIKE = ({"MRI", "CE-MRI"}, {"Lung", "Chest"}, {"tumor", "glioma"}, {"melanocytic nevus", "common nevus"}, {"nodule", "mass"},
+         {"melanocytic nevus", "atypical nevus"}, {"pneumonia", "consolidation"}, {"pneumonia", "infiltration"},
+         {"consolidation", "infiltration"})
 # what + of a lesion adds to RGB in a coloured image: darker on pale tissue
 TINT = {"Dermoscopy": (-.8, -1, -.9), "Microscopy": (-1, -1.2, -.5), "Fundus": (.9, 1.2, .5), "Endoscopy": (1, 1, 1)}
 ASKED = {"anatomy": "organ", "anomaly": "state of the image", "location": "place of the lesion", "modality": "kind of image",
@@ -317,16 +374,27 @@ def draw_phantom(rng, modality, anatomy, lesion=None):
     facts = {"modality": modality, "anatomy": anatomy, "lesion": kind, "style": style, "location": location}
     return np.repeat(pixels, 3 // pixels.shape[2], 2), facts
 
+# ---- questions with their options -------------------------------------------------------------------------------------------
+def ask(image, task, truth, others, rng, decks):
+    """The record of a question; `image` has the keys that its questions share. The true answer stands among three of the others
+    at the letter that is next in decks[task, split]: A to D are equally frequent in every task and split."""
+    deck = decks[task, image["split"]]
+    deck += [] if deck else rng.permutation(list("ABCD")).tolist()
+    answer, options = deck.pop(), rng.permutation([x for x in others if x != truth and {x, truth} not in ALIKE])[:3].tolist()
+    options.insert(LETTERS.index(answer), truth)
+    return {**image, "id": f"{image['id']}-{task}", "task": task, "question": str(rng.choice(PHRASES)).format(ASKED[task]),
+            "options": options, "answer": answer}
+
 # ---- phantoms: questions, thoughts, files -----------------------------------------------------------------------------------
 def phantom_records(facts, rng, group, image, split="train", decks=None):
-    """The records of one image: five tasks with a lesion, three without: a healthy image has no true location or pathology.
+    """The records of one image: a healthy one has no true location or pathology; of those with a lesion each second isn't asked
+    for its state, so that Normal and Abnormal are the answer equally often.
 
     The thought is the same up to its last sentence, which names the right option's text, never a letter. decks, a
-    defaultdict(list) kept from image to image, deals the letters: A to D are equally frequent in every task and split."""
+    defaultdict(list) kept from image to image, deals the letters and those turns."""
     m, a, kind, style, place = (facts[k] for k in ("modality", "anatomy", "lesion", "style", "location"))
-    state, states = "Abnormal" if kind else "Normal", ("Normal", "Abnormal", "Artifact", "Uncertain")
-    asked = {"anatomy": (a, ANATOMIES, "So the organ is"), "anomaly": (state, states, "So the image is"),
-             "modality": (m, MODALITIES, "So this is")}
+    decks = defaultdict(list) if decks is None else decks
+    asked = {"anatomy": (a, ANATOMIES, "So the organ is"), "modality": (m, MODALITIES, "So this is")}
     seen = f"{SIGNS[m]} suggest {m}. The region is {a}. "
     if kind:
         asked["location"] = place, LOCATIONS, "So the lesion lies in the"
@@ -334,17 +402,13 @@ def phantom_records(facts, rng, group, image, split="train", decks=None):
         seen += f"There is {STYLES[style]} in the {place}. This fits {kind}. "
     else:
         seen += "There is no lesion. "
-    records, decks = [], defaultdict(list) if decks is None else decks
-    for task, (truth, names, so) in sorted(asked.items()):
-        deck = decks[task, split]
-        deck += [] if deck else rng.permutation(list("ABCD")).tolist()
-        others = [x for x in names if x != truth and {x, truth} not in ALIKE]
-        answer, options = deck.pop(), rng.permutation(others)[:3].tolist()
-        options.insert(LETTERS.index(answer), truth)
-        records.append({"id": f"{group}-{task}", "image": image, "modality": m, "anatomy": a, "task": task,
-                        "question": str(rng.choice(PHRASES)).format(ASKED[task]), "options": options, "answer": answer,
-                        "thought": f"{seen}{so} {truth}.", "source": "phantom", "group": group, "split": split})
-    return records
+    turns = decks["turns", split]
+    turns += [] if turns else rng.permutation(2).tolist()
+    if not kind or turns.pop():
+        asked["anomaly"] = "Abnormal" if kind else "Normal", STATES, "So the image is"
+    common = {"id": group, "image": image, "modality": m, "anatomy": a, "source": "phantom", "group": group, "split": split}
+    return [ask({**common, "thought": f"{seen}{so} {truth}."}, task, truth, names, rng, decks)
+            for task, (truth, names, so) in sorted(asked.items())]
 
 def made_before(out, knobs):
     there = out.exists() and not (out.is_dir() and not os.listdir(out))
@@ -382,31 +446,391 @@ def make_phantoms(out="out/phantoms", seed=0, n_images=2000):
             shutil.rmtree(part, ignore_errors=True)
     return str(out / "phantoms.jsonl")
 
-def contact_sheet(file, seed):  # a row a pair: normal, then the four styles
-    w, h = 2 * SIZE, 2 * SIZE + 14
-    sheet = Image.new("RGB", (5 * w, len(PAIRS) * h), "white")
+def sheet(cells, columns, file):  # (image, label) -> a PNG to look at
+    w = 2 * SIZE
+    page = Image.new("RGB", (columns * w, -(-len(cells) // columns) * (w + 14)), "white")
+    for k, (image, label) in enumerate(cells):
+        x, y = k % columns * w, k // columns * (w + 14)
+        image.thumbnail((w, w))
+        page.paste(image, (x, y + 14))
+        ImageDraw.Draw(page).text((x + 4, y + 1), label, fill="black")
+    page.save(file)
+
+def phantom_sheet(file, seed):  # a row a pair: normal, then the four styles
+    cells = []
     for i, pair in enumerate(PAIRS):
         for j, style in enumerate((None, *STYLES)):
-            place = LOCATIONS[(i + j) % 5]
-            pixels, facts = draw_phantom(np.random.default_rng([seed, i, j]), *pair, style and (style, place))
-            sheet.paste(Image.fromarray(pixels).resize((w, w)), (j * w, i * h + 14))
-            label = f"{facts['lesion']}, {place}" if style else " ".join(pair)
-            ImageDraw.Draw(sheet).text((j * w + 4, i * h + 1), label, fill="black")
-    sheet.save(file)
+            pixels, facts = draw_phantom(np.random.default_rng([seed, i, j]), *pair, style and (style, LOCATIONS[(i + j) % 5]))
+            label = f"{facts['lesion']}, {facts['location']}" if style else " ".join(pair)
+            cells.append((Image.fromarray(pixels).resize((2 * SIZE, 2 * SIZE)), label))
+    sheet(cells, 5, file)
+
+# ---- MedAD-38K: how the 17 sources lie on disk -------------------------------------------------------------------------------
+class Source(NamedTuple):
+    """A form of a source. Patterns are searched in the path below its folder; `id` (with `at`) pairs images, masks and rows."""
+    key: str
+    modality: str
+    anatomy: str
+    images: str              # pattern; may name `kind`, a key of kinds, and `group`: patient, volume or lesion (else the id)
+    kinds: object = None     # the lesion (name,) of all, or {kind: (name,) or () for healthy}; None: `labels` tells
+    masks: str = ""          # pattern; several masks of one id are one lesion
+    labels: tuple = ()       # a table: (pattern of its path, id column, row -> names of the lesions)
+    groups: tuple = ()       # a table: (pattern of its path, id column, row -> group)
+    outlines: object = None  # (folder, files) -> {id: polygons, px}
+    canvas: tuple = ()       # width and height the outlines refer to, px (else the image's)
+    least: int = 1           # value in a volume's mask from which on it is lesion; below it is the organ
+    window: tuple = ()       # HU shown as black and as white (else percentiles 1 and 99)
+
+def rows(file):
+    """The rows of a table, {column: cell}; columns are parted by commas, or by PH2's double bars."""
+    lines = Path(file).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    cells = [x.split("||") for x in lines if "||" in x] or [x for x in csv.reader(lines) if x]
+    head, *body = [[c.strip() for c in x] for x in cells] or [[]]
+    return [dict(zip(head, x, strict=False)) for x in body]
+
+def chest_boxes(folder, files):
+    out = defaultdict(list)
+    for r in (r for f in files if "BBox_List" in f for r in rows(folder / f)):
+        x, y, w, h = (float(r[k]) for k in ("Bbox [x", "y", "w", "h]"))  # commas part this header too
+        out[r["Image Index"]].append([(x, y), (x + w, y), (x + w, y + h), (x, y + h)])
+    return out
+
+def ddti_outlines(folder, files):  # XML with JSON in <svg>; [] for one that can't be read
+    out = defaultdict(list)
+    for f in (f for f in files if f.endswith(".xml")):
+        for mark in ElementTree.parse(folder / f).iter("mark"):
+            try:
+                shapes = [[(p["x"], p["y"]) for p in s["points"]] for s in json.loads(mark.findtext("svg"))]
+            except (ValueError, KeyError, TypeError):
+                shapes = [[]]
+            out[f"{Path(f).stem}_{mark.findtext('image')}"] += shapes
+    return out
+
+def via_outlines(folder, files):  # the VGG annotator's JSON
+    out, t = {}, np.linspace(0, 2 * np.pi, 32)
+    for f in (f for f in files if re.search(r"annotations_\w+\.json$", f)):
+        for entry in json.loads((folder / f).read_text()).values():
+            regions, shapes = entry["regions"], []
+            for s in (r["shape_attributes"] for r in (regions.values() if isinstance(regions, dict) else regions)):
+                if s["name"] in ("ellipse", "circle"):
+                    a, b, turn = s.get("rx", s.get("r")) * np.cos(t), s.get("ry", s.get("r")) * np.sin(t), s.get("theta", 0)
+                    s = {"all_points_x": s["cx"] + a * np.cos(turn) - b * np.sin(turn),
+                         "all_points_y": s["cy"] + a * np.sin(turn) + b * np.cos(turn)}
+                shapes.append([*zip(map(float, s["all_points_x"]), map(float, s["all_points_y"]), strict=True)])
+            out[Path(entry["filename"]).stem] = shapes
+    return out
+
+SKIN = {"MEL": "melanoma", "NV": "melanocytic nevus", "BCC": "basal cell carcinoma", "AKIEC": "actinic keratosis",
+        "BKL": "benign keratosis", "DF": "dermatofibroma", "VASC": "vascular lesion"}
+NEVI = ("common nevus", "atypical nevus", "melanoma")  # PH2's clinical diagnosis 0, 1, 2
+BMAD = dict(masks=r"(?P<at>train|valid|val|test)/.*(label|mask).*/(?P<id>[^/]+)\.\w+$", images=r"(?P<at>train|valid|val|test)"
+            r"/(?!.*(label|mask)).*?(?P<kind>good|Ungood)/(img/)?(?P<id>((?P<group>[^/]+)_)?[^/_]+)\.\w+$")
+SOURCES = (
+    Source("brats2021", "MRI", "Brain", r"BraTS2021_(?P<id>\d+)_flair\.nii", ("glioma",), r"BraTS2021_(?P<id>\d+)_seg\.nii"),
+    Source("brats2021", "MRI", "Brain", **BMAD, kinds={"good": (), "ungood": ("glioma",)}),
+    Source("liverct", "CT", "Liver", r"volume-(?P<id>\d+)\.nii", ("tumor",), r"segmentation-(?P<id>\d+)\.nii", least=2,
+           window=(-200, 250)),
+    Source("liverct", "CT", "Liver", **BMAD, kinds={"good": (), "ungood": ("tumor",)}),
+    Source("resc", "OCT", "Retina", **BMAD, kinds={"good": (), "ungood": ("edema",)}),
+    Source("busi", "Ultrasound", "Breast", r"(?P<kind>benign|malignant|normal)/(?P<id>[^/]*\))\.png$",
+           {"benign": ("benign tumor",), "malignant": ("malignant tumor",), "normal": ()}, r"/(?P<id>[^/]*\))_mask\w*\.png$"),
+    Source("isic2018", "Dermoscopy", "Skin", r"_Input/(?P<id>ISIC_\d+)\.jpg$", masks=r"(?P<id>ISIC_\d+)_segmentation\.png$",
+           labels=(r"Task3_\w+_GroundTruth\.csv$", "image", lambda r: [name for k, name in SKIN.items() if float(r[k]) > .5]),
+           groups=(r"LesionGroupings\.csv$", "image", lambda r: r["lesion_id"])),
+    Source("mosmed", "CT", "Lung", r"(?P<kind>CT-\d)/(?P<id>study_\d+)\.nii", masks=r"(?P<id>study_\d+)_mask\.nii",
+           kinds={f"ct-{k}": ("COVID-19 pneumonia",) * (k > 0) for k in range(5)}, window=(-1000, 400)),
+    Source("atlas", "CE-MRI", "Liver", r"imagesTr/(?P<id>\w+?)(_0000)?\.nii", ("tumor",), r"labelsTr/(?P<id>\w+)\.", least=2),
+    Source("ddti", "Ultrasound", "Thyroid", r"(^|/)(?P<id>(?P<group>\d+)_\d+)\.jpg$", ("nodule",), outlines=ddti_outlines),
+    Source("ddti", "Ultrasound", "Thyroid", r"1_or_data/image/(?P<id>\d+)\.png$", ("nodule",), r"1_or_data/mask/(?P<id>\d+)\."),
+    Source("kvasirseg", "Endoscopy", "Alimentary", r"images/(?P<id>[^/]+)\.jpg$", ("polyp",), r"masks/(?P<id>[^/]+)\.jpg$"),
+    Source("cvcclinicdb", "Endoscopy", "Alimentary", r"Original/(?P<id>(?P<group>\d*?)\d{1,2})\.(tif|png)$", ("polyp",),
+           r"Ground Truth/(?P<id>\d+)\.(tif|png)$",  # without the table a hundred frames are a group: neighbours are alike
+           groups=(r"metadata\.csv$", "frame_id", lambda r: r["sequence_id"])),
+    Source("ph2", "Dermoscopy", "Skin", r"_Dermoscopic_Image/(?P<id>IMD\d+)\.bmp$", masks=r"(?P<id>IMD\d+)_lesion\.bmp$",
+           labels=(r"PH2_dataset\.txt$", "Name", lambda r: [NEVI[int(r["Clinical Diagnosis"])]])),
+    Source("idrid", "Fundus", "Retina", r"images/(.*/)?(?P<id>IDRiD_\d\d)\.jpg$", ("diabetic retinopathy",),
+           r"(?P<id>IDRiD_\d\d)_(MA|HE|EX|SE)\.\w+$"),
+    Source("idrid", "Fundus", "Retina", r"(?P<at>Training|Testing) Set/(?P<id>IDRiD_\d{3})\.jpg$",
+           labels=(r"Grading_(?P<at>Training|Testing) Labels\.csv$", "Image name",
+                   lambda r: ["diabetic retinopathy"] * (int(r["Retinopathy grade"]) > 0))),
+    Source("pedidemi", "MRI", "Brain", r"(^|/)(?P<id>[^/]+)/(?!.*(mask|seg|lesion|label|roi))[^/]*flair[^/]*\.nii",
+           ("demyelination",), r"(^|/)(?P<id>[^/]+)/[^/]*(mask|seg|lesion|label|roi)[^/]*\.nii"),
+    Source("br35h", "MRI", "Brain", r"(^|/)(?P<kind>yes|no)/(?P<id>[^/]+)\.jpe?g$", {"yes": ("tumor",), "no": ()},
+           outlines=via_outlines),
+    Source("chestxray14", "X-ray", "Chest", r"images[^/]*/(?P<id>(?P<group>\d{8})_\d{3}\.png)$", outlines=chest_boxes,
+           labels=(r"Data_Entry_2017\w*\.csv$", "Image Index", lambda r: [x.replace("_", " ").lower() for x in
+                   r["Finding Labels"].split("|") if x != "No Finding"]), canvas=(1024, 1024)),
+    Source("malignantlymphoma", "Microscopy", "Lymph Node", r"(?P<kind>CLL|FL|MCL)/(?P<id>(?P<group>sj-\d+-\d+)[^/]*)\.tiff?$",
+           {"cll": ("chronic lymphocytic leukemia",), "fl": ("follicular lymphoma",), "mcl": ("mantle cell lymphoma",)}),
+    Source("bach", "Microscopy", "Breast", r"(?P<kind>Normal|Benign|InSitu|Invasive)/(?P<id>[^/]+)\.tiff?$",
+           {"normal": (), "benign": ("benign lesion",), "insitu": ("in situ carcinoma",), "invasive": ("invasive carcinoma",)}))
+
+def find(key, folder):
+    """The images and volumes of a source -> jobs for `examine`, by path. Of several files with one id the first is taken."""
+    folder, jobs = Path(folder), {}
+    expect(folder.is_dir(), f"{key}={folder}: expected a folder")
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    def matches(pattern):  # -> path, id, kind, group
+        for f in files if pattern else ():
+            if m := re.search(pattern, f, re.I):
+                g = {"at": "", "id": "", "kind": "", "group": None} | m.groupdict()
+                yield f, g["at"].lower() + g["id"], g["kind"].lower(), g["group"]
+    def told(pattern, column, say):  # -> {id: what its row says}
+        return {at + r[column]: say(r) for f, at, *_ in matches(pattern) for r in rows(folder / f)}
+    for form, s in enumerate(SOURCES):
+        if s.key == key:
+            masks, outlines = defaultdict(list), s.outlines(folder, files) if s.outlines else {}
+            for f, name, *_ in matches(s.masks):
+                masks[name].append(str(folder / f))
+            labels, groups = (told(*table) if table else {} for table in (s.labels, s.groups))
+            for f, name, kind, group in matches(s.images):
+                kinds = s.kinds.get(kind) if isinstance(s.kinds, dict) else s.kinds or labels.get(name)
+                group = groups.get(name, name if group is None else group)
+                jobs.setdefault((form, name), dict(form=form, file=f, path=str(folder / f), masks=masks[name],
+                                                   outlines=outlines.get(name, []), kinds=kinds, group=f"{key} {group}"))
+    patterns = " or ".join(s.images for s in SOURCES if s.key == key)
+    expect(jobs, f"{key}={folder}: no image of it, expected paths with {patterns}, found {', '.join(files[:3]) or 'no file'}")
+    shown = {*np.linspace(0, len(jobs) - 1, SHOWN).astype(int)}
+    return [dict(job, n=n, show=n in shown) for n, job in enumerate(jobs.values())]
+
+# ---- MedAD-38K: from image and mask to facts ---------------------------------------------------------------------------------
+def location_of(mask):
+    """The one of Fig. 4's regions in which a lesion lies; mask (H, W) bool. Center Region is the middle third of both axes, the
+    others are the quarters around it. It is the centroid's, if half of the pixels lie there too; else the lesion spreads, or
+    there are several, and no region is right: None."""
+    def region(y, x):  # fractions -> index into LOCATIONS
+        return np.where((abs(x - .5) < 1 / 6) & (abs(y - .5) < 1 / 6), 4, (x >= .5) + 2 * (y >= .5))
+    y, x = ((p + .5) / n for p, n in zip(mask.nonzero(), mask.shape, strict=True))
+    home = region(y.mean(), x.mean())
+    return LOCATIONS[int(home)] if (region(y, x) == home).mean() >= .5 else None
+
+def lesion_of(job, size):
+    """The mask (H, W) bool of an image's lesion, None without mask file or outline. In a JPEG it counts from 128 on, elsewhere
+    from 1 on: masks are 0 and 1, 0 and 255, red, or grey through a colour map."""
+    mask = Image.new("L", size := SOURCES[job["form"]].canvas or size)
+    for path in job["masks"]:
+        bands = load_image({"id": job["file"], "path": path}).resize(size, Image.Resampling.NEAREST).split()
+        levels = [255 * (v >= (128 if path.lower().endswith(("jpg", "jpeg")) else 1)) for v in range(256)]
+        mask = ImageChops.lighter(mask, reduce(ImageChops.lighter, bands).point(levels))
+    for polygon in job["outlines"]:
+        if len(polygon) < 3:  # one that can't be read: the lesion isn't known
+            return None
+        ImageDraw.Draw(mask).polygon(polygon, fill=255)
+    return np.asarray(mask) > 0 if job["masks"] or job["outlines"] else None
+
+def slices(job):
+    """NIfTI volume -> (image, mask, suffix) of up to SLICES slices with the lesion and as many without, evenly spaced, shown as
+    radiologists do (the patient's right is on the left). Those without: of the middle half, or with the organ if marked."""
+    try:
+        import nibabel
+    except ImportError:
+        raise DataError("volumes (.nii, .nii.gz) need nibabel: pip install nibabel") from None
+    s = SOURCES[job["form"]]
+    try:
+        files = (job["path"], *job["masks"][:1])
+        volume, *masks = (np.asarray(nibabel.as_closest_canonical(nibabel.load(f)).dataobj) for f in files)
+        mask = masks[0] if masks else np.zeros(volume.shape, np.uint8)
+        area, organ = (mask >= s.least).mean((0, 1)), (mask > 0).mean((0, 1)) > .02  # (Z,)
+        middle = abs(np.arange(len(area)) / len(area) - .5) < .25
+        sick, well = (area > .001).nonzero()[0], ((area == 0) & (organ if s.least > 1 else middle)).nonzero()[0]
+        well = well if masks or not job["kinds"] else []  # of a volume with a lesion and no mask no slice is known
+        for z in sorted(x[i] for x in (sick, well) if len(x) for i in {*np.linspace(0, len(x) - 1, SLICES).astype(int)}):
+            a = volume[::-1, ::-1, z].T.astype(np.float32)
+            low, high = s.window or np.percentile(a, (1, 99))
+            yield (Image.fromarray((np.clip((a - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)),
+                   (mask[::-1, ::-1, z] >= s.least).T, f"-{z:03d}")
+    except Exception as e:  # nibabel and damaged files raise anything
+        raise DataError(f"{job['file']} can't be read as a volume with its mask ({e})") from None
+
+def examine(job, folder, max_side):
+    """One image or volume -> facts, a dict for each picture. The pictures are written into `folder`, at most max_side px a side
+    (a file that is fit as it is, as it is). "kinds": lesions, () if healthy, None if not told or if the mask says otherwise."""
+    s, facts, volume = SOURCES[job["form"]], [], ".nii" in job["file"]
+    try:
+        whole = None if volume else load_image({"id": job["file"], "path": job["path"]})
+        for image, mask, suffix in slices(job) if volume else [(whole, lesion_of(job, whole.size), "")]:
+            kinds, drawn, plain = job["kinds"], mask is not None and mask.any(), False
+            if volume and not drawn:
+                kinds = ()
+            if mask is not None and kinds is not None and drawn != bool(kinds):
+                kinds = None
+            if not volume:
+                with Image.open(job["path"]) as f:
+                    plain = f.format in ("PNG", "JPEG") and f.mode in ("L", "RGB") and "exif" not in f.info
+                plain = plain and max(whole.size) <= max_side
+            name = f"{job['n']:06d}-{re.sub('[^A-Za-z0-9]+', '-', Path(job['file']).stem)}{suffix}"
+            file = f"images/{s.key}/{name}{Path(job['file']).suffix.lower() if plain else '.png'}"
+            if plain:
+                shutil.copyfile(job["path"], folder / file)
+            else:
+                image.thumbnail((max_side, max_side))
+                image.save(folder / file, compress_level=1)
+            dots = np.argwhere(mask)[::max(1, int(mask.sum()) // 99)] / mask.shape if drawn and job["show"] else []
+            facts.append({"source": s.key, "image": file, "modality": s.modality, "anatomy": s.anatomy, "group": job["group"],
+                          "kinds": kinds, "drawn": bool(drawn), "location": location_of(mask) if kinds and drawn else None,
+                          "digest": digest(image), "show": job["show"], "dots": np.round(dots, 3).tolist()})
+    except DataError as e:
+        return [{"source": s.key, "why": str(e)}]
+    return facts
+
+def digest(image):
+    return hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=12).hexdigest()
+
+# ---- MedAD-38K: from facts to questions --------------------------------------------------------------------------------------
+def split_by_group(facts, seed):
+    """Sets "group" and "split": groups that share a picture are one, 70 % of a source's pictures are for training."""
+    parent, first, members = {}, {}, defaultdict(lambda: defaultdict(list))
+    def root(g):
+        while parent.setdefault(g, g) != g:
+            g = parent[g]
+        return g
+    for f in facts:
+        a, b = sorted((root(f["group"]), root(first.setdefault(f["digest"], f["group"]))))
+        parent[b] = a
+    for f in facts:
+        f["group"] = root(f["group"])
+        members[f["group"].split()[0]][f["group"]].append(f)
+    for source, groups in members.items():
+        rng, n = np.random.default_rng([seed, *source.encode()]), 0
+        for g in rng.permutation(sorted(groups)):
+            for f in groups[g]:
+                f["split"] = "train" if n < TRAIN_SHARE * sum(map(len, groups.values())) else "test"
+            n += len(groups[g])
+
+def true_answer(f, task):
+    """What is true of a picture -> (answer, None), or (None, why the task can't be asked of it)."""
+    if task in ("anatomy", "modality"):
+        return f[task], None
+    if f["kinds"] is None:
+        return None, "healthy or not: not told, or label and mask disagree"
+    if task == "anomaly":
+        return "Abnormal" if f["kinds"] else "Normal", None
+    if not f["kinds"]:
+        return None, "healthy"
+    if task == "pathology":
+        return (f["kinds"][0], None) if len(f["kinds"]) == 1 else (None, "several kinds of lesion")
+    return f["location"], None if f["location"] else "in several regions" if f["drawn"] else "no mask or outline"
+
+def deals(pool, rng):
+    """{answer: pictures} -> (picture, answer, answers to choose from), so that who knows these alone knows nothing: each set of
+    (up to four) answers is dealt once with each of them being the right one. Ends when an answer to set beside is lacking."""
+    pool, size = {k: [v[i] for i in rng.permutation(len(v))] for k, v in sorted(pool.items())}, 0
+    while True:
+        hand = []
+        for k in sorted(pool, key=lambda k: -len(pool[k])):
+            if pool[k] and len(hand) < 4 and not any({k, h} in ALIKE for h in hand):
+                hand.append(k)
+        size = size or max(2, len(hand))
+        if len(hand) < size:
+            return
+        yield from ((pool[k].pop(), k, hand) for k in hand)
+
+def medad_records(facts, seed, left_out):
+    """The records of pictures that have a split. Counts in left_out[source, reason] what isn't asked."""
+    rng, decks, pools = np.random.default_rng(seed), defaultdict(list), defaultdict(lambda: defaultdict(list))
+    def record(f, task, truth, others):
+        image = {k: f[k] for k in ("image", "modality", "anatomy", "source", "group", "split")}
+        return ask({"id": f"{f['source']}-{Path(f['image']).stem}", **image, "thought": None}, task, truth, others, rng, decks)
+    for f in facts:
+        for task in TASKS:
+            truth, why = true_answer(f, task)
+            if why:
+                left_out[f["source"], f"{task}: {why}"] += 1
+            elif task in ("anatomy", "modality"):
+                yield record(f, task, truth, ANATOMIES if task == "anatomy" else MODALITIES)
+            else:
+                pools[task, f["split"], *(() if task == "location" else (f["modality"], f["anatomy"]))][truth].append(f)
+    for (task, *_), pool in sorted(pools.items()):
+        fill = {"anomaly": STATES, "pathology": FILLERS, "location": LOCATIONS}[task]
+        rest = Counter(f["source"] for v in pool.values() for f in v)
+        for f, truth, hand in deals(pool, rng):
+            rest[f["source"]] -= 1
+            yield record(f, task, truth, [*hand, *(x for x in fill if x not in hand)][:4])
+        for source, n in rest.items():
+            left_out[source, f"{task}: no picture with another answer to balance it"] += n
+
+def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
+    """{key: folder} -> `out`: medad38k.jsonl, images/, dataset.md, a contact sheet a source. A killed run is taken up again."""
+    out = Path(out).absolute()
+    part = out.with_name(f"{out.name}.part")
+    expect(not out.exists(), f"{out} is there already: remove it, or name another --out")
+    known = {s.key for s in SOURCES}
+    for key in sources:
+        expect(key in known, f"{key}: no such source, expected some of {', '.join(sorted(known))}")
+    jobs = [job for key, folder in sorted(sources.items()) for job in find(key, folder)]
+    knobs = json.dumps([max_side, seed, hashlib.blake2b(repr(jobs).encode(), digest_size=12).hexdigest()]) + "\n"
+    for key in sources:
+        (part / "images" / key).mkdir(parents=True, exist_ok=True)
+    log = part / "facts.jsonl"
+    lines = [x for x in log.read_text().splitlines(True) if x.endswith("\n")] if log.exists() else []  # without a torn last one
+    expect(not lines or lines[0] == knobs, f"{part} is the start of another build, of other files or knobs: remove it")
+    log.write_text("".join(lines or [knobs]))
+    with open(log, "a", buffering=1) as f, multiprocessing.Pool(workers) as pool:
+        todo = pool.imap(partial(examine, folder=part, max_side=max_side), jobs[max(0, len(lines) - 1):], chunksize=4)
+        for facts in tqdm(todo, desc="build", unit="file", initial=max(0, len(lines) - 1), total=len(jobs)):
+            f.write(json.dumps(facts) + "\n")
+    with open(log) as f:
+        facts = [x for line in itertools.islice(f, 1, None) for x in json.loads(line)]
+    left_out, counts = Counter((f["source"], f["why"]) for f in facts if "why" in f), Counter()
+    facts = [f for f in facts if "why" not in f]
+    split_by_group(facts, seed)
+    def counted():
+        for r in medad_records(facts, seed, left_out):
+            counts.update((k, r[k]) for k in ("source", "modality", "anatomy", "task", "answer", "split"))
+            yield r
+    write_records(counted(), part / "medad38k.jsonl")
+    (part / "dataset.md").write_text(about(facts, counts, left_out, f"--max_side {max_side} --seed {seed}"))
+    for key in sources:
+        sheet([with_lesion(part, f) for f in facts if f["source"] == key and f["show"]], 5, part / f"{key}.png")
+    log.unlink()
+    os.rename(part, out)
+    return str(out / "medad38k.jsonl")
+
+def with_lesion(folder, f):  # a picture of a source's contact sheet: the five regions, some of the lesion's pixels, what it is
+    image = Image.open(folder / f["image"]).convert("RGB")
+    image.thumbnail((2 * SIZE, 2 * SIZE))
+    draw, (w, h) = ImageDraw.Draw(image), image.size
+    for box in ((w / 2, -1, w, h / 2), (-1, h / 2, w / 2, h), (w / 3, h / 3, 2 * w / 3, 2 * h / 3)):
+        draw.rectangle(box, outline="gray")
+    for y, x in f["dots"]:
+        draw.ellipse((x * w - 1, y * h - 1, x * w + 1, y * h + 1), fill="cyan")
+    return image, "not told" if f["kinds"] is None else f"{', '.join(f['kinds']) or 'healthy'}, {f['location']}"
+
+def about(facts, counts, left_out, knobs):
+    """dataset.md: what was built, what was left out and why."""
+    pictures, groups = Counter((f["source"], f["split"]) for f in facts), {(f["source"], f["group"]) for f in facts}
+    text = f"# MedAD-38K, built from public sources\n\n`python data.py build {knobs}`: {len(facts)} pictures.\n\n" \
+           "| source | pictures | groups | train | test | questions |\n|---|---|---|---|---|---|\n"
+    for s in sorted({f["source"] for f in facts}):
+        n, m = pictures[s, "train"], pictures[s, "test"]
+        text += f"| {s} | {n + m} | {sum(g[0] == s for g in groups)} | {n} | {m} | {counts['source', s]} |\n"
+    for key in ("modality", "anatomy", "task", "answer", "split"):
+        text += f"\nQuestions by {key}: " + ", ".join(f"{x} {n}" for (k, x), n in sorted(counts.items()) if k == key) + ".\n"
+    return text + "\nLeft out:\n\n" + "".join(f"- {s}, {why}: {n}\n" for (s, why), n in sorted(left_out.items()) if n)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("phantoms", help="draw phantoms", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shown = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = commands.add_parser("phantoms", help="draw phantoms", **shown)
     p.add_argument("--out", default="out/phantoms", help="folder")
     p.add_argument("--n", type=int, default=2000, help="images")
     p.add_argument("--seed", type=int, default=0, help="of everything drawn")
     p.add_argument("--show", metavar="PNG", help="draw a contact sheet too")
+    p = commands.add_parser("build", help="make MedAD-38K of public sources", **shown)
+    p.add_argument("sources", nargs="+", metavar="KEY=DIR", help=", ".join(sorted({s.key for s in SOURCES})))
+    p.add_argument("--out", default="medad38k", help="folder")
+    p.add_argument("--max_side", type=int, default=512, help="px above which a picture is shrunk")
+    p.add_argument("--seed", type=int, default=0, help="of split, options and wording")
+    p.add_argument("--workers", type=int, help="processes (default: a core each)")
     commands.add_parser("check", help="validate and count questions").add_argument("files", nargs="+")
     args = parser.parse_args()
     if args.command == "phantoms":
         print(make_phantoms(args.out, args.seed, args.n))
-        return args.show and contact_sheet(args.show, args.seed)
+        return args.show and phantom_sheet(args.show, args.seed)
+    if args.command == "build":
+        named = {re.sub(r"[^a-z0-9]", "", k.lower()): v for k, _, v in (x.partition("=") for x in args.sources)}
+        return print(build(named, args.out, args.max_side, args.seed, args.workers))
     records = read_records(args.files)
     images = {r["path"] for r in records}
     print(f"{len(records)} questions on {len(images)} images, {sum(not os.path.isfile(x) for x in images)} of them missing")

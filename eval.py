@@ -41,6 +41,8 @@ KNOBS = dict(
     ckpt=(("out/grpo",), "checkpoints to evaluate: folders, or names on the hub"),
     data=((), "files of records, .jsonl or Med-R1's .json (default: phantoms/phantoms.jsonl beside the first checkpoint)"),
     split=("test", "which records of these files", data.SPLITS),
+    only=((), "of them those with KEY=VALUE, say modality=CT task=anatomy"),
+    thinking=("before", "where the completion has its thought: before the answer, after it, or none", tuple(data.INSTRUCTIONS)),
     questions=(0, "evaluate the first so many of a fixed shuffled order of the records, 0 = all"),
     batch=(64, "questions sampled at a time; greedy, memory and speed, not the result, depend on it"),
     max_new_tokens=(0, "tokens at which a completion is cut off, 0 = 80 for a tiny checkpoint, else 512"),
@@ -85,12 +87,13 @@ def evaluate(policy, processor, records, judge, *, max_new_tokens, temperature=0
 
 def score(texts, items, judge):
     """n completions and their records -> n rows, still without seed and cut_off; see `evaluate`."""
-    parsed = [parse_completion(text) for text in texts]
+    modes = [r.get("thinking", "before") for r in items]
+    parsed = [parse_completion(text, mode) for text, mode in zip(texts, modes, strict=True)]
     verdicts = judge([thought for thought, _ in parsed], items)
     return [{k: r[k] for k in ("id", "task", "modality", "question", "options", "answer")} | dict(
                 completion=text, thought=thought, given=answer_letter(answer, r["options"]), verdict=verdict,
-                fmt=format_reward(text), acc=accuracy_reward(text, r), con=consistency_reward(text, r, verdict))
-            for text, r, (thought, answer), verdict in zip(texts, items, parsed, verdicts, strict=True)]
+                fmt=format_reward(text, mode), acc=accuracy_reward(text, r), con=consistency_reward(text, r, verdict))
+            for text, r, mode, (thought, answer), verdict in zip(texts, items, modes, parsed, verdicts, strict=True)]
 
 def spread(rows, key="acc"):
     """Rows of one seed or several -> mean of `key` ("mean" None without a number), "std" over the seeds (n - 1; 0 for one), "n"
@@ -116,7 +119,7 @@ def summary(rows):
     return {"overall": spread(rows), "tasks": {k: spread(v) for k, v in tasks.items()},
             "modality": {k: spread(v) for k, v in modalities.items()},
             "format": spread(rows, "fmt")["mean"], "consistency": spread(rows, "con")["mean"],
-            "seeds": sorted({r["seed"] for r in rows}), "judge_failed": sum(math.isnan(r["con"]) for r in rows),
+            "seeds": sorted({r["seed"] for r in rows}), "judge_failed": sum(r["verdict"] != r["verdict"] for r in rows),
             "cut_off": spread(rows, "cut_off")["mean"],
             "answers": {k: answers_given(v) for k, v in tasks.items()} | {"letter": answers_given(rows, letters=True)}}
 
@@ -287,7 +290,8 @@ def main(argv=None):
     names = [re.sub(r"[^\w.]+", "-", os.path.relpath(ckpt, out)).strip("-.") for ckpt in args.ckpt]
     expect(len(set(names)) == len(names), f"--ckpt {' '.join(args.ckpt)}: expected different checkpoints")
     expect(args.data or os.path.isfile(files[0]), f"{files[0]} is not there, expected the phantoms, or --data FILE")
-    records, judge = subset(data.read_records(files, args.split), args.questions), make_judge(args.judge, args.judge_sees)
+    records = subset(data.read_records(files, args.split, args.only, args.thinking), args.questions)
+    judge = make_judge(args.judge, args.judge_sees)
     gone = [r["path"] for r in records if not os.path.isfile(r["path"])]
     expect(not gone, f"the images of {len(gone)} of {len(records)} questions are missing, the first is {(*gone, '')[0]}")
     os.makedirs(out, exist_ok=True)

@@ -32,6 +32,8 @@ from sft import BETAS, epoch_order, knobs, load_state, log, open_run, save_state
 KNOBS = dict(
     model=(None, None, "folder of pi_SFT, policy and reference alike (default: ROOT/sft)"),
     data=((), (), "files of records, .jsonl or Med-R1's .json (default: ROOT/phantoms)"),
+    only=((), (), "train on those of their records with KEY=VALUE, say modality=CT task=anatomy"),
+    thinking=("before", "before", "where the thought is, before or after the answer, or none (Med-R1)", [*data.INSTRUCTIONS]),
     root=("out", "out", "folder under which everything is written"),
     out=(None, None, "folder of this run (default: ROOT/grpo)"),
     seed=(0, 0, "seed of the sampling, of LoRA and of the order of the questions"),
@@ -172,20 +174,20 @@ def questions(args, world):
     made of what was asked for."""
     if args.G < 2:
         raise DataError(f"--G {args.G}: a group of one has no advantage over its own mean; expected at least 2")
-    records = data.read_records(args.data, "train")
+    records = data.read_records(args.data, "train", args.only, args.thinking)
     if args.batch % args.G or min(args.batch // args.G, len(records)) < world:
         raise DataError(f"--batch {args.batch}: expected a multiple of --G {args.G}, and at least one question for each of "
                         f"the {world} processes ({len(records)} questions in all)")
     if os.path.realpath(args.model) == os.path.realpath(args.out):
         raise DataError(f"--out {args.out} is the folder of the SFT policy itself; name another")
-    held_out = evaluation.subset(data.read_records(args.data, "test"), args.eval_questions) if args.eval_every else []
-    return records, held_out
+    held_out = data.read_records(args.data, "test", args.only, args.thinking) if args.eval_every else []
+    return records, evaluation.subset(held_out, args.eval_questions)
 
 def check_gold(records, judge):
     """The gold answers must score 1 by the code that will score the policy's; else the reward, not the policy, is wrong."""
     records = [r for r in records if r["thought"] is not None]
     if records:
-        names = ("format", "accuracy", "consistency")
+        names = ("format", "accuracy", "consistency")  # nan, where no thought is asked for, is not under 1
         for name, part in zip(names, score([data.answer_text(r) for r in records], records, judge), strict=True):
             bad = (part < 1).nonzero()
             if len(bad):
@@ -256,7 +258,7 @@ def main(argv=None):
         items = [record for record in mine for _ in range(args.G)]
         flat = [text for group in texts for text in group]
         fmt, acc, con = (part.view(len(mine), args.G) for part in score(flat, items, judge))
-        failed = con.isnan().float().mean().item()
+        failed = 0.0 if args.thinking == "none" else con.isnan().float().mean().item()
         R = total_reward(fmt, acc, without_failures(con), weights)                         # (N, G)
         A = group_advantages(R, args.scale).flatten().to(device)                           # (N*G,)
         clock.append(time.perf_counter())
@@ -298,7 +300,7 @@ def main(argv=None):
 
         # What a person looks at: the reward's parts, groups without spread (no gradient), KL, clipping, entropy, lengths.
         n, length = len(flat), int(mask.sum())
-        told = [visible_thought(t)[1] for text in flat if (t := parse_completion(text)[0])]
+        told = [visible_thought(t)[1] for text in flat if (t := parse_completion(text, args.thinking)[0])]
         figures = average(sums | dict(
             reward=(R.sum().item(), n), format=(fmt.sum().item(), n), accuracy=(acc.sum().item(), n),
             consistency=(without_failures(con).sum().item(), n), judge_failed=(failed * n, n), thoughts_cut=(sum(told), n),

@@ -22,23 +22,26 @@ WEIGHTS = (1 / 3, 1 / 3, 1 / 3)  # lambda_fmt, lambda_acc, lambda_con of Eq. (3)
 LABELLED = re.compile(r"(?:\(([a-z])\)|([a-z])(?:\)|(?=[.:]|$)))[.:]? ?(.*)")
 
 
-def split_blocks(text):
+def split_blocks(text, thinking="before"):
     """text -> (thought or None, answer or None, well_formed): the one place that reads the tags; see parse_completion."""
     open_think, close_think, open_answer, close_answer = (text.find(t) if text.count(t) == 1 else -1 for t in TAGS)
     has_think = 0 <= open_think < close_think
     has_answer = 0 <= open_answer < close_answer
-    if has_think and has_answer and close_think > open_answer:  # answered first, or one block inside the other
+    blocks = sorted([(open_think, close_think)] * has_think + [(open_answer, close_answer)] * has_answer)
+    turned = thinking != "none" and (thinking == "after") != (open_answer < open_think)
+    if len(blocks) == 2 and (turned or blocks[0][1] > blocks[1][0]):  # in the wrong order, or one block inside the other
         return None, None, False
     thought = text[open_think + len(TAGS[0]):close_think].strip() if has_think else ""
     answer = text[open_answer + len(TAGS[2]):close_answer].strip() if has_answer else ""
-    well_formed = bool(thought and answer) and not (
-        text[:open_think].strip()
-        or text[close_think + len(TAGS[1]):open_answer].strip()
-        or text[close_answer + len(TAGS[3]):].strip())
+    wanted = {"before": [thought, answer], "after": [answer, thought], "none": [answer]}[thinking]
+    outside, end = "", 0
+    for start, close in blocks:
+        outside, end = outside + text[end:start], text.index(">", close) + 1
+    well_formed = all(wanted) and len(blocks) == len(wanted) and not (outside + text[end:]).strip()
     return thought or None, answer or None, well_formed
 
 
-def parse_completion(text):
+def parse_completion(text, thinking="before"):
     """A completion's text -> (thought T, answer A), stripped strings, either may be None.
 
     A block counts when its opening and its closing tag occur exactly once in the text, in that order, with something other
@@ -47,8 +50,10 @@ def parse_completion(text):
       text before, between or after the blocks        (thought, answer), the format reward alone is lost
       one block missing, unclosed, repeated or empty  that one is None, the other is still returned
       answer before thought, or nested or crossing    (None, None)
+
+    thinking, here and below, is Med-R1's ablation: "after" expects the answer first, "none" no thought.
     """
-    return split_blocks(text)[:2]
+    return split_blocks(text, thinking)[:2]
 
 
 def fold(text):
@@ -77,23 +82,27 @@ def answer_letter(answer, options):
     return read.pop() if len(read) == 1 and read <= texts.keys() else None
 
 
-def format_reward(text):
+def format_reward(text, thinking="before"):
     """R_fmt, Eq. (4): 1.0 if the text is one think block and then one answer block, neither empty, and whitespace; else 0.0."""
-    return float(split_blocks(text)[2])
+    return float(split_blocks(text, thinking)[2])
 
 
 def accuracy_reward(text, item):
     """R_acc, Eq. (5): I(A = A*), with A the letter of the answer block and A* the record's `answer`; 0.0 without a letter."""
-    return float(answer_letter(parse_completion(text)[1], item["options"]) == item["answer"])
+    _, answer = parse_completion(text, item.get("thinking", "before"))
+    return float(answer_letter(answer, item["options"]) == item["answer"])
 
 
 def consistency_reward(text, item, verdict):
     """R_con, Eq. (6): I(F(T, Q) = A), with `verdict` = F's letter, None (F is undecided) or nan (F failed: no reply).
 
-    A is the completion's own answer, right or wrong. No thought: 0.0, there was nothing for F to read. Else a failed F: nan,
-    since a judge's failure is not the policy's. Else no letter or an undecided F: 0.0.
+    A is the completion's own answer, right or wrong. No thought: 0.0, there was nothing for F to read; but nan where none was
+    asked for. Else a failed F: nan, since a judge's failure is not the policy's. Else no letter or an undecided F: 0.0.
     """
-    thought, answer = parse_completion(text)
+    thinking = item.get("thinking", "before")
+    thought, answer = parse_completion(text, thinking)
+    if thinking == "none":
+        return math.nan
     if thought is None:
         return 0.0
     if isinstance(verdict, float) and math.isnan(verdict):

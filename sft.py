@@ -29,6 +29,8 @@ from data import DataError
 KNOBS = dict(
     model=(None, None, "folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (default: ROOT/tiny-base, made here)"),
     data=((), (), "files of records, .jsonl or Med-R1's .json (default: ROOT/phantoms, drawn here)"),
+    only=((), (), "train on those of their records with KEY=VALUE, say modality=CT task=anatomy"),
+    thinking=("before", "before", "where the thought is, before or after the answer, or none (Med-R1)", [*data.INSTRUCTIONS]),
     root=("out", "out", "folder under which everything is written"),
     out=(None, None, "folder of this run (default: ROOT/sft)"),
     seed=(0, 0, "seed of phantoms, base, LoRA and the order of the questions"),
@@ -344,7 +346,7 @@ def main(argv=None):
         args.data = args.data or made
     if not args.data:
         raise DataError("--model was given without --data: name the files of records to train on")
-    records = data.read_records(args.data, "train")
+    records = data.read_records(args.data, "train", args.only, args.thinking)
     data.expect(min(args.batch, len(records)) >= world, f"--batch {args.batch}: expected at least one question for each of the "
                                                         f"{world} processes ({len(records)} questions in all)")
 

@@ -141,7 +141,7 @@ def test_failed_write_keeps_the_old_file(tmp_path):
 
 def test_texts():
     """The prompt is question, lettered options, instruction; the target is Eq. (1)'s; a record without a thought has none."""
-    assert data.question_text(record()) == f"What is it?\nA) MRI\nB) CT\nC) OCT\nD) X-ray\n{data.INSTRUCTION}"
+    assert data.question_text(record()) == f"What is it?\nA) MRI\nB) CT\nC) OCT\nD) X-ray\n{data.INSTRUCTIONS['before']}"
     assert data.answer_text(record(thought="So CT.")) == "<think>So CT.</think><answer>B</answer>"
     with pytest.raises(data.DataError, match="'x1' has no thought"):
         data.answer_text(record())
@@ -260,7 +260,7 @@ def test_split_options_is_linear(tmp_path):
     """A hostile text of 200,000 markers or spaces is read in well under a second."""
     for text in ("A) " * 100_000, "A)" + " " * 200_000, "A)," * 70_000, "x" * 200_000):
         with pytest.raises(data.DataError):
-            data.check_record(data.med_r1_record({"image": "a", "problem": text, "solution": "<answer>"}, "t", 1), ".")
+            data.check_record(data.foreign_record({"image": "a", "problem": text, "solution": "<answer>"}, "t", 1), ".")
 
 
 def test_med_r1_as_published(capsys):
@@ -290,21 +290,25 @@ def test_tables():
 
 
 def test_records_of_an_image(phantoms):
-    """Five questions with a lesion, three without; one split, one group and one thought beginning an image; ids unique."""
+    """Without a lesion three questions, with one four, and on every second image its state as fifth: so Normal and Abnormal are
+    right equally often. One split, one group and one thought beginning an image; ids unique."""
     images = defaultdict(list)
     for r in phantoms[1]:
         images[r["image"]].append(r)
     assert len(images) == 260
     counts = Counter()
     for rows in images.values():
-        lesion = next(r for r in rows if r["task"] == "anomaly")
-        truth = lesion["options"]["ABCD".index(lesion["answer"])]
-        counts[truth] += 1
-        asked = data.TASKS if truth == "Abnormal" else ("anatomy", "anomaly", "modality")
-        assert sorted(r["task"] for r in rows) == sorted(asked)
+        tasks, lesion = sorted(r["task"] for r in rows), "There is no lesion" not in rows[0]["thought"]
+        state = [r["options"]["ABCD".index(r["answer"])] for r in rows if r["task"] == "anomaly"]
+        counts.update([lesion, (rows[0]["split"], *state)])
+        assert state == ["Abnormal"] * len(state) if lesion else state == ["Normal"]
+        assert [x for x in tasks if x != "anomaly"] == (["anatomy", "location", "modality", "pathology"] if lesion else
+                                                        ["anatomy", "modality"])
         assert len({(r["split"], r["group"], r["modality"], r["anatomy"]) for r in rows}) == 1
         assert len({r["thought"].split(" So ")[0] for r in rows}) == 1
-    assert abs(counts["Abnormal"] / 260 - data.LESION_RATE) < .1
+    assert abs(counts[True] / 260 - data.LESION_RATE) < .1
+    for split in ("train", "test"):
+        assert abs(counts[split, "Abnormal"] - counts[split,]) <= 1, "every second of those with a lesion is asked"
     assert sum(rows[0]["split"] == "train" for rows in images.values()) == 182  # 70 %
     assert len({rows[0]["group"] for rows in images.values()}) == 260
 
@@ -436,7 +440,7 @@ def test_command_line(tmp_path):
     assert code == 0 and out.strip().endswith("phantoms.jsonl")
     assert Image.open(tmp_path / "sheet.png").width == 10 * data.SIZE
     code, out, _ = run("check", "ph/phantoms.jsonl", cwd=tmp_path)
-    assert code == 0 and "on 13 images, 0 of them missing" in out and "task: anatomy 13, anomaly 13" in out
+    assert code == 0 and "on 13 images, 0 of them missing" in out and "task: anatomy 13, anomaly 8" in out
     for args in (("check", "no.jsonl"), ("phantoms", "--n", 14, "--out", "ph")):
         code, out, err = run(*args, cwd=tmp_path)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
