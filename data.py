@@ -11,6 +11,7 @@ read_records. Left out on purpose: dataset classes, augmentation, resizing (mode
 import argparse
 import csv
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -609,7 +610,8 @@ def lesion_of(job, size):
     from 1 on: masks are 0 and 1, 0 and 255, red, or grey through a colour map."""
     mask = Image.new("L", size := SOURCES[job["form"]].canvas or size)
     for path in job["masks"]:
-        bands = load_image({"id": job["file"], "path": path}).resize(size, Image.Resampling.NEAREST).split()
+        one = load_image({"id": job["file"], "path": path})
+        bands = (one if one.size == size else one.resize(size, Image.Resampling.NEAREST)).split()
         levels = [255 * (v >= (128 if path.lower().endswith(("jpg", "jpeg")) else 1)) for v in range(256)]
         mask = ImageChops.lighter(mask, reduce(ImageChops.lighter, bands).point(levels))
     for polygon in job["outlines"]:
@@ -642,39 +644,44 @@ def slices(job):
     except Exception as e:  # nibabel and damaged files raise anything
         raise DataError(f"{job['file']} can't be read as a volume with its mask ({e})") from None
 
+def fit_as_it_is(path, max_side):
+    """Whether a file can be kept: an unbroken PNG or JPEG, grey or RGB, 8 bits, upright, at most max_side px -> bool, size."""
+    try:
+        with Image.open(path) as f:
+            fit = f.format in ("PNG", "JPEG") and f.mode in ("L", "RGB") and "exif" not in f.info and max(f.size) <= max_side
+            if fit:
+                f.verify() if f.format == "PNG" else f.load()  # check sums tell a broken PNG, faster than decoding it
+            return fit, f.size
+    except Exception:  # load_image will say what is wrong
+        return False, None
+
 def examine(job, folder, max_side):
     """One image or volume -> facts, a dict for each picture. The pictures are written into `folder`, at most max_side px a side
     (a file that is fit as it is, as it is). "kinds": lesions, () if healthy, None if not told or if the mask says otherwise."""
     s, facts, volume = SOURCES[job["form"]], [], ".nii" in job["file"]
     try:
-        whole = None if volume else load_image({"id": job["file"], "path": job["path"]})
-        for image, mask, suffix in slices(job) if volume else [(whole, lesion_of(job, whole.size), "")]:
-            kinds, drawn, plain = job["kinds"], mask is not None and mask.any(), False
-            if volume and not drawn:
-                kinds = ()
-            if mask is not None and kinds is not None and drawn != bool(kinds):
-                kinds = None
-            if not volume:
-                with Image.open(job["path"]) as f:
-                    plain = f.format in ("PNG", "JPEG") and f.mode in ("L", "RGB") and "exif" not in f.info
-                plain = plain and max(whole.size) <= max_side
+        fit, size = (False, None) if volume else fit_as_it_is(job["path"], max_side)
+        whole = None if volume or fit else load_image({"id": job["file"], "path": job["path"]})
+        for image, mask, suffix in slices(job) if volume else [(whole, lesion_of(job, size or whole.size), "")]:
+            drawn = mask is not None and bool(mask.any())
+            kinds = () if volume and not drawn else job["kinds"]
+            agree = mask is None or kinds is None or drawn == bool(kinds)
             name = f"{job['n']:06d}-{re.sub('[^A-Za-z0-9]+', '-', Path(job['file']).stem)}{suffix}"
-            file = f"images/{s.key}/{name}{Path(job['file']).suffix.lower() if plain else '.png'}"
-            if plain:
-                shutil.copyfile(job["path"], folder / file)
-            else:
+            file = f"images/{s.key}/{name}{Path(job['file']).suffix.lower() if fit else '.png'}"
+            if not fit:
                 image.thumbnail((max_side, max_side))
-                image.save(folder / file, compress_level=1)
+                image.save(png := io.BytesIO(), "PNG", compress_level=1)
+            content = Path(job["path"]).read_bytes() if fit else png.getvalue()
+            (folder / file).write_bytes(content)
+            digest = hashlib.blake2b(content, digest_size=12).hexdigest()
             dots = np.argwhere(mask)[::max(1, int(mask.sum()) // 99)] / mask.shape if drawn and job["show"] else []
             facts.append({"source": s.key, "image": file, "modality": s.modality, "anatomy": s.anatomy, "group": job["group"],
-                          "kinds": kinds, "drawn": bool(drawn), "location": location_of(mask) if kinds and drawn else None,
-                          "digest": digest(image), "show": job["show"], "dots": np.round(dots, 3).tolist()})
+                          "kinds": kinds if agree else None, "drawn": drawn, "agree": agree, "digest": digest,
+                          "location": location_of(mask) if drawn and agree else None,
+                          "show": job["show"], "dots": np.round(dots, 3).tolist()})
     except DataError as e:
         return [{"source": s.key, "why": str(e)}]
-    return facts
-
-def digest(image):
-    return hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=12).hexdigest()
+    return facts or [{"source": s.key, "why": f"{job['file']}: no slice of which it is known whether it shows a lesion"}]
 
 # ---- MedAD-38K: from facts to questions --------------------------------------------------------------------------------------
 def split_by_group(facts, seed):
@@ -699,17 +706,19 @@ def split_by_group(facts, seed):
 
 def true_answer(f, task):
     """What is true of a picture -> (answer, None), or (None, why the task can't be asked of it)."""
-    if task in ("anatomy", "modality"):
+    if task in ("anatomy", "modality", "location") and f[task]:
         return f[task], None
+    if f["kinds"] is not None and not f["kinds"]:
+        return ("Normal", None) if task == "anomaly" else (None, "healthy")
+    if not f["agree"]:
+        return None, "label and mask disagree"
+    if task == "location":
+        return None, "in several regions" if f["drawn"] else "no mask or outline"
     if f["kinds"] is None:
-        return None, "healthy or not: not told, or label and mask disagree"
+        return None, "no label"
     if task == "anomaly":
-        return "Abnormal" if f["kinds"] else "Normal", None
-    if not f["kinds"]:
-        return None, "healthy"
-    if task == "pathology":
-        return (f["kinds"][0], None) if len(f["kinds"]) == 1 else (None, "several kinds of lesion")
-    return f["location"], None if f["location"] else "in several regions" if f["drawn"] else "no mask or outline"
+        return "Abnormal", None
+    return (f["kinds"][0], None) if len(f["kinds"]) == 1 else (None, "several kinds of lesion")
 
 def deals(pool, rng):
     """{answer: pictures} -> (picture, answer, answers to choose from), so that who knows these alone knows nothing: each set of

@@ -61,9 +61,8 @@ def knobs(table, doc, argv=None):
     parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
     for name, (tiny, paper, meaning, *choices) in table.items():
         default = f"[{tiny}]" if tiny == paper else f"[tiny {tiny}, paper {paper}]"
-        kind = dict(type=str if tiny is None else type(tiny), choices=choices[0] if choices else None)
-        if tiny is False:
-            kind = dict(action="store_true")
+        kind = dict(type=str if tiny is None else type(tiny), choices=next(iter(choices), None))
+        kind = dict(action="store_true") if tiny is False else kind
         if isinstance(tiny, tuple):
             kind = dict(nargs="+", type=type(tiny[0]) if tiny else str)
         parser.add_argument(f"--{name}", default=None, help=f"{meaning} {default}", **kind)
@@ -303,7 +302,7 @@ def descend(optimizer, loss, k, lr=BASE_LR):
 
 def make_base(folder, records, seed):
     """The tiny base of the phantoms, written to `folder`: letters, then eyes, then reading."""
-    texts = [data.question_text(r) + " " + data.answer_text(r) for r in records]
+    texts = [f"{data.question_text(r)} {data.answer_text(r)}" for r in records]
     net, processor = M.build_tiny(texts, image_size=data.SIZE, seed=seed)
     rng = np.random.default_rng([seed, 2])
     names = rng.permutation(sorted({o for r in records for o in r["options"]})).tolist()
@@ -357,8 +356,7 @@ def main(argv=None):
     policy = M.add_lora(policy, args.lora, args.seed) if args.lora else policy.requires_grad_(True)
     parameters = list(trained(policy).values())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay)
-    epoch_steps = max(1, len(records) // args.batch)
-    steps = math.ceil(args.epochs * epoch_steps)
+    steps = math.ceil(args.epochs * (epoch_steps := max(1, len(records) // args.batch)))
     start = load_state(args, policy, optimizer, rank) if args.resume else 0
     end = min(steps, args.max_steps or steps)
 
@@ -370,8 +368,7 @@ def main(argv=None):
 
         # This step's questions: the same global batch whatever the number of processes, of which each takes every world-th.
         order = epoch_order(len(records), step // epoch_steps, args.seed)
-        first = step % epoch_steps * args.batch
-        mine = [records[i] for i in order[first:first + args.batch]][rank::world]
+        mine = [records[i] for i in order[step % epoch_steps * args.batch:][:args.batch]][rank::world]
         tokens, mask = M.encode_completions(processor, [data.answer_text(r) for r in mine], device)   # (n, 1, T)
         total = M.sum_over_ranks(int(mask.sum()))
 

@@ -26,7 +26,7 @@ def row(task, modality, acc, fmt=1.0, con=1.0, seed=0, given="A", answer="A", cu
 
 ROWS = [  # 3 of 4, 1 of 2 and 0 of 1 right: 4 of 7 overall, where the tasks' mean would be 5/12
     row("anomaly", "MRI", 1), row("anomaly", "MRI", 1, con=0.0), row("anomaly", "CT", 1, fmt=0.0),
-    row("anomaly", "CT", 0, con=NAN, given="B"),
+    row("anomaly", "CT", 0, con=NAN, given="B", verdict=NAN),
     row("location", "MRI", 1, con=0.0), row("location", "CT", 0, fmt=0.0, con=0.0, given=None, cut_off=True),
     row("pathology", "CT", 0, fmt=0.0, given="C")]
 
@@ -80,11 +80,20 @@ def test_rates_and_a_failed_judge():
     assert s["consistency"] == pytest.approx(3 / 6)
     assert s["judge_failed"] == 1
     assert s["cut_off"] == pytest.approx(1 / 7)
-    failed = evaluation.summary([row("anomaly", "CT", 1, con=NAN)])
+    failed = evaluation.summary([row("anomaly", "CT", 1, con=NAN, verdict=NAN)])
     assert failed["consistency"] is None and failed["judge_failed"] == 1
     table, _ = evaluation.tables({"x": failed | {"params": 1}})
     assert table[1][table[0].index("Consistency")] == "-"
     assert any("failed on 1 " in line for line in evaluation.remarks({"x": failed}))
+
+
+def test_without_thoughts_there_is_no_consistency(world):
+    """--thinking none: the answer alone is well formed and right, consistency has no value and F is not said to have failed."""
+    r = data.read_records(world.jsonl, thinking="none")[0]
+    rows = [r | dict(seed=0, cut_off=False) for r in evaluation.score([data.answer_text(r)], [r], make_judge())]
+    assert rows[0]["completion"] == f"<answer>{r['answer']}</answer>" and rows[0]["fmt"] == rows[0]["acc"] == 1
+    s = evaluation.summary(rows)
+    assert s["consistency"] is None and s["judge_failed"] == 0 and s["overall"]["mean"] == 1
 
 
 def test_mean_and_deviation_over_seeds():

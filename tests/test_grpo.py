@@ -265,6 +265,8 @@ def test_gold_answers_pass_and_a_planted_wrong_one_is_named(world):
     option, or names none, or would break the format, stops the run with its id."""
     judge = make_judge("lexical")
     grpo.check_gold(world.records, judge)
+    for mode in data.INSTRUCTIONS:
+        grpo.check_gold([r | dict(thinking=mode) for r in world.records], judge)
     grpo.check_gold([world.records[0] | dict(thought=None)], judge)  # Med-R1's questions have no thoughts: nothing to check
     k, good = next((k, r) for k, r in enumerate(world.records) if r["task"] == "modality")
     other = next(o for o in good["options"] if o != good["options"]["ABCD".index(good["answer"])])
@@ -279,7 +281,7 @@ def test_gold_answers_pass_and_a_planted_wrong_one_is_named(world):
 
 def toy_score(texts, items, judge):
     """Rewards with a spread even for a random model, from the text alone; gold answers score 1."""
-    gold = [t.startswith("<think>") for t in texts]
+    gold = [t.startswith(("<think>", "<answer>")) for t in texts]
     acc = torch.tensor([float(g or len(t) % 2) for g, t in zip(gold, texts, strict=True)])
     con = torch.tensor([float(g or sum(map(ord, t)) % 3 == 0) for g, t in zip(gold, texts, strict=True)])
     return torch.tensor(gold).float(), acc, con
@@ -333,7 +335,8 @@ def test_a_run_logs_everything_and_moves_the_weights(world, monkeypatch, tmp_pat
 @pytest.mark.parametrize("flags", [("--mu", "2", "--ratio", "old"), ("--mu", "2", "--ratio", "sft"), ("--scale", "std"),
                                    ("--loss_norm", "token", "--mask_truncated"), ("--loss_norm", "constant", "--kl", "k2"),
                                    ("--loss_norm", "sequence", "--kl", "k1"), ("--weights", "0", "1", "0"), ("--top_p", "0.9"),
-                                   ("--beta", "0", "--eps_high", "0.3"), ("--lora", "2", "--judge_sees", "raw")], ids=" ".join)
+                                   ("--beta", "0", "--eps_high", "0.3"), ("--lora", "2", "--judge_sees", "raw"),
+                                   ("--thinking", "none", "--only", "task=anatomy"), ("--thinking", "after")], ids=" ".join)
 def test_every_knob_runs(flags, world, monkeypatch, tmp_path):
     """Each of the named variants goes through a whole step and saves a loadable, finite model."""
     after, lines, _ = train(world, monkeypatch, tmp_path / "run", "--max_steps", "2" if "--mu" in flags else "1", *flags)
@@ -344,6 +347,8 @@ def test_every_knob_runs(flags, world, monkeypatch, tmp_path):
         assert used["weights"] == [0, 1, 0] and lines[0]["reward"] == lines[0]["accuracy"]
     if "--beta" in flags:
         assert used["beta"] == 0
+    if "--only" in flags:
+        assert used["only"] == ["task=anatomy"] and lines[0]["judge_failed"] == 0
 
 
 def test_a_held_out_slice_is_looked_at(world, monkeypatch, tmp_path):

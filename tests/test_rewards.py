@@ -61,6 +61,35 @@ def test_parse_and_format(text, thought, answer, fmt):
     assert format_reward(text) == fmt
 
 
+THINKING = [  # mode, text, thought, answer, format reward
+    ("none", "<answer>B</answer>", None, "B", 1.0),
+    ("none", " <answer>B</answer>\n", None, "B", 1.0),
+    ("none", "So <answer>B</answer>", None, "B", 0.0),
+    ("none", "<answer> </answer>", None, None, 0.0),
+    ("none", "<think>t</think><answer>B</answer>", "t", "B", 0.0),
+    ("none", "<answer>B</answer><think>t</think>", "t", "B", 0.0),
+    ("none", "<think>t<answer>B</answer></think>", None, None, 0.0),
+    ("after", "<answer>B</answer><think>t</think>", "t", "B", 1.0),
+    ("after", "<answer>B</answer> <think>t</think>\n", "t", "B", 1.0),
+    ("after", "<answer>B</answer>so<think>t</think>", "t", "B", 0.0),
+    ("after", "<answer>B</answer>", None, "B", 0.0),
+    ("after", "<think>t</think><answer>B</answer>", None, None, 0.0),
+    ("after", "<answer>B<think>t</answer></think>", None, None, 0.0),
+]
+
+
+@pytest.mark.parametrize("mode, text, thought, answer, fmt", THINKING)
+def test_thinking_modes(mode, text, thought, answer, fmt):
+    """Med-R1's ablation: without a thought, or with the thought after the answer, the format is as strict; R_acc reads
+    the answer wherever it may stand, R_con is missing (not 0) where no thought is asked for."""
+    item = dict(STATE, thinking=mode, answer="B")
+    assert parse_completion(text, mode) == (thought, answer)
+    assert format_reward(text, mode) == fmt
+    assert accuracy_reward(text, item) == float(answer == "B")
+    con = consistency_reward(text, item, "B")
+    assert math.isnan(con) if mode == "none" else con == float(thought is not None and answer == "B")
+
+
 def test_format_equals_a_slow_reference():
     """On texts made of tags, words and blanks in any order, Eq. (4) is one anchored pattern (slow, so only here)."""
     other = r"(?!</?think>|</?answer>)"

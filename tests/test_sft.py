@@ -55,6 +55,21 @@ def test_sft_loss_is_the_stock_loss_on_the_answer_alone(world):
     assert theirs.norm() > 0.1 and (ours - theirs).norm() < 1e-4 * theirs.norm()
 
 
+@pytest.mark.parametrize("mode", ["none", "after"])
+def test_thinking_modes_change_prompt_and_target(mode, world, tmp_path):
+    """--thinking goes with the questions: another instruction, another target, fewer tokens without a thought, and then no
+    record needs one. --only keeps what it says."""
+    records = data.read_records(world.jsonl, "train", ["task=anatomy", "modality=CT", "modality=mri"], mode)
+    assert {r["task"] for r in records} == {"anatomy"} and {r["modality"] for r in records} == {"CT", "MRI"}
+    assert data.question_text(records[0]).endswith(data.INSTRUCTIONS[mode])
+    silent = data.answer_text(records[0] | {"thinking": "none", "thought": None})
+    assert data.answer_text(records[0]).startswith(silent) and silent == f"<answer>{records[0]['answer']}</answer>"
+    sft.main(["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--out", str(tmp_path / "run"),
+              "--batch", "4", "--thinking", mode, "--only", "task=anatomy", "--max_steps", "1"])
+    tokens = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["tokens"]
+    assert tokens < 4 * 12 if mode == "none" else tokens > 4 * 20
+
+
 def test_targets_are_think_then_answer(world):
     """Y* is the thought, then the letter, then the end of the turn, and nothing else."""
     record = world.records[0]
