@@ -140,9 +140,10 @@ def foreign_record(item, stem, k):
     words, split = re.findall(r"[a-z]+", stem.lower()), "train"
     if "gt_answer" in item:
         def fold(text):
-            return re.sub(r"\W+", " ", str(text)).casefold().strip()
+            return re.sub(r"[\W_]+", "", str(text)).casefold()
         options = [item[f"option_{x}"] for x in LETTERS if item.get(f"option_{x}")]
-        right = [letter for letter, o in zip(LETTERS, options, strict=False) if fold(o) == fold(item["gt_answer"])]
+        right = [x for x, o in zip(LETTERS, options, strict=False) if str(o).strip() == str(item["gt_answer"]).strip()]
+        right = right or [x for x, o in zip(LETTERS, options, strict=False) if fold(o) == fold(item["gt_answer"]) != ""]
         expect(len(right) == 1, f"gt_answer fits {len(right)} options, expected one")
         image, question, answer, source = item.get("image_path"), item.get("question"), right[0], item.get("dataset", stem)
         name, modality = item.get("question_id"), item.get("modality_type", item.get("modality"))
@@ -475,50 +476,50 @@ class Source(NamedTuple):
     images: str              # pattern; may name `kind`, a key of kinds, and `group`: patient, volume or lesion (else the id)
     kinds: object = None     # the lesion (name,) of all, or {kind: (name,) or () for healthy}; None: `labels` tells
     masks: str = ""          # pattern; several masks of one id are one lesion
-    labels: tuple = ()       # a table: (pattern of its path, id column, row -> names of the lesions)
-    groups: tuple = ()       # a table: (pattern of its path, id column, row -> group)
-    outlines: object = None  # (folder, files) -> {id: polygons, px}
+    labels: tuple = ()       # what files tell, each (pattern of their paths, reader: file -> {id: names of the lesions})
+    groups: tuple = ()       # .. {id: group}
+    outlines: tuple = ()     # .. {id: polygons, px}
     canvas: tuple = ()       # width and height the outlines refer to, px (else the image's)
     least: int = 1           # value in a volume's mask from which on it is lesion; below it is the organ
     window: tuple = ()       # HU shown as black and as white (else percentiles 1 and 99)
 
-def rows(file):
-    """The rows of a table, {column: cell}; columns are parted by commas, or by PH2's double bars."""
-    lines = Path(file).read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    cells = [x.split("||") for x in lines if "||" in x] or [x for x in csv.reader(lines) if x]
-    head, *body = [[c.strip() for c in x] for x in cells] or [[]]
-    return [dict(zip(head, x, strict=False)) for x in body]
+def by(column, say):
+    """A reader of tables, their columns parted by commas or by PH2's double bars: file -> {cell of the column: say(row)}."""
+    def read(file):
+        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        cells = [x.split("||") for x in lines if "||" in x] or [x for x in csv.reader(lines) if any(x)]
+        head, *body = [[c.strip() for c in x] for x in cells] or [[]]
+        return {row[column]: say(row) for row in (dict(zip(head, x, strict=False)) for x in body)}
+    return read
 
-def chest_boxes(folder, files):
+def chest_boxes(file):
     out = defaultdict(list)
-    for r in (r for f in files if "BBox_List" in f for r in rows(folder / f)):
-        x, y, w, h = (float(r[k]) for k in ("Bbox [x", "y", "w", "h]"))  # commas part this header too
-        out[r["Image Index"]].append([(x, y), (x + w, y), (x + w, y + h), (x, y + h)])
+    for name, *box in list(csv.reader(file.read_text(encoding="utf-8-sig").splitlines()))[1:]:
+        x, y, w, h = map(float, box[1:5])  # after the finding
+        out[name].append([(x, y), (x + w, y), (x + w, y + h), (x, y + h)])
     return out
 
-def ddti_outlines(folder, files):  # XML with JSON in <svg>; [] for one that can't be read
+def ddti_outlines(file):  # XML with JSON in <svg>; [] for one that can't be read
     out = defaultdict(list)
-    for f in (f for f in files if f.endswith(".xml")):
-        for mark in ElementTree.parse(folder / f).iter("mark"):
-            try:
-                shapes = [[(p["x"], p["y"]) for p in s["points"]] for s in json.loads(mark.findtext("svg"))]
-            except (ValueError, KeyError, TypeError):
-                shapes = [[]]
-            out[f"{Path(f).stem}_{mark.findtext('image')}"] += shapes
+    for mark in ElementTree.parse(file).iter("mark"):
+        try:
+            shapes = [[(p["x"], p["y"]) for p in s["points"]] for s in json.loads(mark.findtext("svg"))]
+        except (ValueError, KeyError, TypeError):
+            shapes = [[]]
+        out[f"{file.stem}_{mark.findtext('image')}"] += shapes
     return out
 
-def via_outlines(folder, files):  # the VGG annotator's JSON
+def via_outlines(file):  # the VGG annotator's JSON
     out, t = {}, np.linspace(0, 2 * np.pi, 32)
-    for f in (f for f in files if re.search(r"annotations_\w+\.json$", f)):
-        for entry in json.loads((folder / f).read_text()).values():
-            regions, shapes = entry["regions"], []
-            for s in (r["shape_attributes"] for r in (regions.values() if isinstance(regions, dict) else regions)):
-                if s["name"] in ("ellipse", "circle"):
-                    a, b, turn = s.get("rx", s.get("r")) * np.cos(t), s.get("ry", s.get("r")) * np.sin(t), s.get("theta", 0)
-                    s = {"all_points_x": s["cx"] + a * np.cos(turn) - b * np.sin(turn),
-                         "all_points_y": s["cy"] + a * np.sin(turn) + b * np.cos(turn)}
-                shapes.append([*zip(map(float, s["all_points_x"]), map(float, s["all_points_y"]), strict=True)])
-            out[Path(entry["filename"]).stem] = shapes
+    for entry in json.loads(file.read_text()).values():
+        regions, shapes = entry["regions"], []
+        for s in (r["shape_attributes"] for r in (regions.values() if isinstance(regions, dict) else regions)):
+            if s["name"] in ("ellipse", "circle"):
+                a, b, turn = s.get("rx", s.get("r")) * np.cos(t), s.get("ry", s.get("r")) * np.sin(t), s.get("theta", 0)
+                s = {"all_points_x": s["cx"] + a * np.cos(turn) - b * np.sin(turn),
+                     "all_points_y": s["cy"] + a * np.sin(turn) + b * np.cos(turn)}
+            shapes.append([*zip(map(float, s["all_points_x"]), map(float, s["all_points_y"]), strict=True)])
+        out[Path(entry["filename"]).stem] = shapes
     return out
 
 SKIN = {"MEL": "melanoma", "NV": "melanocytic nevus", "BCC": "basal cell carcinoma", "AKIEC": "actinic keratosis",
@@ -529,38 +530,39 @@ BMAD = dict(masks=r"(?P<at>train|valid|val|test)/.*(label|mask).*/(?P<id>[^/]+)\
 SOURCES = (
     Source("brats2021", "MRI", "Brain", r"BraTS2021_(?P<id>\d+)_flair\.nii", ("glioma",), r"BraTS2021_(?P<id>\d+)_seg\.nii"),
     Source("brats2021", "MRI", "Brain", **BMAD, kinds={"good": (), "ungood": ("glioma",)}),
-    Source("liverct", "CT", "Liver", r"volume-(?P<id>\d+)\.nii", ("tumor",), r"segmentation-(?P<id>\d+)\.nii", least=2,
+    Source("liverct", "CT", "Liver", r"(^|/)volume-(?P<id>\d+)\.nii", ("tumor",), r"segmentation-(?P<id>\d+)\.nii", least=2,
            window=(-200, 250)),
     Source("liverct", "CT", "Liver", **BMAD, kinds={"good": (), "ungood": ("tumor",)}),
     Source("resc", "OCT", "Retina", **BMAD, kinds={"good": (), "ungood": ("edema",)}),
     Source("busi", "Ultrasound", "Breast", r"(?P<kind>benign|malignant|normal)/(?P<id>[^/]*\))\.png$",
            {"benign": ("benign tumor",), "malignant": ("malignant tumor",), "normal": ()}, r"/(?P<id>[^/]*\))_mask\w*\.png$"),
     Source("isic2018", "Dermoscopy", "Skin", r"_Input/(?P<id>ISIC_\d+)\.jpg$", masks=r"(?P<id>ISIC_\d+)_segmentation\.png$",
-           labels=(r"Task3_\w+_GroundTruth\.csv$", "image", lambda r: [name for k, name in SKIN.items() if float(r[k]) > .5]),
-           groups=(r"LesionGroupings\.csv$", "image", lambda r: r["lesion_id"])),
+           labels=(r"Task3_\w+_GroundTruth\.csv$", by("image", lambda r: [v for k, v in SKIN.items() if float(r[k]) > .5])),
+           groups=(r"LesionGroupings\.csv$", by("image", lambda r: r["lesion_id"]))),
     Source("mosmed", "CT", "Lung", r"(?P<kind>CT-\d)/(?P<id>study_\d+)\.nii", masks=r"(?P<id>study_\d+)_mask\.nii",
            kinds={f"ct-{k}": ("COVID-19 pneumonia",) * (k > 0) for k in range(5)}, window=(-1000, 400)),
     Source("atlas", "CE-MRI", "Liver", r"imagesTr/(?P<id>\w+?)(_0000)?\.nii", ("tumor",), r"labelsTr/(?P<id>\w+)\.", least=2),
-    Source("ddti", "Ultrasound", "Thyroid", r"(^|/)(?P<id>(?P<group>\d+)_\d+)\.jpg$", ("nodule",), outlines=ddti_outlines),
+    Source("ddti", "Ultrasound", "Thyroid", r"(^|/)(?P<id>(?P<group>\d+)_\d+)\.jpg$", ("nodule",),
+           outlines=(r"\.xml$", ddti_outlines)),
     Source("ddti", "Ultrasound", "Thyroid", r"1_or_data/image/(?P<id>\d+)\.png$", ("nodule",), r"1_or_data/mask/(?P<id>\d+)\."),
     Source("kvasirseg", "Endoscopy", "Alimentary", r"images/(?P<id>[^/]+)\.jpg$", ("polyp",), r"masks/(?P<id>[^/]+)\.jpg$"),
     Source("cvcclinicdb", "Endoscopy", "Alimentary", r"Original/(?P<id>(?P<group>\d*?)\d{1,2})\.(tif|png)$", ("polyp",),
            r"Ground Truth/(?P<id>\d+)\.(tif|png)$",  # without the table a hundred frames are a group: neighbours are alike
-           groups=(r"metadata\.csv$", "frame_id", lambda r: r["sequence_id"])),
+           groups=(r"metadata\.csv$", by("frame_id", lambda r: r["sequence_id"]))),
     Source("ph2", "Dermoscopy", "Skin", r"_Dermoscopic_Image/(?P<id>IMD\d+)\.bmp$", masks=r"(?P<id>IMD\d+)_lesion\.bmp$",
-           labels=(r"PH2_dataset\.txt$", "Name", lambda r: [NEVI[int(r["Clinical Diagnosis"])]])),
+           labels=(r"PH2_dataset\.txt$", by("Name", lambda r: [NEVI[int(r["Clinical Diagnosis"])]]))),
     Source("idrid", "Fundus", "Retina", r"images/(.*/)?(?P<id>IDRiD_\d\d)\.jpg$", ("diabetic retinopathy",),
            r"(?P<id>IDRiD_\d\d)_(MA|HE|EX|SE)\.\w+$"),
     Source("idrid", "Fundus", "Retina", r"(?P<at>Training|Testing) Set/(?P<id>IDRiD_\d{3})\.jpg$",
-           labels=(r"Grading_(?P<at>Training|Testing) Labels\.csv$", "Image name",
-                   lambda r: ["diabetic retinopathy"] * (int(r["Retinopathy grade"]) > 0))),
-    Source("pedidemi", "MRI", "Brain", r"(^|/)(?P<id>[^/]+)/(?!.*(mask|seg|lesion|label|roi))[^/]*flair[^/]*\.nii",
-           ("demyelination",), r"(^|/)(?P<id>[^/]+)/[^/]*(mask|seg|lesion|label|roi)[^/]*\.nii"),
+           labels=(r"Grading_(?P<at>Training|Testing) Labels\.csv$",
+                   by("Image name", lambda r: ["diabetic retinopathy"] * (int(r["Retinopathy grade"]) > 0)))),
+    Source("pedidemi", "MRI", "Brain", r"^(?P<id>.+)/(?![^/]*(mask|seg|lesion|label|roi))[^/]*flair[^/]*\.nii",
+           ("demyelination",), r"^(?P<id>.+)/[^/]*(mask|seg|lesion|label|roi)[^/]*\.nii"),
     Source("br35h", "MRI", "Brain", r"(^|/)(?P<kind>yes|no)/(?P<id>[^/]+)\.jpe?g$", {"yes": ("tumor",), "no": ()},
-           outlines=via_outlines),
-    Source("chestxray14", "X-ray", "Chest", r"images[^/]*/(?P<id>(?P<group>\d{8})_\d{3}\.png)$", outlines=chest_boxes,
-           labels=(r"Data_Entry_2017\w*\.csv$", "Image Index", lambda r: [x.replace("_", " ").lower() for x in
-                   r["Finding Labels"].split("|") if x != "No Finding"]), canvas=(1024, 1024)),
+           outlines=(r"annotations_\w+\.json$", via_outlines)),
+    Source("chestxray14", "X-ray", "Chest", r"images[^/]*/(?P<id>(?P<group>\d{8})_\d{3}\.png)$", canvas=(1024, 1024),
+           outlines=(r"BBox_List_2017\w*\.csv$", chest_boxes), labels=(r"Data_Entry_2017\w*\.csv$", by("Image Index",
+               lambda r: [x.replace("_", " ").lower() for x in r["Finding Labels"].split("|") if x != "No Finding"]))),
     Source("malignantlymphoma", "Microscopy", "Lymph Node", r"(?P<kind>CLL|FL|MCL)/(?P<id>(?P<group>sj-\d+-\d+)[^/]*)\.tiff?$",
            {"cll": ("chronic lymphocytic leukemia",), "fl": ("follicular lymphoma",), "mcl": ("mantle cell lymphoma",)}),
     Source("bach", "Microscopy", "Breast", r"(?P<kind>Normal|Benign|InSitu|Invasive)/(?P<id>[^/]+)\.tiff?$",
@@ -576,19 +578,27 @@ def find(key, folder):
             if m := re.search(pattern, f, re.I):
                 g = {"at": "", "id": "", "kind": "", "group": None} | m.groupdict()
                 yield f, g["at"].lower() + g["id"], g["kind"].lower(), g["group"]
-    def told(pattern, column, say):  # -> {id: what its row says}
-        return {at + r[column]: say(r) for f, at, *_ in matches(pattern) for r in rows(folder / f)}
+    def told(pattern="", read=None):  # what such files tell, {id: ..}
+        out = {}
+        for f, at, *_ in matches(pattern):
+            try:
+                out |= {at + k: v for k, v in read(folder / f).items()}
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, ElementTree.ParseError) as e:
+                raise DataError(f"{folder / f} isn't as expected: {type(e).__name__} {e}") from None
+        return out
     for form, s in enumerate(SOURCES):
         if s.key == key:
-            masks, outlines = defaultdict(list), s.outlines(folder, files) if s.outlines else {}
+            labels, groups, outlines, masks = told(*s.labels), told(*s.groups), told(*s.outlines), defaultdict(list)
             for f, name, *_ in matches(s.masks):
                 masks[name].append(str(folder / f))
-            labels, groups = (told(*table) if table else {} for table in (s.labels, s.groups))
             for f, name, kind, group in matches(s.images):
                 kinds = s.kinds.get(kind) if isinstance(s.kinds, dict) else s.kinds or labels.get(name)
                 group = groups.get(name, name if group is None else group)
-                jobs.setdefault((form, name), dict(form=form, file=f, path=str(folder / f), masks=masks[name],
-                                                   outlines=outlines.get(name, []), kinds=kinds, group=f"{key} {group}"))
+                job = dict(form=form, file=f, path=str(folder / f), masks=masks[name], outlines=outlines.get(name, []),
+                           kinds=kinds, group=f"{key} {group}")
+                old = jobs.setdefault((form, name), job)
+                same = Path(old["file"]).stem == Path(f).stem and old["kinds"] == kinds
+                expect(same, f"{key}={folder}: {old['file']} and {f} can't be told apart, expected one image of {name!r}")
     patterns = " or ".join(s.images for s in SOURCES if s.key == key)
     expect(jobs, f"{key}={folder}: no image of it, expected paths with {patterns}, found {', '.join(files[:3]) or 'no file'}")
     shown = {*np.linspace(0, len(jobs) - 1, SHOWN).astype(int)}
@@ -597,13 +607,13 @@ def find(key, folder):
 # ---- MedAD-38K: from image and mask to facts ---------------------------------------------------------------------------------
 def location_of(mask):
     """The one of Fig. 4's regions in which a lesion lies; mask (H, W) bool. Center Region is the middle third of both axes, the
-    others are the quarters around it. It is the centroid's, if half of the pixels lie there too; else the lesion spreads, or
-    there are several, and no region is right: None."""
+    others are the quarters around it. It is the centroid's, if three of four pixels lie there too; else the lesion spreads,
+    or there are several, and more than one region would be right: None."""
     def region(y, x):  # fractions -> index into LOCATIONS
         return np.where((abs(x - .5) < 1 / 6) & (abs(y - .5) < 1 / 6), 4, (x >= .5) + 2 * (y >= .5))
     y, x = ((p + .5) / n for p, n in zip(mask.nonzero(), mask.shape, strict=True))
     home = region(y.mean(), x.mean())
-    return LOCATIONS[int(home)] if (region(y, x) == home).mean() >= .5 else None
+    return LOCATIONS[int(home)] if (region(y, x) == home).mean() > .75 else None
 
 def lesion_of(job, size):
     """The mask (H, W) bool of an image's lesion, None without mask file or outline. In a JPEG it counts from 128 on, elsewhere
@@ -635,12 +645,12 @@ def slices(job):
         area, organ = (mask >= s.least).mean((0, 1)), (mask > 0).mean((0, 1)) > .02  # (Z,)
         middle = abs(np.arange(len(area)) / len(area) - .5) < .25
         sick, well = (area > .001).nonzero()[0], ((area == 0) & (organ if s.least > 1 else middle)).nonzero()[0]
-        well = well if masks or not job["kinds"] else []  # of a volume with a lesion and no mask no slice is known
+        well = middle.nonzero()[0] if not masks else well
         for z in sorted(x[i] for x in (sick, well) if len(x) for i in {*np.linspace(0, len(x) - 1, SLICES).astype(int)}):
             a = volume[::-1, ::-1, z].T.astype(np.float32)
             low, high = s.window or np.percentile(a, (1, 99))
             yield (Image.fromarray((np.clip((a - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)),
-                   (mask[::-1, ::-1, z] >= s.least).T, f"-{z:03d}")
+                   (mask[::-1, ::-1, z] >= s.least).T if masks else None, f"-{z:03d}")
     except Exception as e:  # nibabel and damaged files raise anything
         raise DataError(f"{job['file']} can't be read as a volume with its mask ({e})") from None
 
@@ -664,7 +674,7 @@ def examine(job, folder, max_side):
         whole = None if volume or fit else load_image({"id": job["file"], "path": job["path"]})
         for image, mask, suffix in slices(job) if volume else [(whole, lesion_of(job, size or whole.size), "")]:
             drawn = mask is not None and bool(mask.any())
-            kinds = () if volume and not drawn else job["kinds"]
+            kinds = job["kinds"] if not volume or drawn else () if mask is not None or not job["kinds"] else None
             agree = mask is None or kinds is None or drawn == bool(kinds)
             name = f"{job['n']:06d}-{re.sub('[^A-Za-z0-9]+', '-', Path(job['file']).stem)}{suffix}"
             file = f"images/{s.key}/{name}{Path(job['file']).suffix.lower() if fit else '.png'}"
@@ -698,14 +708,16 @@ def split_by_group(facts, seed):
         f["group"] = root(f["group"])
         members[f["group"].split()[0]][f["group"]].append(f)
     for source, groups in members.items():
-        rng, n = np.random.default_rng([seed, *source.encode()]), 0
+        rng, n, total = np.random.default_rng([seed, *source.encode()]), 0, sum(map(len, groups.values()))
         for g in rng.permutation(sorted(groups)):
             for f in groups[g]:
-                f["split"] = "train" if n < TRAIN_SHARE * sum(map(len, groups.values())) else "test"
+                f["split"] = "train" if n < TRAIN_SHARE * total else "test"
             n += len(groups[g])
 
 def true_answer(f, task):
     """What is true of a picture -> (answer, None), or (None, why the task can't be asked of it)."""
+    if task == "location" and len(f["kinds"] or ()) > 1:  # an outline may be of one of them
+        return None, "several kinds of lesion"
     if task in ("anatomy", "modality", "location") and f[task]:
         return f[task], None
     if f["kinds"] is not None and not f["kinds"]:
@@ -763,6 +775,8 @@ def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
     out = Path(out).absolute()
     part = out.with_name(f"{out.name}.part")
     expect(not out.exists(), f"{out} is there already: remove it, or name another --out")
+    fine = max_side > 0 and seed >= 0 and (workers is None or workers > 0)
+    expect(fine, f"max_side {max_side}, seed {seed}, workers {workers}: expected 1 or more px, a seed of 0 or more, 1 or more")
     known = {s.key for s in SOURCES}
     for key in sources:
         expect(key in known, f"{key}: no such source, expected some of {', '.join(sorted(known))}")
@@ -790,7 +804,8 @@ def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
     write_records(counted(), part / "medad38k.jsonl")
     (part / "dataset.md").write_text(about(facts, counts, left_out, f"--max_side {max_side} --seed {seed}"))
     for key in sources:
-        sheet([with_lesion(part, f) for f in facts if f["source"] == key and f["show"]], 5, part / f"{key}.png")
+        if cells := [with_lesion(part, f) for f in facts if f["source"] == key and f["show"]]:
+            sheet(cells, 5, part / f"{key}.png")
     log.unlink()
     os.rename(part, out)
     return str(out / "medad38k.jsonl")
@@ -838,7 +853,11 @@ def main():
         print(make_phantoms(args.out, args.seed, args.n))
         return args.show and phantom_sheet(args.show, args.seed)
     if args.command == "build":
-        named = {re.sub(r"[^a-z0-9]", "", k.lower()): v for k, _, v in (x.partition("=") for x in args.sources)}
+        named = {}
+        for key, _, folder in (x.partition("=") for x in args.sources):
+            name = re.sub(r"[^a-z0-9]", "", key.lower())
+            expect(folder and name not in named, f"{key}={folder}: expected KEY=DIR, each key once")
+            named[name] = folder
         return print(build(named, args.out, args.max_side, args.seed, args.workers))
     records = read_records(args.files)
     images = {r["path"] for r in records}
