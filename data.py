@@ -607,13 +607,13 @@ def find(key, folder):
 # ---- MedAD-38K: from image and mask to facts ---------------------------------------------------------------------------------
 def location_of(mask):
     """The one of Fig. 4's regions in which a lesion lies; mask (H, W) bool. Center Region is the middle third of both axes, the
-    others are the quarters around it. It is the centroid's, if three of four pixels lie there too; else the lesion spreads,
+    others are the quarters around it. It is the centroid's, if two of three pixels lie there too; else the lesion spreads,
     or there are several, and more than one region would be right: None."""
     def region(y, x):  # fractions -> index into LOCATIONS
         return np.where((abs(x - .5) < 1 / 6) & (abs(y - .5) < 1 / 6), 4, (x >= .5) + 2 * (y >= .5))
     y, x = ((p + .5) / n for p, n in zip(mask.nonzero(), mask.shape, strict=True))
     home = region(y.mean(), x.mean())
-    return LOCATIONS[int(home)] if (region(y, x) == home).mean() > .75 else None
+    return LOCATIONS[int(home)] if (region(y, x) == home).mean() > 2 / 3 else None
 
 def lesion_of(job, size):
     """The mask (H, W) bool of an image's lesion, None without mask file or outline. In a JPEG it counts from 128 on, elsewhere
