@@ -1,4 +1,5 @@
-"""The questions: record format, readers, and phantoms (procedurally drawn images with questions and chains of thought).
+"""The questions: record format, readers, phantoms (images drawn here, with questions and chains of thought), and MedAD-38K,
+built from the 17 public sources of the paper's section 3.1.
 
 A record is one JSON line: {"id", "image", "modality", "anatomy", "task", "question", "options": [..], "answer": "B",
 "thought": str | null, "source", "group", "split"}. `image` is relative to the file's folder and may not leave it; `group`
@@ -6,7 +7,11 @@ A record is one JSON line: {"id", "image", "modality", "anatomy", "task", "quest
 read_records. Left out on purpose: dataset classes, augmentation, resizing (model.py's image processor does it), download.
 
     python data.py phantoms --out out/phantoms --n 2000 --seed 0 --show sheet.png     # draw them, and a sheet to look at
+    python data.py build --out medad38k busi=DIR br35h=DIR chestxray14=DIR            # MedAD-38K, of any of its sources
     python data.py check out/phantoms/phantoms.jsonl                                  # validate, count by task, split, letter
+
+In order: records and their readers; phantoms (words, drawing, questions); MedAD-38K (SOURCES: how each lies on disk; from image
+and mask to facts; from facts to questions; build).
 """
 import argparse
 import csv
@@ -818,7 +823,8 @@ def with_lesion(folder, f):  # a picture of a source's contact sheet: the five r
         draw.rectangle(box, outline="gray")
     for y, x in f["dots"]:
         draw.ellipse((x * w - 1, y * h - 1, x * w + 1, y * h + 1), fill="cyan")
-    return image, "not told" if f["kinds"] is None else f"{', '.join(f['kinds']) or 'healthy'}, {f['location']}"
+    said = "not told" if f["kinds"] is None else ", ".join(f["kinds"]) or "healthy"
+    return image, f"{said}, {f['location']}" if f["location"] else said
 
 def about(facts, counts, left_out, knobs):
     """dataset.md: what was built, what was left out and why."""
