@@ -715,8 +715,8 @@ def split_by_group(facts, seed):
     for source, groups in members.items():
         rng, n, total = np.random.default_rng([seed, *source.encode()]), 0, sum(map(len, groups.values()))
         for g in rng.permutation(sorted(groups)):
-            for f in groups[g]:
-                f["split"] = "train" if n < TRAIN_SHARE * total else "test"
+            for f in groups[g]:  # a group that straddles the border goes to the side of its larger part
+                f["split"] = "train" if n + len(groups[g]) / 2 <= TRAIN_SHARE * total else "test"
             n += len(groups[g])
 
 def true_answer(f, task):
