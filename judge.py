@@ -14,12 +14,22 @@ words, so the time is linear in the thought's length, whatever the thought.
 `hf:NAME_OR_PATH[@DEVICE]` is a local model, text only: one forward pass, the likeliest of the option letters as the next token.
 `hf:reference` is the frozen reference that grpo.py holds in memory. `openai:BASE_URL#MODEL` is any OpenAI-compatible chat
 server; its key, if it needs one, is read from OPENAI_API_KEY. Left out on purpose: proxies, redirects, streaming.
+
+The annotators write the chains of thought (section 3.1): a describer sees the image, a writer gets its description, question
+and answer too, and what it writes is verified by rule. Then a person may look, and their decisions are applied:
+
+    python judge.py annotate in.jsonl --describer openai:URL#A --writer openai:URL#B --out cot.jsonl --review page.html
+    python judge.py annotate cot.jsonl --decisions decisions.json --out verified.jsonl
 """
 
+import argparse
+import base64
 import contextlib
 import email.utils
 import hashlib
 import http.client
+import io
+import itertools
 import json
 import math
 import os
@@ -35,7 +45,11 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from tqdm import tqdm
+
+import data
 from data import LETTERS, DataError, expect, question_text
+from rewards import format_reward
 
 # ---- what F sees (the patterns meet text whose blanks are single) ------------------------------------------------------------
 
@@ -278,20 +292,25 @@ def parse_spec(spec):
 
 HF_BATCH = 32  # thoughts a forward pass
 
-def load_text_model(spec, name, device):
-    """A causal or vision-language checkpoint -> (model in eval mode, tokenizer); bf16 on CUDA, fp32 on the CPU."""
+def device_of(spec, name):
+    """-> (device, dtype): bf16 on CUDA, by default that of this process; fp32 on the CPU."""
     import torch
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        return device, torch.float32
+    expect((device.index or 0) < torch.cuda.device_count(), f"judge {spec!r}: there is no such device here")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index), torch.bfloat16
+
+def load_text_model(spec, name, device):
+    """A causal or vision-language checkpoint -> (model in eval mode, tokenizer)."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":  # made definite here: threads don't share what "cuda" alone means
-        expect((device.index or 0) < torch.cuda.device_count(), f"judge {spec!r}: there is no such device here")
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    device, dtype = device_of(spec, device)
     try:
         kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         auto = AutoModelForCausalLM if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
-        net, info = auto.from_pretrained(name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-                                         use_safetensors=True, output_loading_info=True, trust_remote_code=False)
+        net, info = auto.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                                         trust_remote_code=False)
         tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as e:  # transformers raises anything on a folder that isn't a checkpoint
         raise DataError(f"judge {spec!r} can't be loaded: {(str(e) or type(e).__name__).splitlines()[0]}") from e
@@ -414,7 +433,7 @@ def chat(server, content, read, told, *, max_tokens, timeout):
         time.sleep(wait)
 
 def in_threads(call, jobs, threads):
-    """{key: argument} -> iterator of (key, call(argument)) in the order in which they end. call must not raise. The threads are
+    """{key: argument} -> yields (key, call(argument)) in the order in which they end, raises what call raises. The threads are
     daemons: a run that is stopped does not wait for them."""
     todo, done = queue.SimpleQueue(), queue.SimpleQueue()
     for job in jobs.items():
@@ -424,10 +443,17 @@ def in_threads(call, jobs, threads):
         with contextlib.suppress(queue.Empty):
             while True:
                 key, job = todo.get_nowait()
-                done.put((key, call(job)))
+                try:
+                    done.put((key, call(job)))
+                except Exception as e:
+                    done.put((key, e))
     for _ in range(min(threads, len(jobs))):
         threading.Thread(target=work, daemon=True).start()
-    return (done.get() for _ in jobs)
+    for _ in jobs:
+        key, value = done.get()
+        if isinstance(value, Exception):
+            raise value
+        yield key, value
 
 def read_letter(reply, letters):
     """F's reply, strictly: one of the letters, "none" (None), or nan."""
@@ -488,3 +514,244 @@ def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cach
         return [next(verdicts) if t else None for t in seen]
     judge.told = told
     return judge
+
+# ---- the annotators (section 3.1) --------------------------------------------------------------------------------------------
+
+DESCRIBE = "Describe this medical image: what kind of image it is, what is seen, where, and how it looks. Claim nothing else."
+WRITE = """The image is described so: {described}
+
+Question: {question}
+{options}
+The right answer is {answer}. Write the chain of thought that leads to it, for a reader who doesn't know it: from what the
+image shows, step by step, in at least two sentences. Only the last sentence concludes, in the words of the option. Name no
+letter, don't mention that the answer is known, claim nothing that is not seen. Write the chain of thought and nothing else.
+"""
+AGAIN = """
+Your last attempt was rejected, because it {why}. It was:
+{thought}
+"""
+CHUNK = 256        # records described, written and verified before the next
+WRITE_TOKENS = 512
+SIDE = 1024        # px, longer side of an image sent; on the review page a quarter
+CONCLUDES = re.compile(r"\b(?:so|therefore|thus|hence|consequently|answer|option|choice|conclu\w+|diagnosis is|must be)\b")
+CIRCULAR = re.compile(r"""\b(?:given|provided|supplied|stated|known)\s(?:the\s)?answer\b
+    | \banswer\s(?:is|was|has\sbeen)\s(?:already\s)?(?:given|provided|supplied|stated|known|told)\b
+    | \b(?:since|because|given\sthat|know(?:ing)?(?:\sthat)?|told(?:\sthat)?)\sthe\s(?:\w+\s)?(?:answer|option)\b
+""", re.VERBOSE)
+
+def data_url(record, side):
+    image, file = data.load_image(record), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+def make_annotator(spec, told, timeout):
+    """spec -> write(prompt, record) -> a text about the record's image, or nan where there came none. openai:, or hf: with a
+    checkpoint that model.load takes. told: as in `chat`."""
+    kind, name, where = parse_spec(spec)
+    if kind == "openai":
+        return lambda prompt, record: chat(
+            (name, where), [{"type": "text", "text": prompt},
+                            {"type": "image_url", "image_url": {"url": data_url(record, SIDE)}}],
+            lambda reply: reply.strip() or math.nan, told, max_tokens=WRITE_TOKENS, timeout=timeout)
+    expect(kind == "hf", f"annotator {spec!r}: expected hf:NAME_OR_PATH or openai:BASE_URL#MODEL")
+    import model as M
+    (device, dtype), alone = device_of(spec, where), threading.Lock()
+    net, processor = M.load(name, dtype=dtype, device=device)
+
+    def write(prompt, record):
+        with alone:
+            batch = M.tensors(processor, [prompt], [M.image_patches(processor, record)], device)
+            tokens, mask = M.sample(net, batch, group_size=1, max_new_tokens=WRITE_TOKENS, temperature=0)
+        count(told, calls=1, prompt_tokens=int(batch["attention_mask"].sum()), completion_tokens=int(mask.sum()))
+        return M.decode(processor, tokens, mask)[0][0].strip() or math.nan
+    return write
+
+def write_prompt(record, described, tries):
+    """What the writer is asked; after a rejection with the reasons."""
+    options = "".join(f"{x}) {defused(o)}\n" for x, o in zip(LETTERS, record["options"], strict=False))
+    asked = WRITE.format(described=defused(described), question=defused(record["question"]), options=options,
+                         answer=defused(record["options"][LETTERS.index(record["answer"])]))
+    return asked + (AGAIN.format(why=" and ".join(tries[-1][1]), thought=defused(tries[-1][0])) if tries else "")
+
+def faults(thought, record, known, verdict):
+    """Verification by rule -> what is wrong with a thought, in halves of sentences; [] where nothing is.
+
+    known: what is true of the image, {task: answer} of all its questions, with the record's modality and anatomy. verdict: F's.
+    Rules read words: "skin" in a chest X-ray's thought counts as an organ that isn't shown. A person reads the rest.
+    """
+    text, wrong, answer = single_blanks(thought), [], record["options"][LETTERS.index(record["answer"])]
+    low, right = text.lower(), option_pattern(answer) or re.compile(r"(?!)")
+    at, steps = standing(low), [x for x in re.split(r"(?<=[.!?;])\s+|\n+", text) if re.search(r"\w", x)]
+    early, end = [x.lower() for x in steps[:-1]], " ".join(steps[-1:]).lower()
+    if not format_reward(data.answer_text(dict(record, thought=thought, thinking="before"))):
+        wrong.append("holds <think> or <answer> tags")
+    if len(steps) < 2:
+        wrong.append("has fewer than two steps")
+    if verdict != record["answer"]:
+        wrong.append("does not lead to the answer")
+    opening = rf"\b(?:is|are|shows?|depicts?)\s(?:(?:clearly|an?|the|in)\s)*{right.pattern}"
+    if any(CONCLUDES.search(x) and right.search(x) for x in early) or re.search(opening, "".join(early[:1])) or any(
+            letters_named(x, record["options"]) for x in steps[:-1]):
+        wrong.append("states the answer before its last sentence")
+    because = rf"{right.pattern}.*\b(?:because|since)\b.*{right.pattern}"
+    if CIRCULAR.search(low) or any(re.search(because, x) for x in (*early, end)):
+        wrong.append("argues from the given answer")
+    kinds = {x for names in data.KINDS.values() for x in names}
+    for what, names in dict(modality=data.MODALITIES, anatomy=data.ANATOMIES, location=data.LOCATIONS, pathology=kinds).items():
+        true = known.get(what, "none" if what == "pathology" and known.get("anomaly") == "Normal" else None)
+        for x in sorted(names) if true in {*names, "none"} else ():
+            others = (m.start() for m in option_pattern(x).finditer(low) if x != true and {x, true} not in data.ALIKE)
+            if any(at(start)[1] for start in others):
+                wrong.append(f"names {x}, but the {what} is {true}")
+    if known.get("anomaly") == "Normal" and implied_letter(low, at, None, "bad")[0]:
+        wrong.append("names a finding in a healthy image")
+    return wrong
+
+def beside(path):
+    """Move a file of that name aside, so that nothing is overwritten."""
+    if os.path.exists(path):
+        aside = next(x for k in itertools.count(1) if not os.path.exists(x := f"{path}.{k}"))
+        os.rename(path, aside)
+        print(f"{path} was there: moved to {aside}")
+    return path
+
+def annotate(args):
+    """IN -> OUT, its records with a verified thought. OUT.journal keeps what was described and written: the same command again
+    goes on from there, and asks again where nobody replied."""
+    expect(os.path.dirname(os.path.abspath(args.out)) == os.path.dirname(os.path.abspath(args.file)),
+           f"--out {args.out}: expected a file in the folder of {args.file}, to which the images' paths are relative")
+    records, told = data.read_records(args.file), {"describer": Counter(), "writer": Counter()}
+    if args.decisions:
+        return decide(records, args)
+    expect(args.describer and args.writer, "annotate needs a --describer and a --writer, or --decisions FILE to apply")
+    judge = make_judge(args.judge, concurrency=args.concurrency, timeout=args.timeout, cache=f"{args.out}.verdicts")
+    describe, write = (make_annotator(getattr(args, role), told[role], args.timeout) for role in told)
+    journal, described, drafts, tries = f"{args.out}.journal", {}, {}, {r["id"]: [] for r in records}
+    knobs = ["knobs", digest(args.describer, args.writer, args.judge, DESCRIBE, WRITE), ""]
+    lines = [knobs, *journal_lines(journal)]
+    expect(lines[1:2] in ([], [knobs]), f"{journal} is of another command: remove it, or name another --out")
+    for what, key, value in lines[1:]:
+        if what == "tried" and key in tries:
+            drafts.pop(key, None)
+            tries[key].append(value)
+        elif what in ("described", "written"):
+            (described if what == "described" else drafts)[key] = value
+
+    def note(*line):
+        with open(journal, "a") as f:
+            f.write(f"\n{json.dumps(line)}")
+    if len(lines) == 1:
+        note(*knobs)
+    truths = {r["image"]: dict(modality=r["modality"], anatomy=r["anatomy"]) for r in records}
+    for r in records:
+        truths[r["image"]][r["task"]] = r["options"][LETTERS.index(r["answer"])]
+    for chunk in tqdm([records[k:k + CHUNK] for k in range(0, len(records), CHUNK)], desc="annotate", unit="chunk"):
+        images = {r["image"]: r for r in chunk if r["image"] not in described}
+        for image, text in in_threads(lambda r: describe(DESCRIBE, r), images, args.concurrency):
+            if text == text:
+                described[image] = text
+                note("described", image, text)
+        for _ in range(args.retries + 1):
+            todo = [r for r in chunk if r["image"] in described and len(tries[r["id"]]) <= args.retries
+                    and (not tries[r["id"]] or tries[r["id"]][-1][1])]
+            for key, text in in_threads(lambda r: write(write_prompt(r, described[r["image"]], tries[r["id"]]), r),
+                                        {r["id"]: r for r in todo if r["id"] not in drafts}, args.concurrency):
+                if text == text:
+                    drafts[key] = text
+                    note("written", key, text)
+            todo = [r for r in todo if r["id"] in drafts]
+            for r, verdict in zip(todo, judge([drafts[r["id"]] for r in todo], todo), strict=True):
+                if verdict == verdict:  # else F failed: no word on the thought
+                    text = drafts.pop(r["id"])
+                    tries[r["id"]].append((text, faults(text, r, truths[r["image"]], verdict)))
+                    note("tried", r["id"], tries[r["id"]][-1])
+    good = [dict(r, thought=tries[r["id"]][-1][0]) for r in records if tries[r["id"]] and not tries[r["id"]][-1][1]]
+    bad = Counter(why for r in records if tries[r["id"]] for why in tries[r["id"]][-1][1])
+    unheard = sum(not tries[r["id"]] for r in records)
+    again = sum(len(tries[r["id"]]) > 1 for r in good)
+    print(f"{len(records)} questions: {len(good)} thoughts accepted, {again} of them after a retry; "
+          f"{len(records) - len(good) - unheard} left out; {unheard} without a reply or a verdict, asked again next time")
+    for why, n in bad.most_common():
+        print(f"left out because the last attempt {why}: {n}")
+    for role, counter in (told | {"judge": judge.told}).items():
+        print(f"{role}: " + ", ".join(f"{counter[x]} {x.replace('_', ' ')}" for x in SPENT) + f"; failures: {reasons(counter)}")
+    expect(good, f"no thought was accepted, {args.out} is not written")
+    data.write_records(good, beside(args.out))
+    if args.review:
+        review(good, described, beside(args.review))
+
+def journal_lines(path):
+    """The whole lines of a journal, the one torn by a crash left out."""
+    for line in Path(path).read_text().splitlines() if os.path.exists(path) else ():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Review of the chains of thought</title>
+<style>body{font:15px/1.45 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{width:256px;height:max-content}
+section{display:flex;gap:1.2em;border-top:1px solid #ccc;padding:1em}section div{flex:1;white-space:pre-wrap}
+.accept{background:#e6f4ea}.reject{background:#fbe9e7}.what{color:#666;font-size:13px}header{position:sticky;top:0;background:#fff}
+</style><header><h1>Review</h1><p><span id="count">0</span> of {{ shown|length }} decided.
+<a id="save" download="decisions.json" href="data:application/json,[]">Save the decisions</a></p></header>
+{% for r, image, described, key in shown %}<section data-id="{{ r.id }}" data-thought="{{ key }}"><img src="{{ image }}" alt="">
+<div><span class="what">{{ r.id }}: {{ r.modality }}, {{ r.anatomy }}, {{ r.task }}
+{{ described }}</span>
+
+<b>{{ r.question }}</b>
+{% for o in r.options %}{{ letters[loop.index0] }}) {{ o }}{% if letters[loop.index0] == r.answer %} ✓{% endif %}
+{% endfor %}
+{{ r.thought }}
+
+<button value="accept">accept</button> <button value="reject">reject</button></div></section>
+{% endfor %}<script>
+const decided = {};
+for (const button of document.querySelectorAll("button")) button.onclick = () => {
+  const section = button.closest("section"), {id, thought} = section.dataset;
+  decided[id] = {id, thought, accept: button.value == "accept"};
+  section.className = button.value;
+  document.getElementById("count").textContent = Object.keys(decided).length;
+  const text = JSON.stringify(Object.values(decided));
+  document.getElementById("save").href = "data:application/json," + encodeURIComponent(text);
+};
+</script></html>"""
+
+def review(records, described, path):
+    """The page on which a person accepts or rejects each thought; self-contained; what a model or a file says is escaped."""
+    import jinja2  # comes with torch
+    shown = [(r, data_url(r, SIDE // 4), described[r["image"]], digest(r["id"], r["thought"])) for r in records]
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
+    Path(path).write_text(template.render(shown=shown, letters=LETTERS), encoding="utf-8")
+
+def decide(records, args):
+    """--decisions: of the records those that a person accepted, as they read them, go to OUT."""
+    try:
+        said = {x["thought"]: x["accept"] for x in json.loads(Path(args.decisions).read_text())}
+    except (OSError, ValueError, TypeError, LookupError) as e:
+        raise DataError(f"{args.decisions} can't be read as decisions saved by a review page ({type(e).__name__})") from None
+    verdicts = Counter(said.get(digest(r["id"], r["thought"])) for r in records)
+    print(f"{len(records)} thoughts: {verdicts[True]} accepted, {verdicts[False]} rejected, {verdicts[None]} not decided")
+    good = [r for r in records if said.get(digest(r["id"], r["thought"])) is True]
+    expect(good, f"no thought was accepted, {args.out} is not written")
+    data.write_records(good, beside(args.out))
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: (_ for _ in ()).throw(DataError(message))
+    p = parser.add_subparsers(dest="command", required=True).add_parser("annotate", help="write and verify chains of thought")
+    p.error = parser.error
+    p.add_argument("file", help="records, with or without thoughts")
+    p.add_argument("--out", required=True, help="the same with verified thoughts")
+    for role in ("describer", "writer"):
+        p.add_argument(f"--{role}", help="hf:NAME_OR_PATH or openai:BASE_URL#MODEL")
+    p.add_argument("--judge", default="lexical", help="the evaluator F that must reach the answer [lexical]")
+    p.add_argument("--retries", type=int, default=2, help="attempts after a rejected one [2]")
+    p.add_argument("--concurrency", type=int, default=32, help="requests at a time [32]")
+    p.add_argument("--timeout", type=float, default=120.0, help="seconds a request may take [120]")
+    p.add_argument("--review", help="write a page on which a person accepts or rejects each thought")
+    p.add_argument("--decisions", help="instead of all this: keep of the file what this page's saved decisions accept")
+    args = parser.parse_args(argv)
+    expect(args.retries >= 0 and args.concurrency > 0 and args.timeout > 0, "--retries, --concurrency, --timeout: too small")
+    annotate(args)
+
+if __name__ == "__main__":
+    data.cli(main)

@@ -75,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(server.seconds)
         kind = server.fault(prompt, server.calls.count(prompt))
         said = {"wrong": random.choice(["Z", "F", "The answer is B.", "B or C", "BB", "nonesuch"]), "empty": None}
-        choices = [{"message": {"role": "assistant", "content": said[kind] if kind in said else server.reply(prompt)}}]
+        choices = [{"message": {"role": "assistant", "content": said.get(kind, "B") if kind else server.reply(prompt)}}]
         good = json.dumps({"choices": choices, "usage": {"prompt_tokens": 7, "completion_tokens": 1}}).encode()
         if kind == "429":
             self.answer(429, b"slow down", Retry_After="0.3")
