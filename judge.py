@@ -13,7 +13,8 @@ words, so the time is linear in the thought's length, whatever the thought.
 
 `hf:NAME_OR_PATH[@DEVICE]` is a local model, text only: one forward pass, the likeliest of the option letters as the next token.
 `hf:reference` is the frozen reference that grpo.py holds in memory. `openai:BASE_URL#MODEL` is any OpenAI-compatible chat
-server; its key, if it needs one, is read from OPENAI_API_KEY. Left out on purpose: proxies, redirects, streaming.
+server; its key, if it needs one, is read from OPENAI_API_KEY, or for one host alone from OPENAI_API_KEY_API_EXAMPLE_COM.
+Left out on purpose: proxies, redirects, streaming.
 
 The annotators write the chains of thought (section 3.1): a describer sees the image, a writer gets its description, question
 and answer too, and what it writes is verified by rule. Then a person may look, and their decisions are applied:
@@ -376,7 +377,8 @@ def reasons(told):
 def post(url, body, timeout):
     """POST JSON -> (status, Retry-After, the reply's bytes). OSError or HTTPException where the connection is cut or the whole
     takes over `timeout` s: a timer hangs up, for a socket's own limit begins anew with each byte."""
-    parts, key = urlsplit(url), os.environ.get("OPENAI_API_KEY", "").strip()
+    parts, name = urlsplit(url), "OPENAI_API_KEY"
+    key = os.environ.get(f"{name}_{re.sub(r'[^A-Z0-9]', '_', parts.hostname.upper())}", os.environ.get(name, "")).strip()
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     with contextlib.closing(connect(parts.netloc, timeout=timeout)) as connection:
@@ -509,9 +511,9 @@ def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cach
 
     def judge(thoughts, items):
         seen = [t and (single_blanks(t) if sees == "raw" else visible_thought(t)[0]) for t in thoughts]
-        asked = [pair for pair in zip(seen, items, strict=True) if pair[0]]
-        verdicts = iter(ask(*zip(*asked, strict=True)) if asked else ())
-        return [next(verdicts) if t else None for t in seen]
+        asked = {(t, id(item)): (t, item) for t, item in zip(seen, items, strict=True) if t}  # each once
+        verdicts = dict(zip(asked, ask(*zip(*asked.values(), strict=True)) if asked else (), strict=True))
+        return [verdicts.get((t, id(item))) for t, item in zip(seen, items, strict=True)]
     judge.told = told
     return judge
 

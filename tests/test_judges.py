@@ -241,6 +241,17 @@ def test_addresses_that_are_refused(spec):
     assert "secret" not in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_host_may_have_a_key_of_its_own(serve, monkeypatch):
+    """Describer, writer and judge may be different companies: a host's own variable goes before OPENAI_API_KEY, also to send
+    none."""
+    server = serve()
+    for key, sent in (("own", "Bearer own"), ("", None)):
+        monkeypatch.setenv("OPENAI_API_KEY_127_0_0_1", key)
+        J.make_judge(server.spec)([f"a cyst {key}"], [KIND])
+        assert server.keys == {sent}
+        server.keys.clear()
+
+
 def test_the_key_is_nowhere_but_in_the_header(serve, monkeypatch, capfd):
     """Not on stdout or stderr and in no reason, even if the key itself breaks the request or the server quotes it."""
     judge = J.make_judge(serve(fault=lambda prompt, n: "401").spec)
