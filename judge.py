@@ -555,7 +555,7 @@ def make_annotator(spec, told, timeout):
         return lambda prompt, record: chat(
             (name, where), [{"type": "text", "text": prompt},
                             {"type": "image_url", "image_url": {"url": data_url(record, SIDE)}}],
-            lambda reply: reply.strip() or math.nan, told, max_tokens=WRITE_TOKENS, timeout=timeout)
+            lambda reply: reply.strip()[:8 * WRITE_TOKENS] or math.nan, told, max_tokens=WRITE_TOKENS, timeout=timeout)
     expect(kind == "hf", f"annotator {spec!r}: expected hf:NAME_OR_PATH or openai:BASE_URL#MODEL")
     import model as M
     (device, dtype), alone = device_of(spec, where), threading.Lock()
@@ -585,7 +585,7 @@ def faults(thought, record, known, verdict):
     text, wrong, answer = single_blanks(thought), [], record["options"][LETTERS.index(record["answer"])]
     low, right = text.lower(), option_pattern(answer) or re.compile(r"(?!)")
     at, steps = standing(low), [x for x in re.split(r"(?<=[.!?;])\s+|\n+", text) if re.search(r"\w", x)]
-    early, end = [x.lower() for x in steps[:-1]], " ".join(steps[-1:]).lower()
+    early, halves = [x.lower() for x in steps[:-1]], [re.split(r"\b(?:because|since)\b", x.lower(), maxsplit=1) for x in steps]
     if not format_reward(data.answer_text(dict(record, thought=thought, thinking="before"))):
         wrong.append("holds <think> or <answer> tags")
     if len(steps) < 2:
@@ -596,15 +596,15 @@ def faults(thought, record, known, verdict):
     if any(CONCLUDES.search(x) and right.search(x) for x in early) or re.search(opening, "".join(early[:1])) or any(
             letters_named(x, record["options"]) for x in steps[:-1]):
         wrong.append("states the answer before its last sentence")
-    because = rf"{right.pattern}.*\b(?:because|since)\b.*{right.pattern}"
-    if CIRCULAR.search(low) or any(re.search(because, x) for x in (*early, end)):
+    if CIRCULAR.search(low) or any(len(x) == 2 and all(map(right.search, x)) for x in halves):  # "it is X because .. X .."
         wrong.append("argues from the given answer")
     kinds = {x for names in data.KINDS.values() for x in names}
     for what, names in dict(modality=data.MODALITIES, anatomy=data.ANATOMIES, location=data.LOCATIONS, pathology=kinds).items():
         true = known.get(what, "none" if what == "pathology" and known.get("anomaly") == "Normal" else None)
-        for x in sorted(names) if true in {*names, "none"} else ():
-            others = (m.start() for m in option_pattern(x).finditer(low) if x != true and {x, true} not in data.ALIKE)
-            if any(at(start)[1] for start in others):
+        names = {*names, *(record["options"] if record["task"] == what else ())}
+        for x in sorted(names - {true}) if true in names | {"none"} else ():
+            said = pattern.finditer(low) if (pattern := option_pattern(x)) and {x, true} not in data.ALIKE else ()
+            if any(at(m.start())[1] for m in said):
                 wrong.append(f"names {x}, but the {what} is {true}")
     if known.get("anomaly") == "Normal" and implied_letter(low, at, None, "bad")[0]:
         wrong.append("names a finding in a healthy image")

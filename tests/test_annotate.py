@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
@@ -113,6 +114,29 @@ def test_every_kind_of_bad_thought_is_caught_and_no_good_one(world):
                 assert any(re.search(reason, x) for x in wrong), (kind, thought, wrong)
                 told[kind] += 1
     assert len(told) == len(BAD) and min(told.values()) >= 10
+
+
+def test_an_option_that_is_not_true_is_a_hallucination(world):
+    """Findings of real sources, which no list here holds: the record's other options are false, unless denied."""
+    r = dict(world.records[0], options=["COVID-19", "bacterial pneumonia", "C."], answer="A", task="pathology", modality="CT")
+    known = dict(modality="CT", anatomy="unknown", pathology="COVID-19")
+    for thought, wrong in (("Haze on both sides, no bacterial pneumonia. So it is COVID-19.", []),
+                           ("There is bacterial pneumonia. So it is COVID-19.",
+                            ["names bacterial pneumonia, but the pathology is COVID-19"])):
+        assert J.faults(thought, r, known, "A") == wrong
+
+
+@pytest.mark.parametrize("unit", ["cyst because ", "since the ", "so cyst. ", "is the ", "answer is ", "B) ", "\n", "no "])
+def test_rules_are_linear_in_the_thought(unit, world):
+    """Eight times the text takes about eight times as long, whatever a writer's server sends."""
+    r = dict(world.records[0], options=["cyst", "glioma"], answer="A", task="pathology")
+
+    def seconds(n):
+        began = time.process_time()
+        J.faults(unit * (n // len(unit)), r, dict(modality="MRI", anatomy="Brain", pathology="cyst"), "A")
+        return time.process_time() - began
+    short, long = (min(seconds(n) for _ in range(3)) for n in (4_000, 32_000))
+    assert long < 30 * short + 0.02
 
 
 def test_good_words_are_not_taken_for_bad(world):
