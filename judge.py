@@ -457,6 +457,17 @@ def in_threads(call, jobs, threads):
             raise value
         yield key, value
 
+def note(path, *line):
+    """Append a line of JSON. The newline goes first, to end one that a crash has torn."""
+    with open(path, "a") as f:
+        f.write(f"\n{json.dumps(line)}")
+
+def noted(path):
+    """The lines of `note`, as lists, without torn ones; nothing where there is no file."""
+    for line in Path(path).read_text().splitlines() if os.path.exists(path) else ():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
 def read_letter(reply, letters):
     """F's reply, strictly: one of the letters, "none" (None), or nan."""
     m = re.fullmatch(r"\s*(?:\(?([A-F])[).:]?|none\.?)\s*", reply, re.I)
@@ -465,10 +476,7 @@ def read_letter(reply, letters):
 
 def openai_evaluator(spec, server, told, concurrency, timeout, cache):
     """-> ask(texts, items) -> letters, None or nan. cache: a folder of verdicts, a file a process, all of which are read."""
-    known, lines = {}, [x for f in sorted(Path(cache).glob("*.jsonl")) for x in f.read_text().splitlines()] if cache else []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # torn by a crash
-            known.update([json.loads(line)])
+    known = dict(line for f in sorted(Path(cache).glob("*.jsonl")) for line in noted(f)) if cache else {}
 
     def ask(texts, items):
         prompts = [judge_prompt(*pair) for pair in zip(texts, items, strict=True)]
@@ -481,8 +489,7 @@ def openai_evaluator(spec, server, told, concurrency, timeout, cache):
             known[key] = verdict
             if cache:
                 os.makedirs(cache, exist_ok=True)
-                with open(os.path.join(cache, f"{os.environ.get('RANK', 0)}.jsonl"), "a") as f:
-                    f.write(f"\n{json.dumps([key, verdict])}")  # the newline first: it ends a torn line
+                note(os.path.join(cache, f"{os.environ.get('RANK', 0)}.jsonl"), key, verdict)
         return [known.get(k, math.nan) for k in keys]
     return ask
 
@@ -631,7 +638,7 @@ def annotate(args):
     describe, write = (make_annotator(getattr(args, role), told[role], args.timeout) for role in told)
     journal, described, drafts, tries = f"{args.out}.journal", {}, {}, {r["id"]: [] for r in records}
     knobs = ["knobs", digest(args.describer, args.writer, args.judge, DESCRIBE, WRITE), ""]
-    lines = [knobs, *journal_lines(journal)]
+    lines = [knobs, *noted(journal)]
     expect(lines[1:2] in ([], [knobs]), f"{journal} is of another command: remove it, or name another --out")
     for what, key, value in lines[1:]:
         if what == "tried" and key in tries:
@@ -640,11 +647,8 @@ def annotate(args):
         elif what in ("described", "written"):
             (described if what == "described" else drafts)[key] = value
 
-    def note(*line):
-        with open(journal, "a") as f:
-            f.write(f"\n{json.dumps(line)}")
     if len(lines) == 1:
-        note(*knobs)
+        note(journal, *knobs)
     truths = {r["image"]: dict(modality=r["modality"], anatomy=r["anatomy"]) for r in records}
     for r in records:
         truths[r["image"]][r["task"]] = r["options"][LETTERS.index(r["answer"])]
@@ -653,7 +657,7 @@ def annotate(args):
         for image, text in in_threads(lambda r: describe(DESCRIBE, r), images, args.concurrency):
             if text == text:
                 described[image] = text
-                note("described", image, text)
+                note(journal, "described", image, text)
         for _ in range(args.retries + 1):
             todo = [r for r in chunk if r["image"] in described and len(tries[r["id"]]) <= args.retries
                     and (not tries[r["id"]] or tries[r["id"]][-1][1])]
@@ -661,13 +665,13 @@ def annotate(args):
                                         {r["id"]: r for r in todo if r["id"] not in drafts}, args.concurrency):
                 if text == text:
                     drafts[key] = text
-                    note("written", key, text)
+                    note(journal, "written", key, text)
             todo = [r for r in todo if r["id"] in drafts]
             for r, verdict in zip(todo, judge([drafts[r["id"]] for r in todo], todo), strict=True):
                 if verdict == verdict:  # else F failed: no word on the thought
                     text = drafts.pop(r["id"])
                     tries[r["id"]].append((text, faults(text, r, truths[r["image"]], verdict)))
-                    note("tried", r["id"], tries[r["id"]][-1])
+                    note(journal, "tried", r["id"], tries[r["id"]][-1])
     good = [dict(r, thought=tries[r["id"]][-1][0]) for r in records if tries[r["id"]] and not tries[r["id"]][-1][1]]
     bad = Counter(why for r in records if tries[r["id"]] for why in tries[r["id"]][-1][1])
     unheard = sum(not tries[r["id"]] for r in records)
@@ -682,12 +686,6 @@ def annotate(args):
     data.write_records(good, beside(args.out))
     if args.review:
         review(good, described, beside(args.review))
-
-def journal_lines(path):
-    """The whole lines of a journal, the one torn by a crash left out."""
-    for line in Path(path).read_text().splitlines() if os.path.exists(path) else ():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Review of the chains of thought</title>
 <style>body{font:15px/1.45 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{width:256px;height:max-content}
