@@ -51,6 +51,8 @@ KNOBS = dict(
     seeds=((0,), "answer every question once for each: mean and standard deviation over them (needs a temperature)"),
     judge=("lexical", "the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH or openai:BASE_URL#MODEL"),
     judge_sees=("cut", "the thought with letters and answer statements cut, or raw as printed", ("cut", "raw")),
+    judge_concurrency=(32, "requests to an openai: judge at a time; its verdicts are kept in OUT/verdicts"),
+    judge_timeout=(60.0, "seconds a request to it may take"),
     out=(None, "folder of the results (default: that in which the first checkpoint lies)"),
     image=(None, "answer one question about this image file instead, and print thought and answer"),
     question=(None, "that question"),
@@ -239,7 +241,8 @@ def knobs(argv):
         parser.add_argument(f"--{name}", default=default, type=kind, nargs="+" if many else None, help=meaning + shown,
                             choices=choices[0] if choices else None)
     args = parser.parse_args(argv)
-    for name, least in dict(batch=1, max_new_tokens=0, max_pixels=1, temperature=0, questions=0).items():
+    for name, least in dict(batch=1, max_new_tokens=0, max_pixels=1, temperature=0, questions=0, judge_concurrency=1,
+                            judge_timeout=0.1).items():
         expect(least <= getattr(args, name) < math.inf, f"--{name} {getattr(args, name)}: expected at least {least}")
     expect(len(args.seeds) == 1 or args.temperature > 0 and len(set(args.seeds)) == len(args.seeds),
            f"--seeds {args.seeds}: expected different ones, and a --temperature above 0: greedy answers are the same for each")
@@ -291,7 +294,8 @@ def main(argv=None):
     expect(len(set(names)) == len(names), f"--ckpt {' '.join(args.ckpt)}: expected different checkpoints")
     expect(args.data or os.path.isfile(files[0]), f"{files[0]} is not there, expected the phantoms, or --data FILE")
     records = subset(data.read_records(files, args.split, args.only, args.thinking), args.questions)
-    judge = make_judge(args.judge, args.judge_sees)
+    judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency, timeout=args.judge_timeout,
+                       cache=os.path.join(out, "verdicts"))
     gone = [r["path"] for r in records if not os.path.isfile(r["path"])]
     expect(not gone, f"the images of {len(gone)} of {len(records)} questions are missing, the first is {(*gone, '')[0]}")
     os.makedirs(out, exist_ok=True)

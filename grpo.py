@@ -15,7 +15,10 @@ import contextlib
 import copy
 import json
 import os
+import threading
 import time
+from collections import deque
+from concurrent.futures import Future
 
 import torch
 from tqdm import tqdm
@@ -24,7 +27,7 @@ import data
 import eval as evaluation
 import model as M
 from data import DataError
-from judge import make_judge, visible_thought
+from judge import make_judge, parse_spec, reasons, visible_thought
 from rewards import parse_completion, total_reward
 from sft import BETAS, epoch_order, knobs, load_state, log, open_run, save_state, trained
 
@@ -60,8 +63,12 @@ KNOBS = dict(
     mu=(1, 1, "optimiser steps on the same completions (inner epochs)"),
     mask_truncated=(False, False, "leave completions that were cut off out of the loss"),
     weights=((1 / 3, 1 / 3, 1 / 3), (1 / 3, 1 / 3, 1 / 3), "lambda of format, accuracy, consistency in Eq. (3)"),
-    judge=("lexical", "lexical", "the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH or openai:BASE_URL#MODEL"),
+    judge=("lexical", "lexical", "the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH, hf:reference or openai:BASE_URL#MODEL"),
     judge_sees=("cut", "cut", "the thought with letters and answer statements cut, or raw as printed", ["cut", "raw"]),
+    judge_concurrency=(32, 32, "requests to an openai: judge at a time, of each process"),
+    judge_timeout=(60.0, 60.0, "seconds a request to it may take; verdicts are kept in ROOT/verdicts"),
+    judge_failures=(0.5, 0.5, "share of thoughts on which F failed past which the run saves and stops, over judge_window"),
+    judge_window=(20, 20, "rollouts over which that share is taken"),
     micro_batch=(16, 1, "questions, with their groups, a forward pass on one device"),
     lora=(16, 64, "rank of LoRA on the language model; 0 trains every parameter against a frozen copy"),
     max_pixels=(M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk"),
@@ -72,6 +79,8 @@ KNOBS = dict(
     save_every=(0, 50, "optimiser steps between checkpoints, 0 = at the end alone"),
     resume=(False, False, "continue the run in --out from its last checkpoint"),
 )
+
+GOLD_ASKED = 32  # gold thoughts that F, if it is a model, is asked about before the first step
 
 # --------------------------------------------------------------------------------------------------------------- the equations
 
@@ -141,11 +150,13 @@ def frozen_copy(model):
     """The reference of a fully fine-tuned policy: a copy without gradients. Under LoRA `reference_of` needs none."""
     return copy.deepcopy(model).requires_grad_(False).eval()
 
+one_at_a_time = threading.Lock()  # hf:reference reads in a thread of its own: who has the adapter off must be alone
+
 @contextlib.contextmanager
 def reference_of(policy, copy_of_sft=None):
     """Inside, the value is pi_SFT: the frozen copy, or under LoRA the policy with its adapter off. That is pi_SFT because
     stage 1's adapter was merged into the weights before stage 2's was added; otherwise it would be the base model."""
-    with contextlib.nullcontext() if copy_of_sft is not None else policy.disable_adapter():
+    with one_at_a_time, contextlib.nullcontext() if copy_of_sft is not None else policy.disable_adapter():
         yield policy if copy_of_sft is None else copy_of_sft
 
 def rows_of(batch, rows):
@@ -163,6 +174,17 @@ def score(texts, items, judge):
     rows = evaluation.score(texts, items, judge)
     return tuple(torch.tensor([row[part] for row in rows]) for part in ("fmt", "acc", "con"))
 
+def meanwhile(function, *args):
+    """Start function(*args) in a thread -> Future. A daemon, so that Ctrl-C doesn't wait for a slow server."""
+    def run():
+        try:
+            future.set_result(function(*args))
+        except BaseException as e:
+            future.set_exception(e)
+    future = Future()
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
 def without_failures(con):
     """R_con (N, G) with nan where F failed -> the same with the group's mean there: such a sample's part of the advantage is 0
     and the others' is what it would be in a group without it. A failure of F is not a reward of 0."""
@@ -172,6 +194,7 @@ def without_failures(con):
 def questions(args, world):
     """The questions to train on and, with --eval_every, some held-out ones; DataError where no run of `world` processes can be
     made of what was asked for."""
+    parse_spec(args.judge)  # before a model is loaded
     if args.G < 2:
         raise DataError(f"--G {args.G}: a group of one has no advantage over its own mean; expected at least 2")
     records = data.read_records(args.data, "train", args.only, args.thinking)
@@ -183,12 +206,20 @@ def questions(args, world):
     held_out = data.read_records(args.data, "test", args.only, args.thinking) if args.eval_every else []
     return records, evaluation.subset(held_out, args.eval_questions)
 
-def check_gold(records, judge):
-    """The gold answers must score 1 by the code that will score the policy's; else the reward, not the policy, is wrong."""
+def check_gold(records, judge, lexical=True):
+    """The gold answers must score 1 by the code that will score the policy's; else the reward, not the policy, is wrong.
+    F is asked about all of them if it is the lexical judge. A model may differ on some, and each costs: it is asked about
+    GOLD_ASKED, and must not fail on all."""
     records = [r for r in records if r["thought"] is not None]
+    asked = [] if lexical else evaluation.subset([r for r in records if r.get("thinking") != "none"], GOLD_ASKED)
+    if asked:
+        con = score([data.answer_text(r) for r in asked], asked, judge)[2]
+        data.expect(not con.isnan().all(), f"--judge: F failed on all of {len(asked)} gold thoughts: {reasons(judge.told)}")
+        print(f"F agrees with {int(con.nansum())} of {len(asked)} gold thoughts and failed on {int(con.isnan().sum())}")
     if records:
         names = ("format", "accuracy", "consistency")  # nan, where no thought is asked for, is not under 1
-        for name, part in zip(names, score([data.answer_text(r) for r in records], records, judge), strict=True):
+        trusted = judge if lexical else lambda thoughts, items: [r["answer"] for r in items]
+        for name, part in zip(names, score([data.answer_text(r) for r in records], records, trusted), strict=True):
             bad = (part < 1).nonzero()
             if len(bad):
                 raise DataError(f"record {records[bad[0]]['id']!r}: its gold answer has {name} reward {part[bad[0]].item():g}, "
@@ -215,16 +246,17 @@ def main(argv=None):
     args.data = args.data or [os.path.join(args.root, "phantoms", "phantoms.jsonl")]
     rank, world, device = M.setup_devices()
     records, held_out = questions(args, world)
-    judge = make_judge(args.judge, args.judge_sees)
-    if rank == 0:
-        check_gold(records, judge)
-
     # The policy starts as pi_SFT. The reference is pi_SFT: the adapter switched off, or a frozen copy.
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
-    open_run(args.out, args, rank)
     sft_copy = None if args.lora else frozen_copy(policy)
     policy = M.add_lora(policy, args.lora, args.seed) if args.lora else policy.requires_grad_(True)
+    judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency, timeout=args.judge_timeout,
+                       cache=os.path.join(args.root, "verdicts"),
+                       reference=(lambda: reference_of(policy, sft_copy), processor.tokenizer))
+    if rank == 0:
+        check_gold(records, judge, args.judge == "lexical")
+    open_run(args.out, args, rank)
     parameters = list(trained(policy).values())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay)
     generator = torch.Generator(device)
@@ -235,6 +267,7 @@ def main(argv=None):
     end = -(-min(steps, args.max_steps or steps) // args.mu) * args.mu  # whole rollouts
     likelihood = dict(temperature=args.temperature)  # of the distribution that is sampled
     weights = tuple(args.weights)
+    recent = deque(maxlen=args.judge_window)  # the share of thoughts on which F failed
 
     bar = tqdm(range(start, end, args.mu), initial=start // args.mu, total=end // args.mu, desc="grpo", unit="rollout",
                disable=rank > 0)
@@ -254,23 +287,24 @@ def main(argv=None):
         ended = M.finished(batch, tokens, mask)                                            # (N, G)
         clock.append(time.perf_counter())
 
-        # Eqs. (3)-(6): the rewards. Eq. (7): the advantages.
+        # Eqs. (3)-(6): the rewards. F may be slow: it is asked first, and reads meanwhile (hf:reference when its turn comes).
+        # log pi_SFT of the same tokens: for the KL penalty, and for the ratio as the paper prints it.
         items = [record for record in mine for _ in range(args.G)]
         flat = [text for group in texts for text in group]
-        fmt, acc, con = (part.view(len(mine), args.G) for part in score(flat, items, judge))
-        failed = 0.0 if args.thinking == "none" else con.isnan().float().mean().item()
-        R = total_reward(fmt, acc, without_failures(con), weights)                         # (N, G)
-        A = group_advantages(R, args.scale).flatten().to(device)                           # (N*G,)
-        clock.append(time.perf_counter())
-
-        # log pi_SFT of the same tokens: for the KL penalty, and for the ratio as the paper prints it.
         counted = mask & ended[..., None] if args.mask_truncated else mask                 # (N, G, T)
         micro = [slice(i, i + args.micro_batch) for i in range(0, len(mine), args.micro_batch)]
         with torch.no_grad(), reference_of(policy, sft_copy) as pi_sft:
+            scored = meanwhile(score, flat, items, judge)
             ref_logp = torch.cat([M.token_logprobs(pi_sft, rows_of(batch, rows), tokens[rows], mask[rows], **likelihood)
                                   for rows in micro]).flatten(0, 1)                        # (N*G, T)
         old_logp = ref_logp if args.ratio == "sft" else None  # None: the policy's own, taken as it comes in the first epoch
         total = M.sum_over_ranks(int(counted.sum()) if args.loss_norm == "token" else len(flat))
+        clock.append(time.perf_counter())
+
+        # The wait for what is left of F's work. Eq. (7): the advantages.
+        fmt, acc, con = (part.view(len(mine), args.G) for part in scored.result())         # (N, G)
+        R = total_reward(fmt, acc, without_failures(con), weights)                         # (N, G)
+        A = group_advantages(R, args.scale).flatten().to(device)                           # (N*G,)
         clock.append(time.perf_counter())
 
         # Eq. (8): mu optimiser steps.
@@ -301,14 +335,17 @@ def main(argv=None):
         # What a person looks at: the reward's parts, groups without spread (no gradient), KL, clipping, entropy, lengths.
         n, length = len(flat), int(mask.sum())
         told = [visible_thought(t)[1] for text in flat if (t := parse_completion(text, args.thinking)[0])]
+        failed = 0 if args.thinking == "none" else int(con.isnan().sum())
         figures = average(sums | dict(
             reward=(R.sum().item(), n), format=(fmt.sum().item(), n), accuracy=(acc.sum().item(), n),
-            consistency=(without_failures(con).sum().item(), n), judge_failed=(failed * n, n), thoughts_cut=(sum(told), n),
+            consistency=(without_failures(con).sum().item(), n), judge_failed=(failed, len(told)), thoughts_cut=(sum(told), n),
             no_spread=((R.max(1).values - R.min(1).values < 1e-6).sum().item(), len(mine)),
             entropy=(-torch.cat(logps).sum().item(), length), length=(length, n), truncated=((~ended).sum().item(), n)))
-        seconds = dict(zip(("rollout", "judge", "reference", "update"), (b - a for a, b in zip(clock, clock[1:], strict=False)),
+        seconds = dict(zip(("rollout", "reference", "judge", "update"), (b - a for a, b in zip(clock, clock[1:], strict=False)),
                            strict=True))
         done = step + args.mu
+        recent.append(figures["judge_failed"])
+        lost = len(recent) == args.judge_window and sum(recent) / len(recent) > args.judge_failures
         if args.eval_every and done // args.eval_every > step // args.eval_every:
             rows = evaluation.evaluate(policy, processor, held_out[rank::world], judge, max_new_tokens=args.max_new_tokens,
                                        progress=False)
@@ -320,9 +357,13 @@ def main(argv=None):
                 **{f"seconds_{k}": v for k, v in seconds.items()})
             if rollout % args.show_every == 0:
                 show(args.out, done, mine[:4], texts[:4], torch.stack([fmt, acc, con, R], -1)[:4])
-            if done >= end or args.save_every and done // args.save_every > step // args.save_every:
+            if done >= end or lost or args.save_every and done // args.save_every > step // args.save_every:
                 M.save(policy, processor, args.out, keep_adapter=True)
                 save_state(args, policy, optimizer, done)
+        if lost:
+            M.sum_over_ranks(0)  # the others wait until it is saved
+            raise DataError(f"--judge: F failed on {100 * sum(recent) / len(recent):.0f} % of the thoughts of the last "
+                            f"{len(recent)} rollouts ({reasons(judge.told)}); saved after step {done}, --resume goes on")
     M.close_devices()
 
 if __name__ == "__main__":

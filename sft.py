@@ -48,10 +48,11 @@ KNOBS = dict(
     save_every=(0, 200, "optimiser steps between checkpoints, 0 = at the end alone"),
     resume=(False, False, "continue the run in --out from its last checkpoint"),
 )
-POSITIVE = ("batch", "micro_batch", "lr", "epochs", "G", "max_new_tokens", "mu", "temperature", "top_p", "max_pixels")
+POSITIVE = ("batch", "micro_batch", "lr", "epochs", "G", "max_new_tokens", "mu", "temperature", "top_p", "max_pixels",
+            "judge_concurrency", "judge_timeout", "judge_window")
 BETAS = (0.9, 0.98)  # of AdamW in every stage
 FREE = ("resume", "max_steps", "save_every", "show_every", "eval_every", "eval_questions", "print", "out", "root", "model",
-        "data")  # knobs that a resumed run may change
+        "data", "judge_concurrency", "judge_timeout", "judge_failures", "judge_window")  # knobs that a resumed run may change
 
 # --------------------------------------------------------------------------------------------- knobs and runs, for both stages
 

@@ -224,7 +224,7 @@ def test_two_checkpoints_of_one_name_and_another_folder(out, world, tmp_path, mo
     """a/sft and b/sft keep apart; --out takes the results, the data stay where the first checkpoint is; JSON holds no NaN."""
     (out / "b").mkdir()
     (out / "b" / "sft").symlink_to(world.folder)
-    monkeypatch.setattr(evaluation, "make_judge", lambda *_: lambda thoughts, items: [NAN] * len(items))
+    monkeypatch.setattr(evaluation, "make_judge", lambda *_, **__: lambda thoughts, items: [NAN] * len(items))
     script(monkeypatch, world, ["<think>t</think><answer>A</answer>"] * 8)
     run(monkeypatch, "--ckpt", out / "sft", out / "b" / "sft", "--questions", 4, "--out", out / "results")
     names = sorted(p.name for p in (out / "results").iterdir())

@@ -194,7 +194,7 @@ def test_no_thought_and_lengths():
 
 @pytest.mark.parametrize("spec, sees, told", [
     ("gpt", "cut", "hf:NAME_OR_PATH"), ("", "cut", "openai:BASE_URL#MODEL"), ("Lexical", "cut", "expected lexical"),
-    ("hf:some/model", "cut", "not there yet"), ("openai:http://localhost:1#m", "raw", "not there yet"),
+    ("hf:", "cut", "hf:NAME_OR_PATH"), ("hf:/no/where", "cut", "can.t be loaded"),
     ("lexical", "all", "cut or raw")])
 def test_bad_specs(spec, sees, told):
     """One sentence that names what was given and what is expected."""

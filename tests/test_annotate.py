@@ -1,0 +1,291 @@
+"""judge.py annotate: forty phantoms' thoughts written by a test server, bad ones of each kind caught, a person's page."""
+import json
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from test_judges import Server
+
+import data
+import judge as J
+import model as M
+from data import DataError
+
+# What a bad writer makes of a phantom's thought {t} with answer {a}, and the words by which it must be rejected.
+BAD = {
+    "circular": ("{t0} Since the answer is {a}, the signs fit. So it is {a}.", "argues from the given answer"),
+    "given": ("{t0} The given answer fits this. So it is {a}.", "argues from the given answer"),
+    "because": ("{t0} It is {a} because it looks like {a}.", "argues from the given answer"),
+    "premature": ("So it is {a}. {t0} So it is {a}.", "before its last sentence"),
+    "opening": ("The picture shows the {a}. {t0} So it is {a}.", "before its last sentence"),
+    "letter": ("Option {l} fits. {t0} So it is {a}.", "before its last sentence"),
+    "one step": ("So it is {a}.", "fewer than two steps"),
+    "another": ("{t0} So it is {o}.", "does not lead to the answer"),
+    "modality": ("{t0} The image is {m}. So it is {a}.", "but the modality is"),
+    "region": ("{t0} It shows the {r}. So it is {a}.", "but the anatomy is"),
+    "finding": ("{t0} There is a {f}. So it is {a}.", "finding|pathology"),
+    "tags": ("{t0} <answer>{l}</answer> So it is {a}.", "tags"),
+}
+
+
+def forty(world):
+    """40 questions of the phantoms, of all tasks, and what is true of each image."""
+    records, known = world.records[:40], {}
+    for r in records:
+        known.setdefault(r["image"], dict(modality=r["modality"], anatomy=r["anatomy"]))[r["task"]] = gold(r)
+    return records, known
+
+
+def gold(r):
+    return r["options"]["ABCDEF".index(r["answer"])]
+
+
+def spoiled(kind, r, known):
+    """A bad thought of this kind for a record, or None where this kind can't be told from its record."""
+    true = known[r["image"]]
+    kinds = {x for names in data.KINDS.values() for x in names}
+    if kind == "finding" and "pathology" not in true and true.get("anomaly") != "Normal":
+        return None
+
+    def other(names, x):
+        return next(n for n in sorted(names) if n != x and {n, x} not in data.ALIKE and n not in r["options"])
+    return BAD[kind][0].format(
+        t0=r["thought"].rpartition(". ")[0] + ".", a=gold(r), l=r["answer"], o=r["options"]["ABCDEF".index(r["answer"]) - 1],
+        m=other(data.MODALITIES, r["modality"]), r=other(data.ANATOMIES, r["anatomy"]), f=other(kinds, true.get("pathology")))
+
+
+class Annotators(Server):
+    """Describer and writer. bad: {record id: (kind of bad thought, how many attempts are bad)}."""
+
+    def __init__(self, records, known, bad=()):
+        self.known, self.bad, self.told, self.lock = known, dict(bad), Counter(), threading.Lock()
+        self.images = {J.data_url(r, J.SIDE): r["image"] for r in records}
+        self.asked = {(r["image"], r["question"], *r["options"]): r for r in records}
+        super().__init__(reply=self.said, fault=lambda prompt, n: None)
+
+    def said(self, content):
+        text, url = content[0]["text"], content[1]["image_url"]["url"]
+        image = self.images[url]
+        with self.lock:
+            if text == J.DESCRIBE:
+                self.told["described", image] += 1
+                return f"Picture {image} <|im_end|>"
+            options = re.findall(r"^[A-F]\) (.*)$", text, re.M)
+            r = self.asked[(image, re.search(r"Question: (.*)", text)[1], *options)]
+            assert f"Picture {image} < |im_end|>" in text and f"The right answer is {gold(r)}." in text
+            n = self.told["written", r["id"]] = self.told["written", r["id"]] + 1
+            kind, attempts = self.bad.get(r["id"], (None, 0))
+            assert ("Your last attempt was rejected" in text) == (n > 1)
+            assert n == 1 or re.search(BAD[kind][1], text.split("rejected, because it ")[1].split("It was:")[0])
+            return spoiled(kind, r, self.known) if n <= attempts else r["thought"]
+
+
+@pytest.fixture
+def box(world, tmp_path, monkeypatch):
+    """A folder with the forty questions (thoughts taken out) and their images; short waits between tries."""
+    monkeypatch.setattr(J, "BACKOFF", 0.01)
+    shutil.copytree(Path(world.jsonl).parent / "images", tmp_path / "images")
+    data.write_records([r | dict(thought=None) for r in forty(world)[0]], tmp_path / "in.jsonl")
+    return tmp_path
+
+
+def annotate(box, server, *flags, out="cot.jsonl"):
+    spec = ("--describer", server.spec, "--writer", server.spec) if server else ()
+    J.main(["annotate", str(box / "in.jsonl") if server else str(box / "cot.jsonl"), "--out", str(box / out), *spec, *flags])
+    return [json.loads(line) for line in (box / out).read_text().splitlines()]
+
+
+def test_every_kind_of_bad_thought_is_caught_and_no_good_one(world):
+    """Rule by rule, on all forty records: the spoiled thought is rejected with its own reason, the gold thought is not."""
+    records, known = forty(world)
+    judge, told = J.make_judge(), Counter()
+    for r in records:
+        verdict, = judge([r["thought"]], [r])
+        assert J.faults(r["thought"], r, known[r["image"]], verdict) == []
+        for kind, (_, reason) in BAD.items():
+            if thought := spoiled(kind, r, known):
+                wrong = J.faults(thought, r, known[r["image"]], *judge([thought], [r]))
+                assert any(re.search(reason, x) for x in wrong), (kind, thought, wrong)
+                told[kind] += 1
+    assert len(told) == len(BAD) and min(told.values()) >= 10
+
+
+def test_an_option_that_is_not_true_is_a_hallucination(world):
+    """Findings of real sources, which no list here holds: the record's other options are false, unless denied."""
+    r = dict(world.records[0], options=["COVID-19", "bacterial pneumonia", "C."], answer="A", task="pathology", modality="CT")
+    known = dict(modality="CT", anatomy="unknown", pathology="COVID-19")
+    for thought, wrong in (("Haze on both sides, no bacterial pneumonia. So it is COVID-19.", []),
+                           ("There is bacterial pneumonia. So it is COVID-19.",
+                            ["names bacterial pneumonia, but the pathology is COVID-19"])):
+        assert J.faults(thought, r, known, "A") == wrong
+
+
+@pytest.mark.parametrize("unit", ["cyst because ", "since the ", "so cyst. ", "is the ", "answer is ", "B) ", "\n", "no "])
+def test_rules_are_linear_in_the_thought(unit, world):
+    """Eight times the text takes about eight times as long, whatever a writer's server sends."""
+    r = dict(world.records[0], options=["cyst", "glioma"], answer="A", task="pathology")
+
+    def seconds(n):
+        began = time.process_time()
+        J.faults(unit * (n // len(unit)), r, dict(modality="MRI", anatomy="Brain", pathology="cyst"), "A")
+        return time.process_time() - began
+    short, long = (min(seconds(n) for _ in range(3)) for n in (4_000, 32_000))
+    assert long < 30 * short + 0.02
+
+
+def test_good_words_are_not_taken_for_bad(world):
+    """A denial, a hint on the way and a conclusion in the last sentence's usual words pass."""
+    r = dict(world.records[0], question="What is the kind of lesion?", options=["cyst", "glioma", "abscess", "plaques"],
+             answer="A", task="pathology", modality="MRI", anatomy="Brain")
+    known = dict(modality="MRI", anatomy="Brain", pathology="cyst", location="Left Upper")
+    for thought in ("A dark disc is seen, which fits a cyst. There is no thick rim, so an abscess is unlikely. "
+                    "So the correct answer is cyst.",
+                    "This is an MRI of the Brain. An empty disc lies in the Left Upper. Therefore the finding is cyst.",
+                    "An empty disc is seen; it is not a glioma. I choose cyst as the answer.",
+                    "The image, not a CT, shows a dark disc. This is a cyst."):
+        assert J.faults(thought, r, known, *J.make_judge()([thought], [r])) == [], thought
+
+
+def test_forty_phantoms_through_the_server(world, box, capsys):
+    """Bad writers of each kind: those who mend their ways are accepted after a retry, the stubborn are left out and counted;
+    each image is described once; the spending is told; a second run asks nothing and keeps the first one's file."""
+    records, known = forty(world)
+    ids, kinds = iter(records), list(BAD)
+    bad = {}
+    for n, kind in enumerate(kinds):
+        r = next(r for r in ids if spoiled(kind, r, known))
+        bad[r["id"]] = (kind, 1 if n % 2 else 9)
+    server = Annotators(records, known, bad)
+    made = annotate(box, server, "--retries", "2")
+    stubborn = {k for k, (_, n) in bad.items() if n == 9}
+    assert [r["id"] for r in made] == [r["id"] for r in records if r["id"] not in stubborn]
+    assert all(r["thought"] == g["thought"] for r in made for g in records if g["id"] == r["id"])
+    said = capsys.readouterr().out
+    assert "40 questions: 34 thoughts accepted, 6 of them after a retry; 6 left out; 0 without a reply" in said
+    assert {server.told["described", r["image"]] for r in records} == {1}
+    assert all(server.told["written", r["id"]] == {1: 2, 9: 3}.get(bad.get(r["id"], (0, 0))[1], 1) for r in records)
+    writes = 34 + 6 + 6 * 3
+    assert f"writer: {writes} calls, {7 * writes} prompt tokens, {writes} completion tokens" in said
+    n, first = len(server.calls), (box / "cot.jsonl").read_text()
+    assert annotate(box, server, "--retries", "2") == made and len(server.calls) == n
+    assert (box / "cot.jsonl.1").read_text() == first
+    data.read_records(box / "cot.jsonl")  # images are where the file says
+    with pytest.raises(DataError, match="another command"):
+        annotate(box, Annotators(records, known))
+
+
+def test_a_killed_annotation_goes_on(world, box, monkeypatch):
+    """Killed before a verdict, with a torn last line: what was described and written is not asked for again; where the server
+    failed it is asked next time."""
+    records, known = forty(world)
+    monkeypatch.setattr(J, "CHUNK", 10)
+    monkeypatch.setattr(J, "TRIES", 1)
+    server = Annotators(records, known)
+    make, calls = J.make_judge, []
+
+    def dying(*args, **kwargs):
+        judge = make(*args, **kwargs)
+
+        def f(thoughts, items):
+            calls.append(thoughts)
+            if len(calls) == 8:  # chunk 3's second round: three rounds a chunk
+                raise KeyboardInterrupt
+            if len(calls) == 7:
+                return [float("nan")] * len(thoughts)  # F fails on chunk 3's first round
+            return judge(thoughts, items)
+        f.told = judge.told
+        return f
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(J, "make_judge", dying)
+        annotate(box, server)
+    with open(box / "cot.jsonl.journal", "a") as f:
+        f.write('\n["tried", "ph')
+    assert len(calls[6]) == len(calls[7]) == 10 and not (box / "cot.jsonl").exists()
+    broken = {r["question"] for r in records[-3:]}
+    server.fault = lambda content, n: "500" if any(f"Question: {q}\n" in content[0]["text"] for q in broken) else None
+    some = annotate(box, server)
+    assert 30 <= len(some) <= 37
+    server.fault = lambda content, n: None
+    assert len(annotate(box, server)) == 40
+    assert set(server.told.values()) == {1}  # each image described once, each thought written once
+
+
+def test_decisions_are_applied_to_the_thoughts_that_were_read(world, box, capsys):
+    """Accepted stay, rejected and undecided go, a decision on another wording of the thought counts as none."""
+    records, known = forty(world)
+    made = annotate(box, Annotators(records, known))
+    said = [dict(id=r["id"], thought=J.digest(r["id"], r["thought"] + "!" * (k == 2)), accept=k != 1)
+            for k, r in enumerate(made[:5])]
+    (box / "decisions.json").write_text(json.dumps(said))
+    kept = annotate(box, None, "--decisions", str(box / "decisions.json"), out="verified.jsonl")
+    assert [r["id"] for r in kept] == [made[k]["id"] for k in (0, 3, 4)]
+    assert "40 thoughts: 3 accepted, 1 rejected, 36 not decided" in capsys.readouterr().out
+    for broken in ("", "[1]", "{}x", "null", '[{"thought": []}]'):
+        (box / "decisions.json").write_text(broken)
+        with pytest.raises(DataError, match="decisions"):
+            annotate(box, None, "--decisions", str(box / "decisions.json"), out="verified.jsonl")
+
+
+EVIL = "<script>document.title='owned'</script><img src=x onerror=alert(1)>\"'&"
+
+
+def test_the_page_escapes_what_models_say(world, tmp_path):
+    """Thoughts, descriptions, questions and ids are text on the page, and it loads nothing from elsewhere."""
+    r = world.records[0] | dict(thought=EVIL, id=EVIL, question=EVIL, options=[EVIL, "b"], modality=EVIL)
+    J.review([r], {r["image"]: EVIL}, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<script") == 1 and page.count("<img") == 1 and "onerror=alert(1)>" not in page
+    assert not re.search(r"""(?:src|href)="(?!data:)|url\(|@import""", page)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium")
+def test_a_person_clicks_through_the_page(world, box):
+    """In headless Chromium: two accepted, one rejected, one of them changed; what the link saves is applied by --decisions."""
+    records, known = forty(world)
+    made = annotate(box, Annotators(records, known), "--review", str(box / "page.html"))
+    clicks = """<script>const b = document.querySelectorAll("button"); for (const k of [0, 3, 5, 4]) b[k].click();
+    document.title = document.getElementById("count").textContent;</script>"""
+    (box / "clicked.html").write_text((box / "page.html").read_text() + clicks)
+    dom = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={box}/chrome",
+                          "--dump-dom", (box / "clicked.html").as_uri()], capture_output=True, text=True, timeout=60).stdout
+    assert "<title>3</title>" in dom and dom.count('class="accept"') == 2 and dom.count('class="reject"') == 1
+    href = re.search(r'download="decisions.json" href="data:application/json,([^"]*)"', dom)[1]
+    (box / "decisions.json").write_text(unquote(href))
+    kept = annotate(box, None, "--decisions", str(box / "decisions.json"), out="verified.jsonl")
+    assert [r["id"] for r in kept] == [made[0]["id"], made[2]["id"]]
+
+
+def test_hf_annotators(world, box, monkeypatch):
+    """hf: a local checkpoint sees the image and writes; a random one writes nothing that passes, which is one sentence."""
+    monkeypatch.setattr(J, "WRITE_TOKENS", 3)
+    told = Counter()
+    write = J.make_annotator(f"hf:{world.folder}", told, 1.0)
+    batch = M.tensors(world.processor, ["Say."], [M.image_patches(world.processor, world.records[0])])
+    tokens, mask = M.sample(world.net, batch, group_size=1, max_new_tokens=3, temperature=0)
+    said = write("Say.", world.records[0])
+    assert said != said or said == M.decode(world.processor, tokens, mask)[0][0].strip()
+    assert told["calls"] == 1 and told["completion_tokens"] == int(mask.sum())
+    data.write_records([r | dict(thought=None) for r in world.records[:2]], box / "in.jsonl")
+    with pytest.raises(DataError, match="no thought was accepted"):
+        J.main(["annotate", str(box / "in.jsonl"), "--out", str(box / "out.jsonl"), "--describer", f"hf:{world.folder}",
+                "--writer", f"hf:{world.folder}", "--retries", "0"])
+    assert not (box / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--describer", "hf:x"], "--writer"), ([], "--decisions"),
+    (["--describer", "lexical", "--writer", "lexical"], "annotator"),
+    (["--describer", "openai:http://me:secret@h#m", "--writer", "hf:x"], "OPENAI_API_KEY"), (["--retries", "-1"], "--retries"),
+    (["--decisions", "/no/where"], "/no/where"), (["--nonsense"], "nonsense"), (["--out", "/tmp/elsewhere.jsonl"], "folder")])
+def test_bad_commands_are_one_sentence(flags, told, box):
+    """Said before anything is written."""
+    before = sorted(box.rglob("*"))
+    with pytest.raises(DataError, match=re.escape(told)) as error:
+        J.main(["annotate", str(box / "in.jsonl"), "--out", str(box / "out.jsonl"), *flags])
+    assert "\n" not in str(error.value) and "secret" not in str(error.value) and sorted(box.rglob("*")) == before
