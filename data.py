@@ -185,8 +185,8 @@ def write_records(records, file):
     finally:
         part.unlink(missing_ok=True)
 
-def load_image(record):
-    """The record's image as PIL RGB, upright by its EXIF tag; 16-bit and float images are stretched from min to max.
+def load_image(record, grey=False):
+    """The record's image as PIL RGB (with grey an L stays L), upright by its EXIF tag; 16 bits and floats go from min to max.
 
     DataError names record and file when it is missing, truncated, not an image, or has 0 or more than MAX_PIXELS pixels."""
     try:
@@ -200,6 +200,8 @@ def load_image(record):
         if image.mode.startswith(("I", "F")):
             a = np.nan_to_num(np.asarray(image, dtype=np.float64))
             image = Image.fromarray(((a - a.min()) * (255 / (np.ptp(a) or 1))).astype(np.uint8))
+        if grey and image.mode == "L":
+            return image
         return image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
     except Exception as e:  # Pillow's decoders raise anything (SyntaxError, struct.error, IndexError) on a damaged file
         why = {FileNotFoundError: "is missing", Image.UnidentifiedImageError: "is not an image, or has no pixels",
@@ -625,7 +627,7 @@ def lesion_of(job, size):
     from 1 on: masks are 0 and 1, 0 and 255, red, or grey through a colour map."""
     mask = Image.new("L", size := SOURCES[job["form"]].canvas or size)
     for path in job["masks"]:
-        one = load_image({"id": job["file"], "path": path})
+        one = load_image({"id": job["file"], "path": path}, grey=True)
         bands = (one if one.size == size else one.resize(size, Image.Resampling.NEAREST)).split()
         levels = [255 * (v >= (128 if path.lower().endswith(("jpg", "jpeg")) else 1)) for v in range(256)]
         mask = ImageChops.lighter(mask, reduce(ImageChops.lighter, bands).point(levels))
