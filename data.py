@@ -185,6 +185,15 @@ def write_records(records, file):
     finally:
         part.unlink(missing_ok=True)
 
+def move_aside(path):
+    """Rename what is there to the first free path.1, path.2, .. -> that, so that nothing is overwritten."""
+    aside = next(x for k in itertools.count(1) if not os.path.exists(x := f"{path}.{k}"))
+    os.rename(path, aside)
+    return aside
+
+def digest(content):
+    return hashlib.blake2b(content, digest_size=12).hexdigest()
+
 def load_image(record, grey=False):
     """The record's image as PIL RGB (with grey an L stays L), upright by its EXIF tag; 16 bits and floats go from min to max.
 
@@ -208,10 +217,15 @@ def load_image(record, grey=False):
                Image.DecompressionBombError: f"has more than {MAX_PIXELS} pixels"}.get(type(e), f"is truncated or broken ({e})")
         raise DataError(f"record {record['id']!r}: image {record['path']} {why}") from None
 
+def right_option(record):
+    return record["options"][LETTERS.index(record["answer"])]
+
+def options_text(options):
+    return "".join(f"{letter}) {o}\n" for letter, o in zip(LETTERS, options, strict=False))
+
 def question_text(record):
     """The user's message: question, options as "A) text", how to answer."""
-    options = "".join(f"{letter}) {o}\n" for letter, o in zip(LETTERS, record["options"], strict=False))
-    return f"{record['question']}\n{options}{INSTRUCTIONS[record.get('thinking', 'before')]}"
+    return f"{record['question']}\n{options_text(record['options'])}{INSTRUCTIONS[record.get('thinking', 'before')]}"
 
 def answer_text(record):
     """Y* of Eq. (1): "<think>T*</think><answer>A*</answer>", turned round or the answer alone as `thinking` says; DataError if
@@ -690,10 +704,9 @@ def examine(job, folder, max_side):
                 image.save(png := io.BytesIO(), "PNG", compress_level=1)
             content = Path(job["path"]).read_bytes() if fit else png.getvalue()
             (folder / file).write_bytes(content)
-            digest = hashlib.blake2b(content, digest_size=12).hexdigest()
             dots = np.argwhere(mask)[::max(1, int(mask.sum()) // 99)] / mask.shape if drawn and job["show"] else []
             facts.append({"source": s.key, "image": file, "modality": s.modality, "anatomy": s.anatomy, "group": job["group"],
-                          "kinds": kinds if agree else None, "drawn": drawn, "agree": agree, "digest": digest,
+                          "kinds": kinds if agree else None, "drawn": drawn, "agree": agree, "digest": digest(content),
                           "location": location_of(mask) if drawn and agree else None,
                           "show": job["show"], "dots": np.round(dots, 3).tolist()})
     except DataError as e:
@@ -788,7 +801,7 @@ def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
     for key in sources:
         expect(key in known, f"{key}: no such source, expected some of {', '.join(sorted(known))}")
     jobs = [job for key, folder in sorted(sources.items()) for job in find(key, folder)]
-    knobs = json.dumps([max_side, seed, hashlib.blake2b(repr(jobs).encode(), digest_size=12).hexdigest()]) + "\n"
+    knobs = json.dumps([max_side, seed, digest(repr(jobs).encode())]) + "\n"
     for key in sources:
         (part / "images" / key).mkdir(parents=True, exist_ok=True)
     log = part / "facts.jsonl"

@@ -15,8 +15,6 @@ Left out on purpose: partial credit, majority votes, significance tests, several
 --batch except for rounding; those at a temperature do, since a batch draws from one stream of random numbers.
 """
 import argparse
-import base64
-import io
 import json
 import math
 import os
@@ -33,7 +31,7 @@ from tqdm import tqdm
 import data
 import model as M
 from data import DataError, expect
-from judge import make_judge
+from judge import data_url, make_judge
 from rewards import accuracy_reward, answer_letter, consistency_reward, format_reward, parse_completion
 
 # name: (default, unit and meaning [, choices])
@@ -182,7 +180,7 @@ img{width:160px;height:max-content}.yes{color:#176b2c}.no{color:#b3261e}.what{co
 <tr>{% for cell in row %}<{{ tag }}>{{ cell }}</{{ tag }}>{% endfor %}</tr>{% endfor %}</table>
 {% endfor %}{% for line in remarks %}<p class="what">{{ line }}</p>
 {% endfor %}<h2>Some questions, about half of them answered wrong by the last checkpoint</h2>
-{% for image, rows in shown %}{% set q = rows[0] %}<section><img src="data:image/png;base64,{{ image }}" alt=""><div>
+{% for image, rows in shown %}{% set q = rows[0] %}<section><img src="{{ image }}" alt=""><div>
 <p class="what">{{ q.id }}, {{ q.task }}, {{ q.modality }}</p><p><b>{{ q.question }}</b></p>{% for x in q.options %}
 <p{% if letters[loop.index0] == q.answer %} class="yes"{% endif %}>{{ letters[loop.index0] }}) {{ x }}</p>{% endfor %}</div>
 {% for r in rows %}<div><p class="what">{{ r.ckpt }}</p><p class="raw">
@@ -202,10 +200,7 @@ def page(results, rows, records, what):
     chosen = {*wrong, *right[:SHOWN - len(wrong)]}
     shown = []
     for r in (r for r in records if r["id"] in chosen):
-        image, file = data.load_image(r), io.BytesIO()
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        image.save(file, "PNG")
-        shown.append((base64.b64encode(file.getvalue()).decode(), [rs[r["id"]] for rs in first.values()]))
+        shown.append((data_url(r, THUMBNAIL), [rs[r["id"]] for rs in first.values()]))
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     return template.render(what=what, tables=tables(results), remarks=remarks(results), shown=shown, letters=data.LETTERS)
 

@@ -27,10 +27,8 @@ import argparse
 import base64
 import contextlib
 import email.utils
-import hashlib
 import http.client
 import io
-import itertools
 import json
 import math
 import os
@@ -264,7 +262,7 @@ Reply with one letter, the option that the reasoning supports ({letters}), or wi
 """
 
 def digest(*parts):
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
+    return data.digest(json.dumps(parts).encode())
 
 def defused(text):
     """Others' text with what might close its fence or, in some chat template, a turn ("<|im_end|>", "[INST]") broken up."""
@@ -272,9 +270,9 @@ def defused(text):
 
 def judge_prompt(thought, item):
     """The message to F, the same for hf: and openai:. The fence is a digest of the thought: no thought can hold it."""
-    letters, options = LETTERS[:len(item["options"])], [defused(o) for o in item["options"]]
+    letters = LETTERS[:len(item["options"])]
     return PROMPT.format(question=defused(item.get("question", "")), thought=defused(thought), letters=", ".join(letters),
-                         options="".join(f"{x}) {o}\n" for x, o in zip(letters, options, strict=True)),
+                         options=data.options_text(map(defused, item["options"])),
                          fence=digest(thought, item.get("question"), item["options"]))
 
 def parse_spec(spec):
@@ -578,9 +576,9 @@ def make_annotator(spec, told, timeout):
 
 def write_prompt(record, described, tries):
     """What the writer is asked; after a rejection with the reasons."""
-    options = "".join(f"{x}) {defused(o)}\n" for x, o in zip(LETTERS, record["options"], strict=False))
-    asked = WRITE.format(described=defused(described), question=defused(record["question"]), options=options,
-                         answer=defused(record["options"][LETTERS.index(record["answer"])]))
+    asked = WRITE.format(described=defused(described), question=defused(record["question"]),
+                         options=data.options_text(map(defused, record["options"])),
+                         answer=defused(data.right_option(record)))
     return asked + (AGAIN.format(why=" and ".join(tries[-1][1]), thought=defused(tries[-1][0])) if tries else "")
 
 def faults(thought, record, known, verdict):
@@ -589,7 +587,7 @@ def faults(thought, record, known, verdict):
     known: what is true of the image, {task: answer} of all its questions, with the record's modality and anatomy. verdict: F's.
     Rules read words: "skin" in a chest X-ray's thought counts as an organ that isn't shown. A person reads the rest.
     """
-    text, wrong, answer = single_blanks(thought), [], record["options"][LETTERS.index(record["answer"])]
+    text, wrong, answer = single_blanks(thought), [], data.right_option(record)
     low, right = text.lower(), option_pattern(answer) or re.compile(r"(?!)")
     at, steps = standing(low), [x for x in re.split(r"(?<=[.!?;])\s+|\n+", text) if re.search(r"\w", x)]
     early, halves = [x.lower() for x in steps[:-1]], [re.split(r"\b(?:because|since)\b", x.lower(), maxsplit=1) for x in steps]
@@ -620,9 +618,7 @@ def faults(thought, record, known, verdict):
 def beside(path):
     """Move a file of that name aside, so that nothing is overwritten."""
     if os.path.exists(path):
-        aside = next(x for k in itertools.count(1) if not os.path.exists(x := f"{path}.{k}"))
-        os.rename(path, aside)
-        print(f"{path} was there: moved to {aside}")
+        print(f"{path} was there: moved to {data.move_aside(path)}")
     return path
 
 def annotate(args):
@@ -651,7 +647,7 @@ def annotate(args):
         note(journal, *knobs)
     truths = {r["image"]: dict(modality=r["modality"], anatomy=r["anatomy"]) for r in records}
     for r in records:
-        truths[r["image"]][r["task"]] = r["options"][LETTERS.index(r["answer"])]
+        truths[r["image"]][r["task"]] = data.right_option(r)
     for chunk in tqdm([records[k:k + CHUNK] for k in range(0, len(records), CHUNK)], desc="annotate", unit="chunk"):
         images = {r["image"]: r for r in chunk if r["image"] not in described}
         for image, text in in_threads(lambda r: describe(DESCRIBE, r), images, args.concurrency):

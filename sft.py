@@ -11,7 +11,6 @@ sees (`make_base`, kept in ROOT/tiny-base), and fine-tunes that. With --model an
 Left out on purpose: evaluation in the loop (eval.py does it), early stopping, packing of several questions into one row.
 """
 import argparse
-import itertools
 import json
 import math
 import os
@@ -94,9 +93,7 @@ def open_run(folder, args, rank):
     if rank:
         return
     if os.path.exists(os.path.join(folder, "metrics.jsonl")) and not args.resume:
-        aside = next(x for k in itertools.count(1) if not os.path.exists(x := f"{folder}.{k}"))
-        os.rename(folder, aside)
-        print(f"{folder} held an earlier run: moved to {aside}")
+        print(f"{folder} held an earlier run: moved to {data.move_aside(folder)}")
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "knobs.json"), "w") as f:
         json.dump(vars(args), f, indent=2)
@@ -196,7 +193,7 @@ def letter_batch(processor, names, skip, records, rng, n):
         if records:
             r, between = records[rng.integers(len(records))], ".</think><answer>"
             options = options if rng.random() < 0.5 else r["options"]
-            sentences = r["thought"].removesuffix(f" {r['options'][data.LETTERS.index(r['answer'])]}.").split(". ")
+            sentences = r["thought"].removesuffix(f" {data.right_option(r)}.").split(". ")
             openings[-1] = "<think>" + ". ".join(sentences[rng.integers(len(sentences)):])
             prompts[-1] = data.question_text(dict(r, options=options))
         completions += [f" {x}{between}{letter}" for letter, x in zip("ABCD", options, strict=True)]
@@ -211,7 +208,7 @@ def blind_batch(processor, records, images, rng, n):
     -> batch, tokens (n, 4, T), mask, mask of the letters alone."""
     chosen, completions = [records[i] for i in rng.choice(len(records), n)], []
     for r in chosen:
-        opening = r["thought"].removesuffix(f"{r['options'][data.LETTERS.index(r['answer'])]}.")
+        opening = r["thought"].removesuffix(f"{data.right_option(r)}.")
         completions += [data.answer_text(dict(r, thought=f"{opening}{x}.", answer=letter))
                         for letter, x in zip("ABCD", r["options"], strict=True)]
     tokens, mask, letters = groups_of_four(processor, completions, 3)              # the letter, then </answer> and stop

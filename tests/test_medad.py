@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+import data
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
 
 W, H = 64, 48
 LU, RU, LL, RL, C = "Left Upper", "Right Upper", "Left Lower", "Right Lower", "Center Region"
