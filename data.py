@@ -185,6 +185,12 @@ def write_records(records, file):
     finally:
         part.unlink(missing_ok=True)
 
+def write_text(path, text):
+    """Write beside, then rename into place: a crash leaves no half file."""
+    with open(f"{path}.writing", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(f"{path}.writing", path)
+
 def move_aside(path):
     """Rename what is there to the first free path.1, path.2, .. -> that, so that nothing is overwritten."""
     aside = next(x for k in itertools.count(1) if not os.path.exists(x := f"{path}.{k}"))

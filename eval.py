@@ -204,12 +204,6 @@ def page(results, rows, records, what):
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     return template.render(what=what, tables=tables(results), remarks=remarks(results), shown=shown, letters=data.LETTERS)
 
-def write(path, text):
-    """Write beside, then rename into place: a crash leaves no half file."""
-    with open(path + ".writing", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(path + ".writing", path)
-
 def merged(path, results):
     """What results.json holds of other checkpoints, and these; DataError where it can't be read as such."""
     try:
@@ -305,12 +299,12 @@ def main(argv=None):
         results[ckpt] = summary(rows[ckpt]) | dict(params=policy.num_parameters(), knobs=knobs_used)
         del policy  # before the next one is loaded
         data.write_records(map(without_nan, rows[ckpt]), os.path.join(out, f"completions-{name}.jsonl"))
-        write(path, json.dumps(merged(path, results), indent=1, ensure_ascii=False) + "\n")
+        data.write_text(path, json.dumps(merged(path, results), indent=1, ensure_ascii=False) + "\n")
     way = f"temperature {args.temperature:g}, seeds {args.seeds}" if args.temperature else "greedy"
     what = f"{len(records)} questions, split {args.split} of {', '.join(files)}; {way}; F: {args.judge}, {args.judge_sees}."
     text = "\n".join([f"{what} In %.\n", *map(markdown, tables(results)), *(f"- {x}" for x in remarks(results))]) + "\n"
-    write(os.path.join(out, "report.md"), text)
-    write(os.path.join(out, "eval.html"), page(results, rows, records, what))
+    data.write_text(os.path.join(out, "report.md"), text)
+    data.write_text(os.path.join(out, "eval.html"), page(results, rows, records, what))
     print(f"\n{text}\n{out}: results.json, report.md, eval.html, completions-*.jsonl")
 
 if __name__ == "__main__":

@@ -716,7 +716,7 @@ def review(records, described, path):
     import jinja2  # comes with torch
     shown = [(r, data_url(r, SIDE // 4), described[r["image"]], digest(r["id"], r["thought"])) for r in records]
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
-    Path(path).write_text(template.render(shown=shown, letters=LETTERS), encoding="utf-8")
+    data.write_text(path, template.render(shown=shown, letters=LETTERS))
 
 def decide(records, args):
     """--decisions: of the records those that a person accepted, as they read them, go to OUT."""

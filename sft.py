@@ -127,9 +127,7 @@ def load_state(args, policy, optimizer, rank):
         if rank == 0 and os.path.exists(path):
             with open(path) as f:
                 kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-            with open(path + ".writing", "w") as f:
-                f.writelines(kept)
-            os.replace(path + ".writing", path)
+            data.write_text(path, "".join(kept))
     return state["step"]
 
 def trained(policy):
