@@ -69,7 +69,8 @@ KNOBS = dict(
     judge_timeout=(60.0, 60.0, "seconds a request to it may take; verdicts are kept in ROOT/verdicts"),
     judge_failures=(0.5, 0.5, "share of thoughts on which F failed past which the run saves and stops, over judge_window"),
     judge_window=(20, 20, "rollouts over which that share is taken"),
-    micro_batch=(16, 1, "questions, with their groups, a forward pass on one device"),
+    micro_tokens=(8192, 8192, "tokens a forward pass on one device: whole groups, each a prompt and its G completions"),
+    checkpointing=(False, True, "compute layers again in the backward pass rather than keep what they made: memory for time"),
     lora=(16, 64, "rank of LoRA on the language model; 0 trains every parameter against a frozen copy"),
     max_pixels=(M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk"),
     max_steps=(0, 0, "stop after so many optimiser steps, 0 = as many as epochs say (the schedule is the whole run's)"),
@@ -159,16 +160,6 @@ def reference_of(policy, copy_of_sft=None):
     with one_at_a_time, contextlib.nullcontext() if copy_of_sft is not None else policy.disable_adapter():
         yield policy if copy_of_sft is None else copy_of_sft
 
-def rows_of(batch, rows):
-    """Questions `rows` (a slice) of a batch, with their images: a micro-batch."""
-    out = dict(batch, input_ids=batch["input_ids"][rows], attention_mask=batch["attention_mask"][rows])
-    if "pixel_values" in batch:
-        ends = batch["image_grid_thw"].prod(1).cumsum(0)
-        first = 0 if rows.start == 0 else ends[rows.start - 1]
-        out["pixel_values"] = batch["pixel_values"][first:ends[rows][-1]]
-        out["image_grid_thw"] = batch["image_grid_thw"][rows]
-    return out
-
 def score(texts, items, judge):
     """Eqs. (4), (5), (6) for n texts and their records -> fmt, acc, con, each (n,) float32; con is nan where F failed."""
     rows = evaluation.score(texts, items, judge)
@@ -230,6 +221,12 @@ def average(sums):
     table = M.sum_over_ranks(torch.tensor(list(sums.values()), dtype=torch.float64))
     return {name: (row[0] / row[1].clamp(min=1e-9)).item() for name, row in zip(sums, table, strict=True)}
 
+def tick(clock, device):
+    """Note the time, when the device has done what it was asked, and the peak of memory since the last tick."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    clock.append((time.perf_counter(), M.peak_memory(device)))
+
 def show(folder, step, records, texts, rewards):
     """Append some groups to completions.jsonl, for eyes."""
     with open(os.path.join(folder, "completions.jsonl"), "a") as f:
@@ -251,6 +248,8 @@ def main(argv=None):
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
     sft_copy = None if args.lora else frozen_copy(policy)
     policy = M.add_lora(policy, args.lora, args.seed) if args.lora else policy.requires_grad_(True)
+    if args.checkpointing:
+        M.keep_less(policy)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency, timeout=args.judge_timeout,
                        cache=os.path.join(args.root, "verdicts"),
                        reference=(lambda: reference_of(policy, sft_copy), processor.tokenizer))
@@ -272,7 +271,8 @@ def main(argv=None):
     bar = tqdm(range(start, end, args.mu), initial=start // args.mu, total=end // args.mu, desc="grpo", unit="rollout",
                disable=rank > 0)
     for step in bar:  # one rollout; mu optimiser steps on it
-        clock = [time.perf_counter()]
+        clock = []
+        tick(clock, device)
 
         # Eq. (2): questions from D, this process's share of them, and G completions for each from the current policy.
         rollout = step // args.mu
@@ -280,39 +280,43 @@ def main(argv=None):
         first = rollout % epoch_rollouts * questions_a_step
         mine = [records[i] for i in order[first:first + questions_a_step]][rank::world]
         batch = M.encode(processor, mine, device)
+        if args.lora:  # the vision tower is frozen: policy and reference see the same, once
+            with torch.no_grad():
+                batch = M.see(policy, batch)
         generator.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)  # a resumed run draws what it would have drawn
         tokens, mask = M.sample(policy, batch, group_size=args.G, max_new_tokens=args.max_new_tokens, top_p=args.top_p,
                                 generator=generator, **likelihood)                         # (N, G, T)
         texts = M.decode(processor, tokens, mask)                                          # N lists of G
         ended = M.finished(batch, tokens, mask)                                            # (N, G)
-        clock.append(time.perf_counter())
+        tick(clock, device)
 
         # Eqs. (3)-(6): the rewards. F may be slow: it is asked first, and reads meanwhile (hf:reference when its turn comes).
         # log pi_SFT of the same tokens: for the KL penalty, and for the ratio as the paper prints it.
         items = [record for record in mine for _ in range(args.G)]
         flat = [text for group in texts for text in group]
         counted = mask & ended[..., None] if args.mask_truncated else mask                 # (N, G, T)
-        micro = [slice(i, i + args.micro_batch) for i in range(0, len(mine), args.micro_batch)]
+        size = max(1, args.micro_tokens // (batch["input_ids"].shape[1] + args.G * tokens.shape[2]))
+        micro = [slice(i, i + size) for i in range(0, len(mine), size)]
         with torch.no_grad(), reference_of(policy, sft_copy) as pi_sft:
             scored = meanwhile(score, flat, items, judge)
-            ref_logp = torch.cat([M.token_logprobs(pi_sft, rows_of(batch, rows), tokens[rows], mask[rows], **likelihood)
+            ref_logp = torch.cat([M.token_logprobs(pi_sft, M.rows_of(batch, rows), tokens[rows], mask[rows], **likelihood)
                                   for rows in micro]).flatten(0, 1)                        # (N*G, T)
         old_logp = ref_logp if args.ratio == "sft" else None  # None: the policy's own, taken as it comes in the first epoch
         total = M.sum_over_ranks(int(counted.sum()) if args.loss_norm == "token" else len(flat))
-        clock.append(time.perf_counter())
+        tick(clock, device)
 
         # The wait for what is left of F's work. Eq. (7): the advantages.
         fmt, acc, con = (part.view(len(mine), args.G) for part in scored.result())         # (N, G)
         R = total_reward(fmt, acc, without_failures(con), weights)                         # (N, G)
         A = group_advantages(R, args.scale).flatten().to(device)                           # (N*G,)
-        clock.append(time.perf_counter())
+        tick(clock, device)
 
         # Eq. (8): mu optimiser steps.
         for inner in range(args.mu):
             sums, logps = {}, []
             for rows in micro:
                 groups = slice(rows.start * args.G, rows.stop * args.G)
-                logp = M.token_logprobs(policy, rows_of(batch, rows), tokens[rows], mask[rows], **likelihood).flatten(0, 1)
+                logp = M.token_logprobs(policy, M.rows_of(batch, rows), tokens[rows], mask[rows], **likelihood).flatten(0, 1)
                 logps.append(logp.detach())
                 loss, metrics = policy_loss(logp, logps[-1] if old_logp is None else old_logp[groups], ref_logp[groups],
                                             A[groups], counted.flatten(0, 1)[groups], eps=args.eps, beta=args.beta,
@@ -330,7 +334,7 @@ def main(argv=None):
             optimizer.param_groups[0]["lr"] = args.lr * min(left, (step + inner + 1) / max(1, args.warmup))
             optimizer.step()
             optimizer.zero_grad()
-        clock.append(time.perf_counter())
+        tick(clock, device)
 
         # What a person looks at: the reward's parts, groups without spread (no gradient), KL, clipping, entropy, lengths.
         n, length = len(flat), int(mask.sum())
@@ -341,8 +345,9 @@ def main(argv=None):
             consistency=(without_failures(con).sum().item(), n), judge_failed=(failed, len(told)), thoughts_cut=(sum(told), n),
             no_spread=((R.max(1).values - R.min(1).values < 1e-6).sum().item(), len(mine)),
             entropy=(-torch.cat(logps).sum().item(), length), length=(length, n), truncated=((~ended).sum().item(), n)))
-        seconds = dict(zip(("rollout", "reference", "judge", "update"), (b - a for a, b in zip(clock, clock[1:], strict=False)),
-                           strict=True))
+        phases = {}
+        for name, before, after in zip(("rollout", "reference", "judge", "update"), clock, clock[1:], strict=False):
+            phases |= {f"seconds_{name}": after[0] - before[0], f"peak_mb_{name}": round(after[1])}
         done = step + args.mu
         recent.append(figures["judge_failed"])
         lost = len(recent) == args.judge_window and sum(recent) / len(recent) > args.judge_failures
@@ -353,8 +358,7 @@ def main(argv=None):
         bar.set_postfix(reward=f"{figures['reward']:.3f}", accuracy=f"{figures['accuracy']:.2f}", kl=f"{figures['kl']:.3f}")
         if rank == 0:
             log(args.out, step=done, **figures, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                tokens_per_second=figures["length"] * args.batch / (clock[-1] - clock[0]),
-                **{f"seconds_{k}": v for k, v in seconds.items()})
+                tokens_per_second=figures["length"] * args.batch / (clock[-1][0] - clock[0][0]), **phases)
             if rollout % args.show_every == 0:
                 show(args.out, done, mine[:4], texts[:4], torch.stack([fmt, acc, con, R], -1)[:4])
             if done >= end or lost or args.save_every and done // args.save_every > step // args.save_every:

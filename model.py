@@ -12,6 +12,7 @@ generation_config (the policy that is sampled must be the policy that is trained
 """
 import contextlib
 import copy
+import functools
 import json
 import os
 import shutil
@@ -27,19 +28,25 @@ import torch.distributed as dist
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from data import DataError, expect, load_image, question_text
 
 transformers.logging.set_verbosity_error()
-warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")  # peft on transformers 5
+warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")  # new names, not yet in 5.17
 
 FAMILIES = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
 ADAPTER = "adapter"         # folder inside a checkpoint of GRPO under LoRA: the adapter by itself
 MAX_PIXELS = 512 * 28 * 28  # pixels: a larger image is shrunk to at most 512 image tokens
 LOGIT_FLOATS = 2**26        # floats: log-probabilities are taken in chunks of tokens whose logits hold at most this many
 PIXEL_CACHE = 2**29         # bytes of prepared image patches kept in memory (all of the phantoms; a slice of a large set)
+GRAPHED = {"cuda"}          # devices on which a token's step is captured as one graph
+LOOK_EVERY = 16             # tokens between looks at how many rows are left, on those
+STAY = 0.8                  # share of the rows that are left at which the finished ones leave the batch
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # the language model's matrices; the vision tower is frozen
 
 # The tiny Qwen2.5-VL: 1.1 M parameters, the real architecture in small.
@@ -136,6 +143,12 @@ def add_lora(net, rank, seed=0):
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
     return get_peft_model(net, config, autocast_adapter_dtype=True).eval()
 
+def keep_less(policy):
+    """Keep only each layer's input for the backward pass and compute the rest again: a third slower, several times less
+    memory. transformers does so in train mode, which changes nothing else here: no dropout is above 0."""
+    policy.gradient_checkpointing_enable(dict(use_reentrant=False))
+    policy.train()
+
 def network(model):
     """The transformers model under an adapter, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -218,14 +231,126 @@ def images_of(batch):
 def never_drawn(net):
     """Ids a completion may not hold: an image token without an image breaks the next forward pass."""
     c = net.config
-    return torch.tensor([c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id])
+    return ids_on(c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id, device=net.device)
+
+@functools.cache
+def ids_on(*ids, device):
+    """Ids as a tensor that is made once: a copy to the device at every token would wait for it."""
+    return torch.tensor(ids, device=device)
 
 def next_token_logits(net, hidden, temperature):
     """Hidden states (..., d) -> the logits of the distribution that is sampled (..., V), float32."""
-    logits = net.lm_head(hidden).float()
-    return logits.index_fill(-1, never_drawn(net).to(logits.device), -torch.inf) / temperature
+    logits = net.lm_head(hidden).float().index_fill_(-1, never_drawn(net), -torch.inf)
+    return logits if temperature == 1 else logits / temperature
+
+# ------------------------------------------------------------------------------------- one pass of the network, one row a group
+
+def see(model, batch):
+    """The batch with what the vision tower makes of its images in place of their pixels: "features" (image tokens, d), and
+    Qwen3-VL's "deepstack" of them. Where the tower is frozen one call serves sampling, reference and update."""
+    if "pixel_values" not in batch:
+        return batch
+    with autocast(model):
+        seen = network(model).model.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
+    whole = lambda x: x if torch.is_tensor(x) else torch.cat(list(x))  # noqa: E731  (a tensor an image, or all in one)
+    rest = {k: v for k, v in batch.items() if k != "pixel_values"}
+    return rest | dict(features=whole(seen.pooler_output),
+                       deepstack=[whole(x) for x in getattr(seen, "deepstack_features", None) or ()])
+
+def rows_of(batch, rows):
+    """Questions `rows` (a slice) of a batch, with their images: a micro-batch."""
+    out = dict(batch, input_ids=batch["input_ids"][rows], attention_mask=batch["attention_mask"][rows])
+    if "image_grid_thw" in batch:
+        ends = batch["image_grid_thw"].prod(1).cumsum(0)
+        first, last, all_of_them = (0 if rows.start == 0 else ends[rows.start - 1]), ends[rows][-1], ends[-1]
+        part = lambda x: x[first * len(x) // all_of_them:last * len(x) // all_of_them]  # noqa: E731  (patches, or merged ones)
+        out |= {k: part(batch[k]) for k in ("pixel_values", "features") if k in batch}
+        out |= {"deepstack": [part(x) for x in batch["deepstack"]]} if "deepstack" in batch else {}
+        out["image_grid_thw"] = batch["image_grid_thw"][rows]
+    return out
+
+def hidden_states(net, ids, mask, positions, batch=None, cache=None):
+    """Token ids (n, S), a mask (n, 1, S, keys) or group_mask's, positions (3, n, S) -> last hidden states (n, S, d). `batch`
+    holds the images of the ids, if any (see `see`)."""
+    language = net.model.language_model
+    language.config._attn_implementation = GROUPED
+    x, more = language.embed_tokens(ids), {}
+    if batch and "features" in batch:
+        places = ids == net.config.image_token_id                                          # (n, S)
+        x = x.masked_scatter(places[..., None], batch["features"].to(x.dtype))
+        if batch["deepstack"]:
+            more = dict(visual_pos_masks=places, deepstack_visual_embeds=batch["deepstack"])
+    return language(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                    use_cache=cache is not None, **more).last_hidden_state
+
+def group_mask(prompt_mask, T):
+    """What the tokens of a completion see in their row [prompt | completion 1 | ... | completion G]: the prompt and the
+    completion's own earlier tokens, never another completion. prompt_mask (N, P) -> (N, 1, T, P+T) bool, True = attends."""
+    N, P = prompt_mask.shape
+    own = torch.ones(T, T, dtype=torch.bool, device=prompt_mask.device).tril()
+    return torch.cat([prompt_mask.bool()[:, None].expand(N, T, P), own.expand(N, T, T)], 2)[:, None]
+
+def causal_mask(prompt_mask):
+    """(N, P) -> (N, 1, P, P) bool. Every place sees itself, the padding too: a row of nothing but False has no softmax."""
+    square = prompt_mask.new_ones(prompt_mask.shape[1], prompt_mask.shape[1], dtype=torch.bool)
+    return (square.tril() & prompt_mask.bool()[:, None] | square.tril() & square.triu())[:, None]
+
+def grouped_attention(module, q, k, v, attention_mask, scaling=None, **kwargs):
+    """Attention for transformers' layers: q (N, H, S, d), k, v (N, h, S or more, d) -> (N, S, H, d), None.
+
+    With group_mask's mask the row is a group's. Its completions need no scores against each other, so it is cut: the prompt
+    by itself, then the G completions as G rows over [prompt, own]: G*T*(P+T) scores for them and not (P+G*T)^2.
+    """
+    if attention_mask is None:  # a stock forward pass of the same network
+        return sdpa_attention_forward(module, q, k, v, None, scaling=scaling, **kwargs)
+    (N, _, S, _), (T, keys) = q.shape, attention_mask.shape[-2:]
+    if T == S:
+        return attend(q, k, v, attention_mask, scaling).transpose(1, 2).contiguous(), None
+    P, G = keys - T, (S - keys + T) // T
+    prompt = attend(*(x[:, :, :P] for x in (q, k, v)), causal_mask(attention_mask[:, 0, 0, :P]), scaling)  # (N, H, P, d)
+    rows = [x[:, :, P:].unflatten(2, (G, T)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]              # (N*G, ., T, d)
+    over = [torch.cat([x[:, :, :P].repeat_interleave(G, 0), own], 2) for x, own in zip((k, v), rows[1:], strict=True)]
+    out = attend(rows[0], *over, attention_mask.repeat_interleave(G, 0), scaling)          # (N*G, H, T, d)
+    out = out.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)                           # (N, H, G*T, d)
+    return torch.cat([prompt, out], 2).transpose(1, 2).contiguous(), None
+
+def attend(q, k, v, mask, scaling):
+    """softmax(q k^T * scaling) v. The H/h heads that share keys and values are taken as more queries of one head, which spares
+    copying keys and values for each: in decoding, where they are most of what is read, H/h times."""
+    (N, H, T, d), h = q.shape, k.shape[1]
+    out = scaled_dot_product_attention(q.reshape(N, h, H // h * T, d), k, v, scale=scaling,
+                                       attn_mask=mask if T == 1 else mask.repeat(1, 1, H // h, 1))
+    return out.view(N, H, T, d)
+
+GROUPED = "one_row_a_group"  # the name under which transformers' layers find it
+transformers.AttentionInterface.register(GROUPED, grouped_attention)
+transformers.AttentionMaskInterface.register(GROUPED, sdpa_mask)  # in a stock forward pass
 
 # ----------------------------------------------------------------------------------------------------------- the sampling loop
+
+class KVCache:
+    """The keys and values of the rows that are sampled, in buffers of their final length: each token is written where it
+    belongs. transformers' DynamicCache copies all of them at every token, which was half of a rollout's time."""
+
+    def __init__(self, G, room):
+        self.G, self.room, self.k, self.v, self.at, self.end = G, room, [], [], None, None
+
+    def update(self, k, v, layer, *_, **__):
+        """A layer's keys and values -> those to attend to. First the prompt's (N, h, P, d), kept for each of G rows; then a
+        token's (rows, h, 1, d), which go to place `at` and are answered with all places before `end`."""
+        if layer == len(self.k):
+            for buffers, x in ((self.k, k), (self.v, v)):
+                buffers.append(x.new_zeros(len(x) * self.G, x.shape[1], x.shape[2] + self.room, x.shape[3]))
+                buffers[-1][:, :, :x.shape[2]] = x.repeat_interleave(self.G, 0)
+            return k, v
+        self.k[layer].index_copy_(2, self.at, k)
+        self.v[layer].index_copy_(2, self.at, v)
+        return self.k[layer][:, :, :self.end], self.v[layer][:, :, :self.end]
+
+    def keep(self, rows):
+        for buffers in (self.k, self.v):
+            for i, x in enumerate(buffers):  # one at a time: old and new are both there for one layer alone
+                buffers[i] = x[rows]
 
 @torch.no_grad()
 def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1.0, generator=None):
@@ -233,41 +358,75 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
 
     The mask holds every token up to and with the first stop token; T is the longest completion's length. temperature 0 is
     greedy. The prompt is run once a question and its cache repeated; rows that have finished leave the batch.
+
+    On CUDA a token's step is captured as one CUDA graph, because launching its thousand small kernels one by one takes longer
+    than running them; shapes in a graph are fixed, so it reads the cache to its end, and is captured again when rows leave.
+    Nothing asks the device for a value but a look every LOOK_EVERY tokens at how many rows are left.
     """
     net, training = network(model), model.training
     model.eval()  # dropout off, and no gradient checkpointing, which would silently switch the cache off
-    N, G = len(batch["input_ids"]), group_size
+    (N, P), G = batch["input_ids"].shape, group_size
     device, pad, stop = batch["input_ids"].device, batch["pad_id"], batch["stop_ids"]
+    graphed, cache = device.type in GRAPHED, KVCache(G, max_new_tokens)
     positions, following = prompt_positions(net, batch)
+    tokens = torch.full((N * G, max_new_tokens), pad, device=device)
+    mask = torch.zeros((N * G, max_new_tokens), dtype=torch.bool, device=device)
+    rows = torch.arange(N * G, device=device)   # which of the N*G completions the batch's rows still are
+    alive = torch.ones(N * G, dtype=torch.bool, device=device)
+    position = following.repeat_interleave(G)[:, None]                                     # (rows, 1)
+    seen = torch.cat([batch["attention_mask"].bool().repeat_interleave(G, 0), torch.zeros_like(mask)], 1)  # (rows, P+max)
+    cache.at = torch.tensor([P], device=device)
+    cache.end = P + max_new_tokens
+
+    def step(y):  # a token of each row (rows,) -> the next one's logits (rows, V)
+        seen.index_fill_(1, cache.at, True)
+        h = hidden_states(net, y[:, None], seen[:, None, None, :cache.end], position.expand(3, -1, -1), cache=cache)
+        position.add_(1)
+        cache.at.add_(1)
+        return next_token_logits(net, h[:, -1], temperature or 1.0)
+
     with autocast(model):
-        out = net.model(input_ids=batch["input_ids"], attention_mask=group_mask(batch["attention_mask"], 0, 0),
-                        position_ids=positions, use_cache=True, **images_of(batch))
-        cache = out.past_key_values
-        cache.batch_repeat_interleave(G)
-        hidden = out.last_hidden_state[:, -1].repeat_interleave(G, 0)                      # (N*G, d)
-        position = following.repeat_interleave(G)                                          # (N*G,)
-        seen = batch["attention_mask"].bool().repeat_interleave(G, 0)                      # (N*G, P)
-        tokens = torch.full((N * G, max_new_tokens), pad, device=device)
-        mask = torch.zeros((N * G, max_new_tokens), dtype=torch.bool, device=device)
-        rows = torch.arange(N * G, device=device)   # which of the N*G completions the batch's rows still are
-        alive = torch.ones(N * G, dtype=torch.bool, device=device)
+        h = hidden_states(net, batch["input_ids"], causal_mask(batch["attention_mask"]), positions, see(model, batch), cache)
+        logits = next_token_logits(net, h[:, -1], temperature or 1.0).repeat_interleave(G, 0)              # (rows, V)
+        run, fresh = step, True  # fresh: the first token after rows have left runs as it is, which a capture needs anyway
         for t in range(max_new_tokens):
-            y = draw(next_token_logits(net, hidden, temperature or 1.0), temperature, top_p, generator)  # (rows,)
-            tokens[rows[alive], t], mask[rows[alive], t] = y[alive], True
+            y = torch.where(alive, draw(logits, temperature, top_p, generator), pad)       # (rows,)
+            tokens[rows, t], mask[rows, t] = y, alive
             alive = alive & ~torch.isin(y, stop)
-            left = int(alive.sum())
-            if left == 0 or t + 1 == max_new_tokens:
+            if t + 1 == max_new_tokens:
                 break
-            if left <= 0.8 * len(rows):  # copying the cache costs something too: not at every row that finishes
-                keep = alive.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                rows, alive, y, seen, position = rows[keep], alive[keep], y[keep], seen[keep], position[keep]
-            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)                      # (rows, P+t+1)
-            hidden = net.model(input_ids=y[:, None], attention_mask=seen[:, None, None], past_key_values=cache, use_cache=True,
-                               position_ids=(position + t).expand(3, 1, -1).transpose(1, 2)).last_hidden_state[:, -1]
+            if not graphed or t % LOOK_EVERY == 0:
+                left = int(alive.sum())
+                if left == 0:
+                    break
+                if left <= STAY * len(rows):  # copying the cache costs something too: not at every row that finishes
+                    stay = alive.nonzero()[:, 0]
+                    cache.keep(stay)
+                    rows, alive, y, seen, position = rows[stay], alive[stay], y[stay], seen[stay], position[stay]
+                    run, fresh = step, True
+            if not graphed:
+                cache.end = P + t + 1
+            logits = run(y)
+            if graphed and fresh:
+                run, fresh = captured(step, y), False
     model.train(training)
     T = int(mask.any(0).sum())
     return tokens[:, :T].view(N, G, T), mask[:, :T].view(N, G, T)
+
+def captured(step, y):
+    """`step` as one CUDA graph -> a function like it, or `step` itself where it can't be captured, which is said."""
+    try:
+        graph, given = torch.cuda.CUDAGraph(), y.clone()
+        with torch.cuda.graph(graph):
+            logits = step(given)
+    except RuntimeError as e:
+        warnings.warn(f"sampling without a CUDA graph, so more slowly: {str(e).splitlines()[0]}", stacklevel=2)
+        return step
+    def replay(y):
+        given.copy_(y)
+        graph.replay()
+        return logits
+    return replay
 
 def draw(logits, temperature, top_p, generator):
     """Logits (rows, V) -> one token each (rows,). top_p < 1 keeps the smallest set of tokens that holds that much probability;
@@ -292,21 +451,6 @@ def finished(batch, tokens, mask):
 
 # ----------------------------------------------------------------------------------------------------------- log-probabilities
 
-def group_mask(prompt_mask, G, T):
-    """Who sees whom in the row [prompt | completion 1 | ... | completion G]: (N, 1, P+G*T, P+G*T) bool, True = attends.
-
-    The prompt is causal, each completion sees the prompt and its own earlier tokens, never another completion. Every place
-    sees itself, the padding too: a row of nothing but False has no softmax.
-    """
-    (N, P), S, device = prompt_mask.shape, prompt_mask.shape[1] + G * T, prompt_mask.device
-    see = torch.zeros(S, S, dtype=torch.bool, device=device)
-    see[:P, :P] = torch.ones(P, P, dtype=torch.bool, device=device).tril()
-    see[P:, :P] = True
-    own = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    see[P:, P:] = torch.block_diag(*[own] * G) if G * T else see[P:, P:]
-    real = torch.cat([prompt_mask.bool(), prompt_mask.new_ones(N, G * T).bool()], 1)       # (N, S)
-    return (see & real[:, None] | torch.eye(S, dtype=torch.bool, device=device))[:, None]
-
 def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
     """log pi(y_t | I, Q, y_<t) of given completions -> (N, G, T) float32, 0 outside `mask`; with gradient if grad is enabled.
 
@@ -317,10 +461,9 @@ def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
     prompt, following = prompt_positions(net, batch)
     after = (following[:, None] + torch.arange(T, device=tokens.device)).repeat(1, G)      # (N, G*T)
     with autocast(model):
-        hidden = net.model(input_ids=torch.cat([batch["input_ids"], tokens.reshape(N, G * T)], 1),
-                           attention_mask=group_mask(batch["attention_mask"], G, T),
-                           position_ids=torch.cat([prompt, after.expand(3, -1, -1)], 2),
-                           use_cache=False, **images_of(batch)).last_hidden_state          # (N, P+G*T, d)
+        hidden = hidden_states(net, torch.cat([batch["input_ids"], tokens.reshape(N, G * T)], 1),
+                               group_mask(batch["attention_mask"], T), torch.cat([prompt, after.expand(3, -1, -1)], 2),
+                               see(model, batch))                                          # (N, P+G*T, d)
         # A token is predicted one place earlier: a completion's first token by the prompt's last place.
         first = hidden[:, None, P - 1:P].expand(-1, G, -1, -1)
         h = torch.cat([first, hidden[:, P:].view(N, G, T, -1)[:, :, :-1]], 2)[mask]        # (tokens that count, d)
@@ -394,6 +537,19 @@ def sum_gradients(parameters):
             if p.grad is None:  # a rank whose share did not touch this parameter must still take part
                 p.grad = torch.zeros_like(p)
             dist.all_reduce(p.grad)
+
+def peak_memory(device):
+    """MB: the most that was in use since the last call. On CUDA what tensors took, else the process's memory (Linux)."""
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return most / 2**20
+    try:
+        most = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
+        return int(most.split()[1]) / 2**10
+    except OSError:
+        return 0.0
 
 def close_devices():
     if dist.is_initialized():

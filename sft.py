@@ -37,6 +37,7 @@ KNOBS = dict(
     epochs=(2.0, 2.0, "passes over the training questions (paper: 2)"),
     batch=(32, 64, "questions an optimiser step over all processes (paper: global batch 64)"),
     micro_batch=(32, 8, "questions a forward pass on one device; memory, not the result, depends on it"),
+    checkpointing=(False, True, "compute layers again in the backward pass rather than keep what they made: memory for time"),
     lr=(1e-3, 1e-4, "peak learning rate of AdamW (paper: 1e-4)"),
     warmup=(0.03, 0.03, "share of the steps in which the learning rate rises; a cosine to 0 follows"),
     weight_decay=(0.0, 0.0, "AdamW's decoupled weight decay"),
@@ -47,8 +48,8 @@ KNOBS = dict(
     save_every=(0, 200, "optimiser steps between checkpoints, 0 = at the end alone"),
     resume=(False, False, "continue the run in --out from its last checkpoint"),
 )
-POSITIVE = ("batch", "micro_batch", "lr", "epochs", "G", "max_new_tokens", "mu", "temperature", "top_p", "max_pixels",
-            "judge_concurrency", "judge_timeout", "judge_window")
+POSITIVE = ("batch", "micro_batch", "micro_tokens", "lr", "epochs", "G", "max_new_tokens", "mu", "temperature", "top_p",
+            "max_pixels", "judge_concurrency", "judge_timeout", "judge_window")
 BETAS = (0.9, 0.98)  # of AdamW in every stage
 FREE = ("resume", "max_steps", "save_every", "show_every", "eval_every", "eval_questions", "print", "out", "root", "model",
         "data", "judge_concurrency", "judge_timeout", "judge_failures", "judge_window")  # knobs that a resumed run may change
@@ -350,6 +351,8 @@ def main(argv=None):
     M.check_texts(processor, records, data.answer_text)  # a record without a thought is an error now, not after an hour
     open_run(args.out, args, rank)
     policy = M.add_lora(policy, args.lora, args.seed) if args.lora else policy.requires_grad_(True)
+    if args.checkpointing:
+        M.keep_less(policy)
     parameters = list(trained(policy).values())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay)
     steps = math.ceil(args.epochs * (epoch_steps := max(1, len(records) // args.batch)))

@@ -291,7 +291,7 @@ def train(world, monkeypatch, out, *flags, stage=grpo):
     """A short run of a stage on the tiny random model -> (weights, lines of metrics.jsonl, trained parameters)."""
     if stage is grpo:
         monkeypatch.setattr(grpo, "score", toy_score)
-        flags = ("--batch", "8", "--G", "4", "--max_new_tokens", "6", "--micro_batch", "1", *flags)
+        flags = ("--batch", "8", "--G", "4", "--max_new_tokens", "6", "--micro_tokens", "1", *flags)
     else:
         flags = ("--batch", "4", "--micro_batch", "3", *flags)
     stage.main(["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--out", str(out), *flags])
@@ -311,7 +311,19 @@ def same(a, b):
 
 
 def without_clock(lines):
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+    return [{k: v for k, v in line.items() if "second" not in k and "peak" not in k} for line in lines]
+
+
+@pytest.mark.parametrize("lora", ["0", "4"])
+def test_computing_layers_again_changes_no_gradient(lora, world, monkeypatch, tmp_path):
+    """--checkpointing saves memory: the trained weights are those of a run that keeps everything, and sampling keeps its cache
+    (in train mode transformers would switch it off and the completions would be others)."""
+    flags = ("--max_steps", "2", "--lora", lora, "--micro_tokens", "9999")
+    plain, less = (train(world, monkeypatch, tmp_path / name, *flags, *more)[0]
+                   for name, more in (("plain", []), ("less", ["--checkpointing"])))
+    assert not same(plain, weights(world.folder))
+    for name in plain:
+        torch.testing.assert_close(less[name], plain[name], rtol=0, atol=1e-6)
 
 
 def test_a_run_logs_everything_and_moves_the_weights(world, monkeypatch, tmp_path):
@@ -319,7 +331,7 @@ def test_a_run_logs_everything_and_moves_the_weights(world, monkeypatch, tmp_pat
     after, lines, _ = train(world, monkeypatch, tmp_path / "run", "--max_steps", "2", "--show_every", "1")
     wanted = {"step", "reward", "format", "accuracy", "consistency", "judge_failed", "no_spread", "kl", "clip_low", "clip_high",
               "entropy", "length", "truncated", "grad_norm", "seconds_rollout", "seconds_judge", "seconds_update",
-              "tokens_per_second", "loss", "lr"}
+              "tokens_per_second", "loss", "lr", "peak_mb_rollout", "peak_mb_reference", "peak_mb_update"}
     assert [line["step"] for line in lines] == [1, 2] and all(wanted <= line.keys() for line in lines)
     assert all(math.isfinite(v) for line in lines for v in line.values())
     first = lines[0]
@@ -475,7 +487,7 @@ def watched(*args, **kwargs):
 grpo.score, grpo.policy_loss = toy_score, watched
 common = ["--preset", "tiny", "--model", folder]
 sft.main([*common, "--data", jsonl, "--out", out + "/sft", "--batch", "6", "--micro_batch", "2", "--max_steps", "2"])
-grpo.main([*common, "--data", jsonl, "--out", out + "/grpo", "--batch", "12", "--G", "4", "--micro_batch", "1",
+grpo.main([*common, "--data", jsonl, "--out", out + "/grpo", "--batch", "12", "--G", "4", "--micro_tokens", "1",
            "--max_new_tokens", "5", "--mu", "2", "--max_steps", "2", "--lr", "0.01", "--warmup", "1", "--beta", "1"])
 torch.save(kept[len(kept) // 2:], f"{out}/loss-{rank}.pt")
 

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, BertConfig, DynamicCache, GPT2Config
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, BertConfig, GPT2Config
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
@@ -91,7 +91,7 @@ def recorded_sample(monkeypatch, net, batch, **kwargs):
     on the way (they are followed through the cache's own selections)."""
     steps, everyone = [], len(batch["input_ids"]) * kwargs["group_size"]
     rows = torch.arange(everyone)
-    draw, select = M.draw, DynamicCache.batch_select_indices
+    draw, select = M.draw, M.KVCache.keep
 
     def watched_draw(logits, *rest):
         y = draw(logits, *rest)
@@ -105,7 +105,7 @@ def recorded_sample(monkeypatch, net, batch, **kwargs):
 
     with monkeypatch.context() as patch:
         patch.setattr(M, "draw", watched_draw)
-        patch.setattr(DynamicCache, "batch_select_indices", watched_select)
+        patch.setattr(M.KVCache, "keep", watched_select)
         tokens, mask = M.sample(net, batch, **kwargs)
     return tokens, mask, torch.stack(steps, 1)[:, :tokens.shape[2]].view(tokens.shape) * mask, len(rows) < everyone
 
@@ -178,24 +178,49 @@ def test_no_completion_sees_another(world):
     assert ((a[:, 1] - b[:, 1]).abs() > 1e-3)[mask[:, 1]].all()
 
 
-def test_group_mask_by_hand():
-    """Two questions (the first with one place of padding), two completions of two tokens."""
-    got = M.group_mask(torch.tensor([[0, 1], [1, 1]]), 2, 2)
-    assert got.shape == (2, 1, 6, 6) and got.dtype == torch.bool
-    padded = [[1, 0, 0, 0, 0, 0],  # padding sees itself alone
-              [0, 1, 0, 0, 0, 0],
-              [0, 1, 1, 0, 0, 0],  # completion 1
-              [0, 1, 1, 1, 0, 0],
-              [0, 1, 0, 0, 1, 0],  # completion 2
-              [0, 1, 0, 0, 1, 1]]
-    whole = [[1, 0, 0, 0, 0, 0],
-             [1, 1, 0, 0, 0, 0],
-             [1, 1, 1, 0, 0, 0],
-             [1, 1, 1, 1, 0, 0],
-             [1, 1, 0, 0, 1, 0],
-             [1, 1, 0, 0, 1, 1]]
-    assert got[:, 0].int().tolist() == [padded, whole]
-    assert M.group_mask(torch.tensor([[0, 1, 1]]), 0, 0)[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+def test_masks_by_hand():
+    """Two questions, the first with one place of padding: what two tokens of a completion see, and what the prompt sees."""
+    got = M.group_mask(torch.tensor([[0, 1], [1, 1]]), 2)
+    assert got.shape == (2, 1, 2, 4) and got.dtype == torch.bool
+    assert got[:, 0].int().tolist() == [[[0, 1, 1, 0], [0, 1, 1, 1]], [[1, 1, 1, 0], [1, 1, 1, 1]]]
+    assert M.causal_mask(torch.tensor([[0, 1, 1]]))[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+
+
+@pytest.mark.parametrize("G", [1, 3])
+def test_grouped_attention_equals_one_row_under_a_dense_mask(G):
+    """Cutting the row into the prompt and G rows leaves out only scores that the dense (S, S) mask forbids anyway: values and
+    gradients are those of the whole square, heads that share keys and padding included."""
+    N, H, h, P, T, d = 2, 4, 2, 5, 3, 8
+    S, generator = P + G * T, torch.Generator().manual_seed(G)
+    q, k, v = (torch.randn(N, heads, S, d, generator=generator).requires_grad_() for heads in (H, h, h))
+    real = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    dense = torch.zeros(N, S, S, dtype=torch.bool)
+    dense[:, :P, :P] = M.causal_mask(real)[:, 0]
+    for g in range(G):
+        own = slice(P + g * T, P + g * T + T)
+        dense[:, own, :P] = real.bool()[:, None]
+        dense[:, own, own] = torch.ones(T, T).bool().tril()
+    fast = M.grouped_attention(None, q, k, v, M.group_mask(real, T), scaling=0.3)[0]
+    scores = (q @ k.repeat_interleave(H // h, 1).transpose(2, 3) * 0.3).masked_fill(~dense[:, None], -torch.inf)
+    slow = (scores.softmax(-1) @ v.repeat_interleave(H // h, 1)).transpose(1, 2)
+    weight = torch.randn(fast.shape)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-6)
+    for a, b in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (fast, slow)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_image_features_shared_by_the_passes_change_nothing(name, world):
+    """`see` once for all passes (the tower is frozen) gives what each pass makes of the pixels itself."""
+    net, processor = family(name, world)
+    batch = M.encode(processor, world.mixed[:3])
+    tokens, mask = completions(3, 2, 4)
+    with torch.no_grad():
+        seen = M.see(net, batch)
+        assert "features" in seen and "pixel_values" not in seen
+        own, shared = (M.token_logprobs(net, b, tokens, mask) for b in (batch, seen))
+        a, b = (M.sample(net, b, group_size=2, max_new_tokens=5, temperature=0)[0] for b in (batch, seen))
+    assert torch.equal(own, shared) and torch.equal(a, b)
 
 
 def test_chunked_logits_equal_whole_ones_and_are_never_all_there(world, monkeypatch):
@@ -236,7 +261,7 @@ def test_rows_of_takes_each_question_with_its_own_pixels(world):
     with torch.no_grad():
         whole = M.token_logprobs(world.net, batch, tokens, mask)
     for rows in (slice(0, 2), slice(1, 3), slice(3, 9), slice(0, 5)):
-        part = grpo.rows_of(batch, rows)
+        part = M.rows_of(batch, rows)
         alone = M.encode(world.processor, world.mixed[rows])
         assert torch.equal(part["pixel_values"], alone["pixel_values"])
         assert torch.equal(part["image_grid_thw"], alone["image_grid_thw"])
@@ -289,6 +314,21 @@ def test_first_stop_is_kept_and_nothing_after_it(world):
     assert mask.shape[-1] == 10 and (last[~ended] == 9).all()                   # the unfinished run to the limit
     assert (tokens[~mask] == batch["pad_id"]).all()
     assert [len(group) for group in M.decode(world.processor, tokens, mask)] == [6, 6, 6]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_fixed_shapes_draw_what_growing_ones_draw(temperature, world, monkeypatch):
+    """CUDA's way (the whole cache read at each token, rows looked at now and then) gives the CPU's completions; where a step
+    can't be captured as a graph, as here, that is said and sampling goes on without."""
+    batch = stopping_at(M.encode(world.processor, world.mixed[:3]), world.net, every=9)
+    knobs = dict(group_size=3, max_new_tokens=12, temperature=temperature)
+    monkeypatch.setattr(M, "STAY", 0.0)  # no row leaves: the same draws for the same rows
+    expected = M.sample(world.net, batch, **knobs, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(M, "GRAPHED", {"cpu"})
+    monkeypatch.setattr(M, "LOOK_EVERY", 4)
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        got = M.sample(world.net, batch, **knobs, generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)) and len(expected[1].sum(-1).unique()) > 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
