@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -142,6 +143,22 @@ def add_lora(net, rank, seed=0):
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
     return get_peft_model(net, config, autocast_adapter_dtype=True).eval()
+
+@contextlib.contextmanager
+def merged(model):
+    """Inside, LoRA is part of an fp32 network's weights: a matrix costs one product a token and not three. After, the weights
+    are put back, not subtracted from: not a bit of them changes. In bf16 a small update would be rounded away, so not there."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and not m.disable_adapters]
+    layers = [m for m in layers if m.base_layer.weight.dtype == torch.float32]
+    weights = [m.base_layer.weight.data for m in layers]
+    for m in layers:
+        m.base_layer.weight.data = m.base_layer.weight.data + m.get_delta_weight(m.active_adapters[0])
+    try:
+        with model.disable_adapter() if layers else contextlib.nullcontext():
+            yield
+    finally:
+        for m, weight in zip(layers, weights, strict=True):
+            m.base_layer.weight.data = weight
 
 def keep_less(policy):
     """Keep only each layer's input for the backward pass and compute the rest again: a third slower, several times less
@@ -385,7 +402,7 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
         cache.at.add_(1)
         return next_token_logits(net, h[:, -1], temperature or 1.0)
 
-    with autocast(model):
+    with merged(model), autocast(model):
         h = hidden_states(net, batch["input_ids"], causal_mask(batch["attention_mask"]), positions, see(model, batch), cache)
         logits = next_token_logits(net, h[:, -1], temperature or 1.0).repeat_interleave(G, 0)              # (rows, V)
         run, fresh = step, True  # fresh: the first token after rows have left runs as it is, which a capture needs anyway

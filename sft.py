@@ -162,13 +162,14 @@ def sft_loss(logp, mask, tokens_in_batch):
 # tokens that matter drown among the many that don't. Real base models bring both along; this makes a tiny one that does, half.
 LETTER_STAGES = (*((n, 0) for n in (4, 8, 16, 32, 100)), *((100, s) for s in (8, 16, 32, 64)), (100, 0))  # (names, skip)
 LETTER_SOLVED = 0.75     # mean probability of the right letter at which the next stage begins
-LETTER_FULL = 0.9        # that of the last stage, in full prompts
+LETTER_FULL = 0.85       # that of the last stage, in full prompts
+LETTER_BATCH = 16        # prompts a step; as many steps are needed with 24
 LETTER_STEPS = 2000      # at most this many steps of letters alone
 EYE_STEPS = 300          # steps of the vision tower under a linear head
 WORDING_EVERY = 4        # steps of letters between batches of how thoughts are worded
 READ_STEPS = 200         # steps of captions, of wording and of letters: how many sets how much the base can see
 BASE_IMAGES = 1500       # phantoms for both, from a seed of their own: none is in train or test
-BASE_BATCH = 24          # prompts or images a step
+EYE_BATCH = 48           # images a step
 BASE_LR = 1e-3
 
 def groups_of_four(processor, completions, from_end):
@@ -240,7 +241,7 @@ def open_eyes(net, images, labels, rng):
     heads = torch.nn.ModuleList([torch.nn.Linear(width, len(data.PAIRS)), torch.nn.Linear(width, 1 + len(data.STYLES))])
     optimizer = torch.optim.AdamW([*net.model.visual.parameters(), *heads.parameters()], betas=BETAS, weight_decay=0.0)
     for k in (bar := tqdm(range(EYE_STEPS), desc="base: eyes", unit="step")):
-        chosen = rng.integers(0, len(images), 2 * BASE_BATCH)
+        chosen = rng.integers(0, len(images), EYE_BATCH)
         pair, style, place = labels[chosen].T                                              # (n,) each
         seen = net.model.get_image_features(*(torch.cat([images[i][j] for i in chosen]) for j in (0, 1)))
         seen = torch.stack(list(seen.pooler_output))                                       # (n, tokens, d)
@@ -257,7 +258,7 @@ def learn_letters(net, processor, names, records, rng):
     for k in (bar := tqdm(range(LETTER_STEPS), desc="base: letters", unit="step")):
         n, skip = LETTER_STAGES[stage]
         full = stage + 1 == len(LETTER_STAGES)
-        batch, tokens, letters = letter_batch(processor, names[:n], skip, records if full else None, rng, BASE_BATCH)
+        batch, tokens, letters = letter_batch(processor, names[:n], skip, records if full else None, rng, LETTER_BATCH)
         logp = M.token_logprobs(net, batch, tokens, letters)[letters]
         loss = -logp.mean()
         if k % WORDING_EVERY == 0:

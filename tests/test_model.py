@@ -316,6 +316,33 @@ def test_first_stop_is_kept_and_nothing_after_it(world):
     assert [len(group) for group in M.decode(world.processor, tokens, mask)] == [6, 6, 6]
 
 
+def test_sampling_with_lora_merged_draws_the_policy_and_puts_every_bit_back(world):
+    """Merged for sampling, the policy draws what it draws through its adapter; after, weights and adapter are as they were, and
+    a reference (adapter off) is still sampled as the reference."""
+    policy = with_lora(copy.deepcopy(world.net))
+    for name, p in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    before = {k: v.clone() for k, v in policy.state_dict().items()}
+    batch = M.encode(world.processor, world.mixed[:3])
+    knobs = dict(group_size=1, max_new_tokens=8, temperature=0)
+    through_merge = M.sample(policy, batch, **knobs)
+    assert all(torch.equal(v, before[k]) for k, v in policy.state_dict().items())
+    with torch.no_grad():
+        logp = M.token_logprobs(policy, batch, *through_merge)
+        with policy.disable_adapter():
+            reference, base = (M.sample(x, batch, **knobs)[0] for x in (policy, world.net))
+    assert torch.equal(reference, base) and not torch.equal(reference, through_merge[0])
+    for g, (y, m) in enumerate(zip(*through_merge, strict=True)):  # greedy: no other token is likelier
+        for t in range(int(m.sum())):
+            other = y.clone()
+            for z in torch.randint(0, 256, (5,), generator=torch.Generator().manual_seed(t)):
+                other[0, t] = z
+                with torch.no_grad():
+                    alone = M.token_logprobs(policy, M.rows_of(batch, slice(g, g + 1)), other[None], m[None])
+                assert alone[0, 0, t] <= logp[g, 0, t] + 1e-5
+
+
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_fixed_shapes_draw_what_growing_ones_draw(temperature, world, monkeypatch):
     """CUDA's way (the whole cache read at each token, rows looked at now and then) gives the CPU's completions; where a step
