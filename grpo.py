@@ -284,13 +284,17 @@ def main(argv=None):
             with torch.no_grad():
                 batch = M.see(policy, batch)
         generator.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)  # a resumed run draws what it would have drawn
+        asked = {}  # F, if it is a server, is asked about each group as it ends, while others are still sampled
+
+        def ask(n, y, m):
+            asked[n] = meanwhile(score, M.decode(processor, y, m)[0], [mine[n]] * args.G, judge)  # noqa: B023 (of this step)
         tokens, mask = M.sample(policy, batch, group_size=args.G, max_new_tokens=args.max_new_tokens, top_p=args.top_p,
-                                generator=generator, **likelihood)                         # (N, G, T)
+                                generator=generator, when_done=ask if judge.early else None, **likelihood)   # (N, G, T)
         texts = M.decode(processor, tokens, mask)                                          # N lists of G
         ended = M.finished(batch, tokens, mask)                                            # (N, G)
         tick(clock, device)
 
-        # Eqs. (3)-(6): the rewards. F may be slow: it is asked first, and reads meanwhile (hf:reference when its turn comes).
+        # Eqs. (3)-(6): the rewards. Another F is asked about all groups now, and reads meanwhile (hf:reference in its turn).
         # log pi_SFT of the same tokens: for the KL penalty, and for the ratio as the paper prints it.
         items = [record for record in mine for _ in range(args.G)]
         flat = [text for group in texts for text in group]
@@ -298,7 +302,8 @@ def main(argv=None):
         size = max(1, args.micro_tokens // (batch["input_ids"].shape[1] + args.G * tokens.shape[2]))
         micro = [slice(i, i + size) for i in range(0, len(mine), size)]
         with torch.no_grad(), reference_of(policy, sft_copy) as pi_sft:
-            scored = meanwhile(score, flat, items, judge)
+            if not judge.early:
+                asked[0] = meanwhile(score, flat, items, judge)
             ref_logp = torch.cat([M.token_logprobs(pi_sft, M.rows_of(batch, rows), tokens[rows], mask[rows], **likelihood)
                                   for rows in micro]).flatten(0, 1)                        # (N*G, T)
         old_logp = ref_logp if args.ratio == "sft" else None  # None: the policy's own, taken as it comes in the first epoch
@@ -306,7 +311,8 @@ def main(argv=None):
         tick(clock, device)
 
         # The wait for what is left of F's work. Eq. (7): the advantages.
-        fmt, acc, con = (part.view(len(mine), args.G) for part in scored.result())         # (N, G)
+        parts = zip(*(asked[n].result() for n in sorted(asked)), strict=True)
+        fmt, acc, con = (torch.cat(part).view(len(mine), args.G) for part in parts)        # (N, G)
         R = total_reward(fmt, acc, without_failures(con), weights)                         # (N, G)
         A = group_advantages(R, args.scale).flatten().to(device)                           # (N*G,)
         tick(clock, device)

@@ -475,13 +475,17 @@ def read_letter(reply, letters):
 def openai_evaluator(spec, server, told, concurrency, timeout, cache):
     """-> ask(texts, items) -> letters, None or nan. cache: a folder of verdicts, a file a process, all of which are read."""
     known = dict(line for f in sorted(Path(cache).glob("*.jsonl")) for line in noted(f)) if cache else {}
+    slots = threading.BoundedSemaphore(concurrency)  # of all calls together: grpo.py asks about several groups at a time
+
+    def verdict_of(job):
+        with slots:
+            return chat(server, job[0], lambda reply: read_letter(reply, job[1]), told, max_tokens=4, timeout=timeout)
 
     def ask(texts, items):
         prompts = [judge_prompt(*pair) for pair in zip(texts, items, strict=True)]
         keys = [digest(spec, p) for p in prompts]
         jobs = {k: (p, LETTERS[:len(i["options"])]) for k, p, i in zip(keys, prompts, items, strict=True) if k not in known}
-        for key, verdict in in_threads(lambda job: chat(server, job[0], lambda reply: read_letter(reply, job[1]), told,
-                                                        max_tokens=4, timeout=timeout), jobs, concurrency):
+        for key, verdict in in_threads(verdict_of, jobs, concurrency):
             if verdict != verdict:
                 continue  # a failure is asked again next time
             known[key] = verdict
@@ -497,7 +501,8 @@ def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cach
     thoughts: list of str or None (no thought, or nothing left that F may see: None comes back); items: their records (`options`
     and `question` are read). sees: "cut", F reads visible_thought(thought); "raw", the thought whole, letters included. None is
     "undecided" (never a model's with hf:), nan "the evaluator failed" (with openai: alone). DataError for an unknown spec or
-    `sees` and a model that can't be loaded. judge.told: a Counter of a server's calls, tokens and failures.
+    `sees` and a model that can't be loaded. judge.told: a Counter of a server's calls, tokens and failures. judge.early: F runs
+    elsewhere, so that it may be asked about one group while others are sampled.
 
     openai: at most `concurrency` requests at a time, each of at most `timeout` s; cache: a folder where verdicts are kept, so
     that nothing is asked twice (those of hf: are not, for a folder's weights may change). reference: see `hf_evaluator`.
@@ -519,7 +524,7 @@ def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cach
         asked = {(t, id(item)): (t, item) for t, item in zip(seen, items, strict=True) if t}  # each once
         verdicts = dict(zip(asked, ask(*zip(*asked.values(), strict=True)) if asked else (), strict=True))
         return [verdicts.get((t, id(item))) for t, item in zip(seen, items, strict=True)]
-    judge.told = told
+    judge.told, judge.early = told, kind == "openai"
     return judge
 
 # ---- the annotators (section 3.1) --------------------------------------------------------------------------------------------

@@ -370,11 +370,12 @@ class KVCache:
                 buffers[i] = x[rows]
 
 @torch.no_grad()
-def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1.0, generator=None):
+def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1.0, generator=None, when_done=None):
     """G completions for each of the batch's N questions -> tokens (N, G, T) int64, mask (N, G, T) bool.
 
     The mask holds every token up to and with the first stop token; T is the longest completion's length. temperature 0 is
-    greedy. The prompt is run once a question and its cache repeated; rows that have finished leave the batch.
+    greedy. The prompt is run once a question and its cache repeated; rows that have finished leave the batch. when_done(n,
+    tokens, mask), if given, is called for each question once its group (1, G, ..) has ended, while others are still sampled.
 
     On CUDA a token's step is captured as one CUDA graph, because launching its thousand small kernels one by one takes longer
     than running them; shapes in a graph are fixed, so it reads the cache to its end, and is captured again when rows leave.
@@ -393,7 +394,12 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
     position = following.repeat_interleave(G)[:, None]                                     # (rows, 1)
     seen = torch.cat([batch["attention_mask"].bool().repeat_interleave(G, 0), torch.zeros_like(mask)], 1)  # (rows, P+max)
     cache.at = torch.tensor([P], device=device)
-    cache.end = P + max_new_tokens
+    cache.end, waiting = P + max_new_tokens, set(range(N)) if when_done else set()
+
+    def tell(unfinished):
+        for n in sorted(waiting - unfinished):
+            when_done(n, tokens[None, n * G:n * G + G], mask[None, n * G:n * G + G])
+        waiting.intersection_update(unfinished)
 
     def step(y):  # a token of each row (rows,) -> the next one's logits (rows, V)
         seen.index_fill_(1, cache.at, True)
@@ -414,6 +420,8 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
                 break
             if not graphed or t % LOOK_EVERY == 0:
                 left = int(alive.sum())
+                if waiting:
+                    tell(set((rows[alive] // G).tolist()))
                 if left == 0:
                     break
                 if left <= STAY * len(rows):  # copying the cache costs something too: not at every row that finishes
@@ -426,6 +434,7 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
             logits = run(y)
             if graphed and fresh:
                 run, fresh = captured(step, y), False
+    tell(set())
     model.train(training)
     T = int(mask.any(0).sum())
     return tokens[:, :T].view(N, G, T), mask[:, :T].view(N, G, T)

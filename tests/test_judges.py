@@ -407,10 +407,10 @@ def think(world, monkeypatch):
     decode = M.decode
 
     def decoded(processor, tokens, mask):
-        texts = decode(processor, tokens, mask)
-        rng, r = random.Random(str(texts)), world.records[0]
+        r, groups = world.records[0], decode(processor, tokens, mask)
+        rngs = [random.Random(str(group)) for group in groups]
         return [[f"<think>Look {rng.randrange(30)}. So it is {rng.choice(r['options'])}.</think>"
-                 f"<answer>{rng.choice('ABCD')}</answer>" for _ in group] for group in texts]
+                 f"<answer>{rng.choice('ABCD')}</answer>" for _ in group] for rng, group in zip(rngs, groups, strict=True)]
     monkeypatch.setattr(M, "decode", decoded)
     monkeypatch.setattr(data, "read_records", lambda *_: [world.records[0] | dict(id=str(i)) for i in range(8)])
 
@@ -436,19 +436,23 @@ def test_a_run_beside_a_failing_server(serve, world, monkeypatch, tmp_path):
     its consistency part without the failures; verdicts that came are those of a sound server; the share is logged."""
     think(world, monkeypatch)
     monkeypatch.setattr(J, "TRIES", 1)
-    seen, asked, score, loss = [], [], grpo.evaluation.score, grpo.policy_loss
+    seen, asked, steps, score, loss, encode = [], {}, [], grpo.evaluation.score, grpo.policy_loss, M.encode
     sound = J.make_judge()
 
     def scored(texts, items, judge):
         rows = score(texts, items, judge)
-        asked.append((rows, sound([row["thought"] for row in rows], items)))
+        if steps:  # else the gold answers
+            assert len({item["id"] for item in items}) == 1 and len(items) == 4  # F is asked about a group at a time
+            asked[len(steps), items[0]["id"]] = rows, sound([row["thought"] for row in rows], items)
         return rows
     monkeypatch.setattr(grpo.evaluation, "score", scored)
+    monkeypatch.setattr(M, "encode", lambda processor, mine, *args: steps.append(mine) or encode(processor, mine, *args))
     monkeypatch.setattr(grpo, "policy_loss", lambda *args, **kw: seen.append(args[3]) or loss(*args, **kw))
     lines = train(world, tmp_path, serve(fault=some(None)).spec, "--max_steps", "3")
     assert len(lines) == 3 and len(seen) == 3
     failures = 0
-    for line, A, (rows, expected) in zip(lines, seen, asked[-3:], strict=True):
+    for k, (line, A, mine) in enumerate(zip(lines, seen, steps, strict=True)):
+        rows, expected = (sum(part, []) for part in zip(*(asked[k + 1, r["id"]] for r in mine), strict=True))
         assert len(rows) == 16 and all(r["verdict"] == e for r, e in zip(rows, expected, strict=True)
                                        if r["verdict"] == r["verdict"])
         con = by_hand([(r["given"], r["verdict"]) for r in rows])
@@ -485,22 +489,52 @@ def test_f_gone_for_good_saves_and_stops(serve, world, monkeypatch, tmp_path, ca
 def test_a_repeated_run_asks_nothing_and_the_wait_is_logged(serve, world, monkeypatch, tmp_path):
     """F reads while the reference pass runs: seconds_judge is what is left to wait. The run made again has every verdict."""
     think(world, monkeypatch)
-    server, logprobs = serve(seconds=0.2), M.token_logprobs
+    server, logprobs = serve(seconds=0.35), M.token_logprobs
     slow = []
 
     def counted(*args, **kwargs):
         if not torch.is_grad_enabled() and slow:
-            time.sleep(0.3)
+            time.sleep(0.6)
         return logprobs(*args, **kwargs)
     monkeypatch.setattr(M, "token_logprobs", counted)
     first, = train(world, tmp_path / "a", server.spec, "--max_steps", "1")
     slow.append(True)
     second, = train(world, tmp_path / "b", server.spec, "--max_steps", "1")
-    assert first["seconds_judge"] > 0.1 > second["seconds_judge"] and second["seconds_reference"] > 0.3
+    assert first["seconds_judge"] > 0.1 > second["seconds_judge"] and second["seconds_reference"] > 0.6
     n = len(server.calls)
     again, = train(world, tmp_path / "b", server.spec, "--max_steps", "1")
     assert len(server.calls) == n and (tmp_path / "b" / "grpo.1").exists()
-    assert {k: v for k, v in again.items() if "second" not in k} == {k: v for k, v in second.items() if "second" not in k}
+    same = [{k: v for k, v in line.items() if "second" not in k and "peak" not in k} for line in (second, again)]
+    assert same[0] == same[1]
+
+
+def test_f_is_asked_about_a_group_while_others_are_sampled(serve, world, monkeypatch, tmp_path):
+    """The first group to end is asked about before the last token of the others is drawn; each group once, with its own."""
+    think(world, monkeypatch)
+    server, draw, sample, seen = serve(), M.draw, M.sample, []
+
+    def drawn(*args):
+        y = draw(*args)
+        if len(seen) < 3:
+            y[:] = world.processor.tokenizer.convert_tokens_to_ids("a")  # nothing ends in the first three tokens
+        if len(seen) == 3:
+            y[:4] = world.processor.tokenizer.eos_token_id  # then the first group does
+        if len(seen) == 6:
+            time.sleep(0.5)
+        seen.append(len(server.calls))
+        return y
+
+    def sampled(*args, when_done, **kwargs):
+        def watched(n, y, m):
+            ended.append((n, len(seen), m.sum(-1).tolist()))
+            when_done(n, y, m)
+        return sample(*args, **kwargs, when_done=watched)
+    ended = []
+    monkeypatch.setattr(M, "draw", drawn)
+    monkeypatch.setattr(M, "sample", sampled)
+    train(world, tmp_path, server.spec, "--max_steps", "1", "--max_new_tokens", "12")
+    assert sorted(n for n, _, _ in ended) == [0, 1, 2, 3] and ended[0] == (0, 4, [[4] * 4]) and ended[-1][1] == len(seen) > 8
+    assert seen[7] > seen[3]  # requests came in while tokens were drawn
 
 
 @pytest.mark.parametrize("lora", ["0", "2"])
@@ -515,7 +549,7 @@ def test_the_reference_as_f(lora, world, monkeypatch, tmp_path):
         def both(thoughts, items):
             kept.append((thoughts, items, judge(thoughts, items)))
             return kept[-1][2]
-        both.told = judge.told
+        both.told, both.early = judge.told, judge.early
         return both
     monkeypatch.setattr(grpo, "make_judge", watched)
     lines = train(world, tmp_path, "hf:reference", "--max_steps", "3", "--lora", lora, "--lr", "0.01", "--warmup", "1")
