@@ -31,9 +31,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import DataError, expect, load_image, question_text
 
@@ -89,7 +90,7 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
                                                                 output_loading_info=True, use_safetensors=True,
                                                                 trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)  # AutoImageProcessor may ask for torchvision
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise DataError(f"{name}: the checkpoint can't be read: {str(e).splitlines()[0].split('. ')[0]}") from e
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -111,7 +112,6 @@ def build_tiny(texts, *, image_size, seed=0):
     """A tiny Qwen2.5-VL with random weights, and a byte-level BPE tokenizer trained on `texts` -> (model, Processor)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -596,7 +596,10 @@ def test_saved_folder_is_a_plain_hugging_face_folder(world):
         text = data.answer_text(record)
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text and ids == world.processor.tokenizer(text)["input_ids"]
-    images = AutoImageProcessor.from_pretrained(world.folder, backend="pil")
+    try:
+        images = AutoImageProcessor.from_pretrained(world.folder, backend="pil")
+    except ImportError:
+        pytest.skip("all but the stock image processor was seen: this transformers wants torchvision for it")
     pixels = images(images=[data.load_image(world.mixed[0])], return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, M.image_patches(world.processor, world.mixed[0])[0])
 
