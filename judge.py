@@ -626,6 +626,20 @@ def beside(path):
         print(f"{path} was there: moved to {data.move_aside(path)}")
     return path
 
+def recall(journal, knobs, tries):
+    """What a journal of the same command holds -> {image: description}, {id: draft not yet verified}; `tries` is filled."""
+    lines, described, drafts = [knobs, *noted(journal)], {}, {}
+    expect(lines[1:2] in ([], [knobs]), f"{journal} is of another command: remove it, or name another --out")
+    for what, key, value in lines[1:]:
+        if what == "tried" and key in tries:
+            drafts.pop(key, None)
+            tries[key].append(value)
+        elif what in ("described", "written"):
+            (described if what == "described" else drafts)[key] = value
+    if len(lines) == 1:
+        note(journal, *knobs)
+    return described, drafts
+
 def annotate(args):
     """IN -> OUT, its records with a verified thought. OUT.journal keeps what was described and written: the same command again
     goes on from there, and asks again where nobody replied."""
@@ -637,36 +651,27 @@ def annotate(args):
     expect(args.describer and args.writer, "annotate needs a --describer and a --writer, or --decisions FILE to apply")
     judge = make_judge(args.judge, concurrency=args.concurrency, timeout=args.timeout, cache=f"{args.out}.verdicts")
     describe, write = (make_annotator(getattr(args, role), told[role], args.timeout) for role in told)
-    journal, described, drafts, tries = f"{args.out}.journal", {}, {}, {r["id"]: [] for r in records}
+    journal, tries = f"{args.out}.journal", {r["id"]: [] for r in records}  # id: [(thought, its faults)]
     knobs = ["knobs", digest(args.describer, args.writer, args.judge, DESCRIBE, WRITE), ""]
-    lines = [knobs, *noted(journal)]
-    expect(lines[1:2] in ([], [knobs]), f"{journal} is of another command: remove it, or name another --out")
-    for what, key, value in lines[1:]:
-        if what == "tried" and key in tries:
-            drafts.pop(key, None)
-            tries[key].append(value)
-        elif what in ("described", "written"):
-            (described if what == "described" else drafts)[key] = value
-
-    if len(lines) == 1:
-        note(journal, *knobs)
+    described, drafts = recall(journal, knobs, tries)
     truths = {r["image"]: dict(modality=r["modality"], anatomy=r["anatomy"]) for r in records}
     for r in records:
         truths[r["image"]][r["task"]] = data.right_option(r)
+
+    def keep(into, what, texts):
+        for key, text in texts:
+            if text == text:  # else nobody replied: asked again next time
+                into[key] = text
+                note(journal, what, key, text)
+
     for chunk in tqdm([records[k:k + CHUNK] for k in range(0, len(records), CHUNK)], desc="annotate", unit="chunk"):
         images = {r["image"]: r for r in chunk if r["image"] not in described}
-        for image, text in in_threads(lambda r: describe(DESCRIBE, r), images, args.concurrency):
-            if text == text:
-                described[image] = text
-                note(journal, "described", image, text)
+        keep(described, "described", in_threads(lambda r: describe(DESCRIBE, r), images, args.concurrency))
         for _ in range(args.retries + 1):
             todo = [r for r in chunk if r["image"] in described and len(tries[r["id"]]) <= args.retries
                     and (not tries[r["id"]] or tries[r["id"]][-1][1])]
-            for key, text in in_threads(lambda r: write(write_prompt(r, described[r["image"]], tries[r["id"]]), r),
-                                        {r["id"]: r for r in todo if r["id"] not in drafts}, args.concurrency):
-                if text == text:
-                    drafts[key] = text
-                    note(journal, "written", key, text)
+            keep(drafts, "written", in_threads(lambda r: write(write_prompt(r, described[r["image"]], tries[r["id"]]), r),
+                                               {r["id"]: r for r in todo if r["id"] not in drafts}, args.concurrency))
             todo = [r for r in todo if r["id"] in drafts]
             for r, verdict in zip(todo, judge([drafts[r["id"]] for r in todo], todo), strict=True):
                 if verdict == verdict:  # else F failed: no word on the thought
@@ -674,19 +679,21 @@ def annotate(args):
                     tries[r["id"]].append((text, faults(text, r, truths[r["image"]], verdict)))
                     note(journal, "tried", r["id"], tries[r["id"]][-1])
     good = [dict(r, thought=tries[r["id"]][-1][0]) for r in records if tries[r["id"]] and not tries[r["id"]][-1][1]]
-    bad = Counter(why for r in records if tries[r["id"]] for why in tries[r["id"]][-1][1])
-    unheard = sum(not tries[r["id"]] for r in records)
-    again = sum(len(tries[r["id"]]) > 1 for r in good)
-    print(f"{len(records)} questions: {len(good)} thoughts accepted, {again} of them after a retry; "
-          f"{len(records) - len(good) - unheard} left out; {unheard} without a reply or a verdict, asked again next time")
-    for why, n in bad.most_common():
-        print(f"left out because the last attempt {why}: {n}")
-    for role, counter in (told | {"judge": judge.told}).items():
-        print(f"{role}: " + ", ".join(f"{counter[x]} {x.replace('_', ' ')}" for x in SPENT) + f"; failures: {reasons(counter)}")
+    tell(tries, good, told | {"judge": judge.told})
     expect(good, f"no thought was accepted, {args.out} is not written")
     data.write_records(good, beside(args.out))
     if args.review:
         review(good, described, beside(args.review))
+
+def tell(tries, good, told):
+    """Print what was accepted, what was left out and why, and what it cost."""
+    again, unheard = sum(len(tries[r["id"]]) > 1 for r in good), sum(not attempts for attempts in tries.values())
+    print(f"{len(tries)} questions: {len(good)} thoughts accepted, {again} of them after a retry; "
+          f"{len(tries) - len(good) - unheard} left out; {unheard} without a reply or a verdict, asked again next time")
+    for why, n in Counter(why for attempts in tries.values() if attempts for why in attempts[-1][1]).most_common():
+        print(f"left out because the last attempt {why}: {n}")
+    for role, counter in told.items():
+        print(f"{role}: " + ", ".join(f"{counter[x]} {x.replace('_', ' ')}" for x in SPENT) + f"; failures: {reasons(counter)}")
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Review of the chains of thought</title>
 <style>body{font:15px/1.45 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{width:256px;height:max-content}
