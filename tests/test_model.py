@@ -729,6 +729,30 @@ def test_bf16_on_cuda_agrees_with_fp32_and_lora_learns_at_1e_6(world):
     assert all((p != b).float().mean() > 0.5 for p, b in zip(train, before, strict=True))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("lora", [False, True])
+def test_cuda_graphs_draw_the_policy(lora, world, monkeypatch, recwarn):
+    """On the device a token's step is captured, without a word that it failed; rows leave and it is captured again; what was
+    drawn has the log-probability that the update computes for it, to bf16's precision."""
+    net = with_lora(copy.deepcopy(world.net).to("cuda", torch.bfloat16)) if lora else copy.deepcopy(world.net).cuda()
+    batch = M.encode(world.processor, world.mixed[:4], "cuda")
+    batch["stop_ids"] = torch.arange(0, world.net.config.text_config.vocab_size, 12, device="cuda")
+    captures, capture, drawn, draw = [], M.captured, [], M.draw
+    monkeypatch.setattr(M, "LOOK_EVERY", 4)
+    monkeypatch.setattr(M, "captured", lambda step, y: captures.append(len(y)) or capture(step, y))
+    monkeypatch.setattr(M, "draw", lambda x, *rest: drawn.append(x.log_softmax(-1).max(-1).values) or draw(x, *rest))
+    tokens, mask = M.sample(net, batch, group_size=8, max_new_tokens=40, generator=torch.Generator("cuda").manual_seed(0))
+    assert not [w for w in recwarn if "CUDA graph" in str(w.message)]
+    assert captures[0] == 32 and len(captures) > 1 and captures == sorted(set(captures), reverse=True)
+    first, greedy = drawn[0], M.sample(net, batch, group_size=1, max_new_tokens=40, temperature=0)
+    with torch.no_grad():
+        logp = M.token_logprobs(net, batch, *greedy)
+    torch.testing.assert_close(logp[:, 0, 0], first[::8], rtol=0, atol=5e-2)
+    best = torch.stack([x for x in drawn[-greedy[0].shape[2]:] if len(x) == 4], 1)  # while all four rows are there
+    seen = greedy[1][:, 0, :best.shape[1]]
+    torch.testing.assert_close(logp[:, 0, :best.shape[1]][seen], best[seen], rtol=0, atol=5e-2)
+
+
 def real_shape(folder):
     """A checkpoint folder with Qwen2.5-VL's own vocabulary, tokenizer and image processor, two layers, random weights."""
     source = SHARED / "qwen2_5_vl"
