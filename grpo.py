@@ -281,8 +281,7 @@ def main(argv=None):
         mine = [records[i] for i in order[first:first + questions_a_step]][rank::world]
         batch = M.encode(processor, mine, device)
         if args.lora:  # the vision tower is frozen: policy and reference see the same, once
-            with torch.no_grad():
-                batch = M.see(policy, batch)
+            batch = M.see(policy, batch)
         generator.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)  # a resumed run draws what it would have drawn
         asked = {}  # F, if it is a server, is asked about each group as it ends, while others are still sampled
 

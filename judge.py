@@ -575,8 +575,8 @@ def make_annotator(spec, told, timeout):
         with alone:
             batch = M.tensors(processor, [prompt], [M.image_patches(processor, record)], device)
             tokens, mask = M.sample(net, batch, group_size=1, max_new_tokens=WRITE_TOKENS, temperature=0)
-        count(told, calls=1, prompt_tokens=int(batch["attention_mask"].sum()), completion_tokens=int(mask.sum()))
-        return M.decode(processor, tokens, mask)[0][0].strip() or math.nan
+            count(told, calls=1, prompt_tokens=int(batch["attention_mask"].sum()), completion_tokens=int(mask.sum()))
+            return M.decode(processor, tokens, mask)[0][0].strip() or math.nan
     return write
 
 def write_prompt(record, described, tries):

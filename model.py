@@ -151,9 +151,9 @@ def merged(model):
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and not m.disable_adapters]
     layers = [m for m in layers if m.base_layer.weight.dtype == torch.float32]
     weights = [m.base_layer.weight.data for m in layers]
-    for m in layers:
-        m.base_layer.weight.data = m.base_layer.weight.data + m.get_delta_weight(m.active_adapters[0])
     try:
+        for m in layers:
+            m.base_layer.weight.data = m.base_layer.weight.data + m.get_delta_weight(m.active_adapters[0])
         with model.disable_adapter() if layers else contextlib.nullcontext():
             yield
     finally:
@@ -267,7 +267,9 @@ def see(model, batch):
     Qwen3-VL's "deepstack" of them. Where the tower is frozen one call serves sampling, reference and update."""
     if "pixel_values" not in batch:
         return batch
-    with autocast(model):
+    tower = network(model).model.visual
+    learns = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
+    with torch.set_grad_enabled(learns), autocast(model):
         seen = network(model).model.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
     whole = lambda x: x if torch.is_tensor(x) else torch.cat(list(x))  # noqa: E731  (a tensor an image, or all in one)
     rest = {k: v for k, v in batch.items() if k != "pixel_values"}
@@ -337,7 +339,7 @@ def attend(q, k, v, mask, scaling):
     (N, H, T, d), h = q.shape, k.shape[1]
     out = scaled_dot_product_attention(q.reshape(N, h, H // h * T, d), k, v, scale=scaling,
                                        attn_mask=mask if T == 1 else mask.repeat(1, 1, H // h, 1))
-    return out.view(N, H, T, d)
+    return out.reshape(N, H, T, d)  # the kernels of CUDA differ in the layout they answer in
 
 GROUPED = "one_row_a_group"  # the name under which transformers' layers find it
 transformers.AttentionInterface.register(GROUPED, grouped_attention)
@@ -355,12 +357,12 @@ class KVCache:
     def update(self, k, v, layer, *_, **__):
         """A layer's keys and values -> those to attend to. First the prompt's (N, h, P, d), kept for each of G rows; then a
         token's (rows, h, 1, d), which go to place `at` and are answered with all places before `end`."""
-        if layer == len(self.k):
-            for buffers, x in ((self.k, k), (self.v, v)):
+        if layer == len(self.k):  # under autocast rotary positions leave k in fp32 and v in bf16: both are kept in v's
+            for buffers, x in ((self.k, k.to(v.dtype)), (self.v, v)):
                 buffers.append(x.new_zeros(len(x) * self.G, x.shape[1], x.shape[2] + self.room, x.shape[3]))
                 buffers[-1][:, :, :x.shape[2]] = x.repeat_interleave(self.G, 0)
             return k, v
-        self.k[layer].index_copy_(2, self.at, k)
+        self.k[layer].index_copy_(2, self.at, k.to(v.dtype))
         self.v[layer].index_copy_(2, self.at, v)
         return self.k[layer][:, :, :self.end], self.v[layer][:, :, :self.end]
 
@@ -434,6 +436,7 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
             logits = run(y)
             if graphed and fresh:
                 run, fresh = captured(step, y), False
+                graphed = run is not step  # else not again in this call
     tell(set())
     model.train(training)
     T = int(mask.any(0).sum())
@@ -442,11 +445,14 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
 def captured(step, y):
     """`step` as one CUDA graph -> a function like it, or `step` itself where it can't be captured, which is said."""
     try:
-        graph, given = torch.cuda.CUDAGraph(), y.clone()
-        with torch.cuda.graph(graph):
+        graph, given, stream = torch.cuda.CUDAGraph(), y.clone(), torch.cuda.current_stream(y.device)
+        with torch.cuda.device(y.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(y.device),
+                                                           capture_error_mode="thread_local"):  # other threads may go on
             logits = step(given)
-    except RuntimeError as e:
+    except (RuntimeError, ValueError) as e:  # ValueError: not a CUDA device
         warnings.warn(f"sampling without a CUDA graph, so more slowly: {str(e).splitlines()[0]}", stacklevel=2)
+        if y.is_cuda:
+            torch.cuda.set_stream(stream)
         return step
     def replay(y):
         given.copy_(y)

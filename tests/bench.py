@@ -9,9 +9,9 @@
 Both sides start from the same saved folder and do all of a step: images read, completions of exactly --tokens tokens sampled
 at temperature 1, two rewards or more, the reference's log-probabilities, one AdamW step on every completion. Ours is grpo.main
 as it stands, timed from the end of a step to the end of the next. Memory is the most the process (on CUDA: its tensors) held in
-a step. Decoding is held against the copy bandwidth measured here, in bytes that a token step must read once (weights, keys and
-values); the update against the measured rate of matrix products, in the arithmetic it needs (what is computed again does not
-count).
+a step. The rollout, images and prompts included, is held against the copy bandwidth measured here, in bytes that a token step
+must read once (weights, keys and values); the update against the measured rate of matrix products, in the arithmetic it needs
+(what is computed again does not count).
 """
 import argparse
 import json
@@ -88,6 +88,7 @@ def make_work(a, folder):
     torch.set_default_dtype(torch.bfloat16 if a.shape == "3b" else torch.float32)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         net = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+    torch.set_default_dtype(torch.float32)
     net.generation_config.eos_token_id = net.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     M.save(net, processor, folder)
     Path(folder, "chat_template.jinja").write_text(M.CHAT_TEMPLATE)
@@ -143,7 +144,7 @@ def roofline(a, net, split):
                 torch.cuda.synchronize()
             best = max(best, work / (time.perf_counter() - began))
         return best
-    x, y, m = torch.ones(n, device=device), torch.empty(n, device=device), torch.ones(k, k, device=device, dtype=dtype)
+    x, y, m = torch.ones(n, device=device), torch.empty(n, device=device), torch.randn(k, k, device=device, dtype=dtype)
     copied, multiplied = rate(lambda: y.copy_(x), 2 * x.nbytes), rate(lambda: m @ m, 2 * k**3)
     text = net.config.get_text_config()
     language = sum(p.numel() for p in net.model.language_model.parameters())  # the embedding, too, which is the head as well
@@ -185,12 +186,14 @@ def trl(a):
             ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
     torch.set_num_threads(a.threads)
-    cuda = torch.cuda.is_available()
+    cuda, rows = torch.cuda.is_available(), a.questions * a.G
+    while cuda and rows > max(1, a.micro_tokens // (70 + (a.size // 28)**2 + a.tokens)):  # as many tokens a pass as ours
+        rows //= 2
     _, parts = M.load(a.folder)
     processor = Processor(parts.image_processor, parts.tokenizer, chat_template=M.CHAT_TEMPLATE)
     records = data.read_records([f"{a.folder}/records.jsonl"], "train")
-    rows = [dict(prompt=[dict(role="user", content=data.question_text(r))], image=Image.open(r["path"]), answer=r["answer"])
-            for r in records]
+    examples = [dict(prompt=[dict(role="user", content=data.question_text(r))], image=Image.open(r["path"]), answer=r["answer"])
+                for r in records]
     text = lambda completion: completion[0]["content"]  # noqa: E731
 
     def format_reward(completions, **_):
@@ -212,18 +215,18 @@ def trl(a):
         from peft import LoraConfig
         peft = dict(peft_config=LoraConfig(r=a.lora, lora_alpha=2 * a.lora, target_modules=M.LORA_TARGETS))
     config = GRPOConfig(
-        output_dir=f"{a.folder}/trl", per_device_train_batch_size=a.questions * a.G if not cuda else a.G, num_generations=a.G,
-        gradient_accumulation_steps=1 if not cuda else a.questions, max_completion_length=a.tokens,
+        output_dir=f"{a.folder}/trl", per_device_train_batch_size=rows, num_generations=a.G,
+        gradient_accumulation_steps=a.questions * a.G // rows, max_completion_length=a.tokens,
         generation_kwargs=dict(min_new_tokens=a.tokens), temperature=1.0, beta=0.04, epsilon=0.2, loss_type="grpo",
-        learning_rate=1e-5, lr_scheduler_type="constant", max_grad_norm=1.0, max_steps=a.steps + a.warmup, report_to="none",
-        save_strategy="no", use_cpu=not cuda, bf16=cuda, gradient_checkpointing=a.checkpointing, seed=0, disable_tqdm=True,
-        model_init_kwargs=dict(dtype="bfloat16" if cuda else "float32"))
-    trainer = GRPOTrainer(model=a.folder, processing_class=processor, args=config, train_dataset=Dataset.from_list(rows),
+        learning_rate=1e-5, lr_scheduler_type="constant", max_grad_norm=1.0, max_steps=a.steps + a.warmup, logging_steps=1,
+        report_to="none", save_strategy="no", use_cpu=not cuda, bf16=cuda, gradient_checkpointing=a.checkpointing, seed=0,
+        disable_tqdm=True, model_init_kwargs=dict(dtype="bfloat16" if cuda and a.lora else "float32"))
+    trainer = GRPOTrainer(model=a.folder, processing_class=processor, args=config, train_dataset=Dataset.from_list(examples),
                           reward_funcs=[format_reward, accuracy_reward], callbacks=[Clock()], **peft)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its log
         trainer.train()
     lengths = [x["completions/mean_length"] for x in trainer.state.log_history if "completions/mean_length" in x]
-    assert all(x == a.tokens for x in lengths), lengths
+    assert lengths and all(x == a.tokens for x in lengths), f"a completion stopped early: {lengths}"
     return dict(seconds=[y - x for x, y in zip(ends[a.warmup - 1:], ends[a.warmup:], strict=False)],
                 peak_mb=max(peaks[a.warmup:]), version=peer.__version__)
 
