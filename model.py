@@ -349,7 +349,7 @@ transformers.AttentionMaskInterface.register(GROUPED, sdpa_mask)  # in a stock f
 
 class KVCache:
     """The keys and values of the rows that are sampled, in buffers of their final length: each token is written where it
-    belongs. transformers' DynamicCache copies all of them at every token, which was half of a rollout's time."""
+    belongs. transformers' DynamicCache copies all of them at every token, which was 43 % of a rollout's time on the CPU."""
 
     def __init__(self, G, room):
         self.G, self.room, self.k, self.v, self.at, self.end = G, room, [], [], None, None
