@@ -29,7 +29,7 @@ import model as M
 from data import DataError
 from judge import make_judge, parse_spec, reasons, visible_thought
 from rewards import parse_completion, total_reward
-from sft import BETAS, epoch_order, knobs, load_state, log, open_run, save_state, trained
+from sft import epoch_order, knobs, load_state, log, open_run, save_state, trainable
 
 # name: (tiny preset, paper preset, unit and meaning [, choices])
 KNOBS = dict(
@@ -227,6 +227,13 @@ def tick(clock, device):
         torch.cuda.synchronize()
     clock.append((time.perf_counter(), M.peak_memory(device)))
 
+def phases(clock):
+    """The ticks of a step -> each phase's seconds and peak memory, for the log."""
+    out = {}
+    for name, before, after in zip(("rollout", "reference", "judge", "update"), clock, clock[1:], strict=False):
+        out |= {f"seconds_{name}": after[0] - before[0], f"peak_mb_{name}": round(after[1])}
+    return out
+
 def show(folder, step, records, texts, rewards):
     """Append some groups to completions.jsonl, for eyes."""
     with open(os.path.join(folder, "completions.jsonl"), "a") as f:
@@ -247,17 +254,13 @@ def main(argv=None):
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
     sft_copy = None if args.lora else frozen_copy(policy)
-    policy = M.add_lora(policy, args.lora, args.seed) if args.lora else policy.requires_grad_(True)
-    if args.checkpointing:
-        M.keep_less(policy)
+    policy, parameters, optimizer = trainable(policy, args)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency, timeout=args.judge_timeout,
                        cache=os.path.join(args.root, "verdicts"),
                        reference=(lambda: reference_of(policy, sft_copy), processor.tokenizer))
     if rank == 0:
         check_gold(records, judge, args.judge == "lexical")
     open_run(args.out, args, rank)
-    parameters = list(trained(policy).values())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay)
     generator = torch.Generator(device)
     questions_a_step = args.batch // args.G
     epoch_rollouts = max(1, len(records) // questions_a_step)
@@ -350,9 +353,6 @@ def main(argv=None):
             consistency=(without_failures(con).sum().item(), n), judge_failed=(failed, len(told)), thoughts_cut=(sum(told), n),
             no_spread=((R.max(1).values - R.min(1).values < 1e-6).sum().item(), len(mine)),
             entropy=(-torch.cat(logps).sum().item(), length), length=(length, n), truncated=((~ended).sum().item(), n)))
-        phases = {}
-        for name, before, after in zip(("rollout", "reference", "judge", "update"), clock, clock[1:], strict=False):
-            phases |= {f"seconds_{name}": after[0] - before[0], f"peak_mb_{name}": round(after[1])}
         done = step + args.mu
         recent.append(figures["judge_failed"])
         lost = len(recent) == args.judge_window and sum(recent) / len(recent) > args.judge_failures
@@ -363,7 +363,7 @@ def main(argv=None):
         bar.set_postfix(reward=f"{figures['reward']:.3f}", accuracy=f"{figures['accuracy']:.2f}", kl=f"{figures['kl']:.3f}")
         if rank == 0:
             log(args.out, step=done, **figures, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                tokens_per_second=figures["length"] * args.batch / (clock[-1][0] - clock[0][0]), **phases)
+                tokens_per_second=figures["length"] * args.batch / (clock[-1][0] - clock[0][0]), **phases(clock))
             if rollout % args.show_every == 0:
                 show(args.out, done, mine[:4], texts[:4], torch.stack([fmt, acc, con, R], -1)[:4])
             if done >= end or lost or args.save_every and done // args.save_every > step // args.save_every:

@@ -148,8 +148,8 @@ def add_lora(net, rank, seed=0):
 def merged(model):
     """Inside, LoRA is part of an fp32 network's weights: a matrix costs one product a token and not three. After, the weights
     are put back, not subtracted from: not a bit of them changes. In bf16 a small update would be rounded away, so not there."""
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and not m.disable_adapters]
-    layers = [m for m in layers if m.base_layer.weight.dtype == torch.float32]
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and not m.disable_adapters
+              and m.base_layer.weight.dtype == torch.float32]
     weights = [m.base_layer.weight.data for m in layers]
     try:
         for m in layers:
@@ -241,9 +241,6 @@ def prompt_positions(net, batch):
                                             image_grid_thw=batch.get("image_grid_thw"))
     positions = positions.masked_fill(batch["attention_mask"][None] == 0, 0)
     return positions, positions.amax(dim=(0, 2)) + 1 + batch.get("skip", 0)
-
-def images_of(batch):
-    return {k: batch[k] for k in ("pixel_values", "image_grid_thw") if k in batch}
 
 def never_drawn(net):
     """Ids a completion may not hold: an image token without an image breaks the next forward pass."""
@@ -413,7 +410,7 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
     with merged(model), autocast(model):
         h = hidden_states(net, batch["input_ids"], causal_mask(batch["attention_mask"]), positions, see(model, batch), cache)
         logits = next_token_logits(net, h[:, -1], temperature or 1.0).repeat_interleave(G, 0)              # (rows, V)
-        run, fresh = step, True  # fresh: the first token after rows have left runs as it is, which a capture needs anyway
+        run = None  # the captured step: none for the first token after rows have left, which a capture needs run as it is
         for t in range(max_new_tokens):
             y = torch.where(alive, draw(logits, temperature, top_p, generator), pad)       # (rows,)
             tokens[rows, t], mask[rows, t] = y, alive
@@ -430,12 +427,12 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
                     stay = alive.nonzero()[:, 0]
                     cache.keep(stay)
                     rows, alive, y, seen, position = rows[stay], alive[stay], y[stay], seen[stay], position[stay]
-                    run, fresh = step, True
+                    run = None
             if not graphed:
                 cache.end = P + t + 1
-            logits = run(y)
-            if graphed and fresh:
-                run, fresh = captured(step, y), False
+            logits = (run or step)(y)
+            if graphed and not run:
+                run = captured(step, y)
                 graphed = run is not step  # else not again in this call
     tell(set())
     model.train(training)

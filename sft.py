@@ -135,6 +135,14 @@ def trained(policy):
     """The parameters that are trained, by name: what a checkpoint must hold to go on bit for bit."""
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
+def trainable(policy, args):
+    """LoRA of rank --lora, or every parameter, to be trained -> policy, its trained parameters, their optimiser."""
+    policy = M.add_lora(policy, args.lora, args.seed) if args.lora else policy.requires_grad_(True)
+    if args.checkpointing:
+        M.keep_less(policy)
+    parameters = list(trained(policy).values())
+    return policy, parameters, torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay)
+
 def learning_rate(step, steps, peak, warmup):
     """Linear rise over warmup * steps, then a cosine to 0. `step` counts from 0."""
     rise = max(1, round(warmup * steps))
@@ -351,11 +359,7 @@ def main(argv=None):
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
     M.check_texts(processor, records, data.answer_text)  # a record without a thought is an error now, not after an hour
     open_run(args.out, args, rank)
-    policy = M.add_lora(policy, args.lora, args.seed) if args.lora else policy.requires_grad_(True)
-    if args.checkpointing:
-        M.keep_less(policy)
-    parameters = list(trained(policy).values())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay)
+    policy, parameters, optimizer = trainable(policy, args)
     steps = math.ceil(args.epochs * (epoch_steps := max(1, len(records) // args.batch)))
     start = load_state(args, policy, optimizer, rank) if args.resume else 0
     end = min(steps, args.max_steps or steps)

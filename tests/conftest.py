@@ -53,3 +53,8 @@ def seeded(monkeypatch):
     """Every test starts from the same random state and with no images remembered from another test's processor."""
     torch.manual_seed(0)
     monkeypatch.setattr(M, "_patches", {})
+
+
+def images_of(batch):
+    """What a stock forward pass takes of a batch beside ids and mask."""
+    return {k: batch[k] for k in ("pixel_values", "image_grid_thw") if k in batch}

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from conftest import images_of
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, BertConfig, GPT2Config
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -134,7 +135,7 @@ def first_token_probs(net, batch, temperature):
 
 def stock_logits(net, batch):
     with torch.no_grad():
-        return net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **M.images_of(batch),
+        return net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **images_of(batch),
                    mm_token_type_ids=(batch["input_ids"] == net.config.image_token_id).int()).logits
 
 
@@ -371,7 +372,7 @@ def test_greedy_equals_generate(name, world):
     free, _ = M.sample(net, batch | dict(stop_ids=torch.tensor([-1])), group_size=1, max_new_tokens=14, temperature=0)
     batch["stop_ids"] = torch.stack([free[0, 0, 3], free[1, 0, 6]])  # some rows end early
     tokens, mask = M.sample(net, batch, group_size=1, max_new_tokens=14, temperature=0)
-    stock = net.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **M.images_of(batch),
+    stock = net.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **images_of(batch),
                          mm_token_type_ids=(batch["input_ids"] == net.config.image_token_id).int(), do_sample=False,
                          max_new_tokens=14, suppress_tokens=M.never_drawn(net).tolist(), pad_token_id=batch["pad_id"],
                          eos_token_id=batch["stop_ids"].tolist())[:, batch["input_ids"].shape[1]:]

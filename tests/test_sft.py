@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import images_of
 
 import data
 import grpo
@@ -46,7 +47,7 @@ def test_sft_loss_is_the_stock_loss_on_the_answer_alone(world):
     seen = torch.cat([batch["attention_mask"], mask[:, 0].long()], 1)
     labels = torch.full_like(ids, -100)
     labels[:, batch["input_ids"].shape[1]:][mask[:, 0]] = tokens[:, 0][mask[:, 0]]
-    stock = net(input_ids=ids, attention_mask=seen, labels=labels, **M.images_of(batch),
+    stock = net(input_ids=ids, attention_mask=seen, labels=labels, **images_of(batch),
                 mm_token_type_ids=(ids == net.config.image_token_id).int()).loss
     stock.backward()
     hook.remove()
