@@ -422,6 +422,23 @@ def test_top_p_keeps_the_smallest_set_that_holds_p(world):
     assert p_value(torch.bincount(drawn, minlength=len(p)), q) > 1e-3
 
 
+def test_what_has_no_probability_is_never_drawn():
+    """Words of probability 0 at both ends and between, and one of 1e-12: drawn by where a number falls on the cumulative."""
+    logits = torch.tensor([0, 0.6, 0, 0.4, 1e-12, 0]).log().expand(200_000, -1)
+    assert set(M.draw(logits, 1.0, 1.0, torch.Generator().manual_seed(0)).tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_attention_over_one_token_is_the_plain_one(heads):
+    """The few lines for decoding on a CPU against torch's kernel with keys and values copied to every head, 1e-5."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, h, t, 8, generator=g) for h, t in ((heads, 1), (2, 11), (2, 11)))
+    mask = torch.rand(3, 1, 1, 11, generator=g) < 0.7
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        q, *(x.repeat_interleave(heads // 2, 1) for x in (k, v)), attn_mask=mask, scale=0.3)
+    assert (M.attend(q, k, v, mask, 0.3) - plain).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_vision_ids_are_never_drawn(temperature, world):
     """A sampled image token has no image and breaks the next forward pass: such ids are out of the distribution, in sampling
