@@ -70,12 +70,10 @@ def knobs(table, doc, argv=None):
     parser.add_argument("--preset", choices=["tiny", "paper"], help="which defaults to take (chosen by the model if not given)")
     parser.add_argument("--print", action="store_true", help="print the knobs as they would be used, and stop")
     given = parser.parse_args(argv)
-    small = given.model is None or M.is_tiny(given.model)
-    preset = given.preset or ("tiny" if small else "paper")
+    given.preset = given.preset or ("tiny" if given.model is None or M.is_tiny(given.model) else "paper")
     for name, values in table.items():
         if getattr(given, name) is None:
-            setattr(given, name, values[("tiny", "paper").index(preset)])
-    given.preset = preset
+            setattr(given, name, values[("tiny", "paper").index(given.preset)])
     for name in vars(given):
         value = getattr(given, name)
         if isinstance(value, float | int) and not 0 <= value < math.inf or value == 0 and name in POSITIVE:
@@ -96,8 +94,7 @@ def open_run(folder, args, rank):
     if os.path.exists(os.path.join(folder, "metrics.jsonl")) and not args.resume:
         print(f"{folder} held an earlier run: moved to {data.move_aside(folder)}")
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "knobs.json"), "w") as f:
-        json.dump(vars(args), f, indent=2)
+    data.write_text(os.path.join(folder, "knobs.json"), json.dumps(vars(args), indent=2))
 
 def log(folder, **figures):
     """Append one line to metrics.jsonl."""
@@ -169,8 +166,9 @@ def sft_loss(logp, mask, tokens_in_batch):
 # A random network does not learn to name an option by its letter, nor to see, from think-then-answer targets alone: the few
 # tokens that matter drown among the many that don't. Real base models bring both along; this makes a tiny one that does, half.
 LETTER_STAGES = (*((n, 0) for n in (4, 8, 16, 32, 100)), *((100, s) for s in (8, 16, 32, 64)), (100, 0))  # (names, skip)
+LETTER_ALIKE = 16        # names from which on a third of the prompts are of places, told apart by their second word
 LETTER_SOLVED = 0.75     # mean probability of the right letter at which the next stage begins
-LETTER_FULL = 0.85       # that of the last stage, in full prompts
+LETTER_FULL = 0.9        # that of the last stage, in full prompts
 LETTER_BATCH = 16        # prompts a step; as many steps are needed with 24
 LETTER_STEPS = 2000      # at most this many steps of letters alone
 EYE_STEPS = 300          # steps of the vision tower under a linear head
@@ -195,7 +193,9 @@ def letter_batch(processor, names, skip, records, rng, n):
     """
     prompts, openings, completions = [], [], []
     for _ in range(n):
-        options, between = rng.choice(names, 4, replace=False).tolist(), rng.choice(["", ".</think><answer>"])
+        alike = len(names) >= LETTER_ALIKE and not records and rng.random() < 1 / 3
+        options = rng.choice(list(data.LOCATIONS) if alike else names, 4, replace=False).tolist()
+        between = rng.choice(["", ".</think><answer>"])
         prompts.append("\n".join(map("{}) {}".format, "ABCD", options)))
         openings.append("")
         if records:
@@ -317,13 +317,11 @@ def make_base(folder, records, seed):
     images, labels, captions = base_images(processor, seed)
     open_eyes(net, images, labels, rng)
     learn_to_read(net, processor, records, images, captions, rng)
-    os.makedirs(folder, exist_ok=True)
     M.save(net, processor, folder)
-    with open(os.path.join(folder, "base.json"), "w") as f:
-        json.dump(base_recipe(seed), f)
+    data.write_text(os.path.join(folder, "base.json"), json.dumps(base_recipe(seed)))
 
 def base_recipe(seed):
-    return dict(seed=seed, letters=[[list(s) for s in LETTER_STAGES], LETTER_SOLVED, LETTER_FULL, LETTER_STEPS],
+    return dict(seed=seed, letters=[[list(s) for s in LETTER_STAGES], LETTER_ALIKE, LETTER_SOLVED, LETTER_FULL, LETTER_STEPS],
                 wording=WORDING_EVERY, eyes=EYE_STEPS, reading=READ_STEPS, images=BASE_IMAGES)
 
 def prepare_tiny(args, rank):
@@ -367,8 +365,7 @@ def main(argv=None):
     bar = tqdm(range(start, end), initial=start, total=end, desc="sft", unit="step", disable=rank > 0)
     for step in bar:
         began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args.lr, args.warmup)
 
         # This step's questions: the same global batch whatever the number of processes, of which each takes every world-th.
         order = epoch_order(len(records), step // epoch_steps, args.seed)
