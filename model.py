@@ -469,11 +469,12 @@ def draw(logits, temperature, top_p, generator):
     if top_p < 1:
         probs, order = probs.sort(-1, descending=True)
         probs[probs.cumsum(-1) - probs >= top_p] = 0
-    # Where a uniform number falls on the cumulative distribution. torch.multinomial draws one for each of the V words: a tenth
-    # of a rollout on the CPU.
-    c = probs.double().cumsum(-1)                                                          # (rows, V)
-    u = torch.rand(len(c), 1, dtype=c.dtype, device=c.device, generator=generator)
-    y = torch.searchsorted(c, u * c[:, -1:], right=True)                                   # (rows, 1)
+    if probs.is_cuda:
+        y = torch.multinomial(probs, 1, generator=generator)                               # (rows, 1)
+    else:  # multinomial draws a number for each of the V words, which takes a CPU a tenth of a rollout; here one for each row
+        c = probs.double().cumsum(-1)
+        u = torch.rand(len(c), 1, dtype=c.dtype, generator=generator)
+        y = torch.searchsorted(c, u * c[:, -1:], right=True)
     return (y if order is None else order.gather(-1, y))[:, 0]
 
 def decode(processor, tokens, mask):
