@@ -184,7 +184,7 @@ def image_patches(processor, record):
     ip = processor.image_processor
     key = (record["path"], ip.patch_size, ip.merge_size, ip.size["shortest_edge"], ip.size["longest_edge"])
     if key not in _patches:
-        out = processor.image_processor(images=[load_image(record)], return_tensors="pt")
+        out = ip(images=[load_image(record)], return_tensors="pt")
         entry = out["pixel_values"], out["image_grid_thw"]
         if entry[0].nbytes * (len(_patches) + 1) > PIXEL_CACHE:
             return entry

@@ -241,6 +241,11 @@ def test_a_step_learns_and_micro_batches_change_nothing(world, tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------- the tiny base
 
+def options_of(prompt):
+    """A prompt's text -> {letter: option}, read off its lines "A) ..."."""
+    return dict(line.split(") ", 1) for line in prompt.replace("<|im_end|>", "").splitlines() if line[1:3] == ") ")
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_a_lesson_of_letters_asks_for_the_right_letter_and_nothing_else(full, world):
     """Each of a prompt's four completions names another of its options and ends with that option's letter, the only token the
@@ -252,7 +257,7 @@ def test_a_lesson_of_letters_asks_for_the_right_letter_and_nothing_else(full, wo
     read = world.processor.tokenizer.decode
     for prompt, mask, group, marked in zip(batch["input_ids"], batch["attention_mask"], tokens, letters, strict=True):
         prompt = read(prompt[mask.bool()])
-        options = dict(line.split(") ", 1) for line in prompt.replace("<|im_end|>", "").splitlines() if line[1:3] == ") ")
+        options = options_of(prompt)
         assert list(options) == [*"ABCD"] and len(set(options.values())) == 4 and ("<think>" in prompt) == full
         for letter, y, m in zip("ABCD", group, marked, strict=True):
             said = read(y[:int(m.nonzero()) + 1])
@@ -262,13 +267,13 @@ def test_a_lesson_of_letters_asks_for_the_right_letter_and_nothing_else(full, wo
 
 def test_a_third_of_the_lessons_are_names_that_differ_by_their_second_word(world):
     """From LETTER_ALIKE names on: four places of five. Before that a name is known by its first word."""
-    names, rng = np.array(sorted({x for r in world.records for x in r["options"]})), np.random.default_rng(0)
+    names = np.array(sorted({x for r in world.records for x in r["options"]} - {*data.LOCATIONS}))
+    rng = np.random.default_rng(0)
 
     def places(names):
         ids = sft.letter_batch(world.processor, names, 0, None, rng, 200)[0]["input_ids"]
         told = [{p for p in data.LOCATIONS if p in text} for text in world.processor.tokenizer.batch_decode(ids)]
         return sum(len(x) == 4 for x in told) / len(told)
-    names = np.array([x for x in names if x not in data.LOCATIONS])
     assert places(names[:sft.LETTER_ALIKE - 1]) == 0
     assert 0.2 < places(names) < 0.45
 
@@ -281,8 +286,7 @@ def test_lessons_of_wording_conclude_on_every_option_behind_another_image(world)
     read = world.processor.tokenizer.decode
     judge = make_judge("lexical")
     for prompt, group, y, m in zip(batch["input_ids"], texts, tokens, letters, strict=True):
-        prompt = read(prompt)
-        options = [line[3:].replace("<|im_end|>", "") for line in prompt.splitlines() if line[1:3] == ") "]
+        options = [*options_of(read(prompt)).values()]
         parsed = [rewards.parse_completion(text) for text in group]
         assert [answer for _, answer in parsed] == [read(a[b]) for a, b in zip(y, m, strict=True)] == [*"ABCD"]
         assert judge([thought for thought, _ in parsed], [dict(question="", options=options)] * 4) == [*"ABCD"]
