@@ -595,7 +595,7 @@ def test_frozen_copy_stays(world):
 # ---------------------------------------------------------------------------------------------------------------- save and load
 
 def test_saved_folder_is_a_plain_hugging_face_folder(world):
-    """Our checkpoints load with stock transformers: same weights to the bit, safetensors alone, stock class names in the JSON
+    """Our checkpoints load with stock transformers: same logits to the bit, safetensors alone, stock class names in the JSON
     files (what AutoProcessor goes by), the chat template, ids that round-trip."""
     files = set(os.listdir(world.folder))
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"} <= files
@@ -603,10 +603,8 @@ def test_saved_folder_is_a_plain_hugging_face_folder(world):
     batch = M.encode(world.processor, world.mixed[:3])
     expected = stock_logits(world.net, batch)
     ours, processor = M.load(world.folder)
-    for net in (ours, AutoModelForImageTextToText.from_pretrained(world.folder)):
-        weights = net.state_dict()
-        assert not net.training and all(torch.equal(weights[k], v) for k, v in world.net.state_dict().items())
-        assert torch.allclose(stock_logits(net, batch), expected, atol=1e-5)  # where weights lie in memory may round otherwise
+    assert torch.equal(stock_logits(ours, batch), expected) and not ours.training
+    assert torch.equal(stock_logits(AutoModelForImageTextToText.from_pretrained(world.folder).eval(), batch), expected)
 
     again = M.encode(processor, world.mixed[:3])
     assert all(torch.equal(again[k], v) for k, v in batch.items() if torch.is_tensor(v)) and again["pad_id"] == batch["pad_id"]
@@ -626,18 +624,6 @@ def test_saved_folder_is_a_plain_hugging_face_folder(world):
         pytest.skip("all but the stock image processor was seen: this transformers wants torchvision for it")
     pixels = images(images=[data.load_image(world.mixed[0])], return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, M.image_patches(world.processor, world.mixed[0])[0])
-
-
-def test_the_tiny_tokenizer_keeps_names_whole_and_everything_else_too(world, tmp_path):
-    """Each option's name is one token in a sentence, before and after a checkpoint: the tiny network tells names by their first
-    token. A longer word that begins with a name isn't cut, and any text comes back as it was."""
-    reloaded = M.load(world.folder)[1].tokenizer
-    for tokenizer in (world.processor.tokenizer, reloaded):
-        for name in {x for r in world.records for x in r["options"]}:
-            assert tokenizer.tokenize(f"So it is {name}.")[-2].replace("\u0120", " ") == f" {name}"
-        assert "\u0120Left\u0120Upper" not in tokenizer.tokenize("in the Left Uppermost")
-        for text in ("It's 3.5 cm,  two X-rays:\n\n na\u00efve\tLeft Upper", "", " ", "<think>CT</think>"):
-            assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 @pytest.mark.parametrize("name", FAMILIES)
