@@ -40,7 +40,7 @@ KNOBS = dict(
     root=("out", "out", "folder under which everything is written"),
     out=(None, None, "folder of this run (default: ROOT/grpo)"),
     seed=(0, 0, "seed of the sampling, of LoRA and of the order of the questions"),
-    epochs=(3.5, 1.0, "passes over the training questions (paper: 1)"),
+    epochs=(4.0, 1.0, "passes over the training questions (paper: 1)"),
     batch=(128, 64, "completions an optimiser step over all processes (paper: global batch 64)"),
     G=(8, 8, "completions a question: the group (paper: G = 8)"),
     max_new_tokens=(80, 512, "tokens at which a completion is cut off"),

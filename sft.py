@@ -166,9 +166,9 @@ def sft_loss(logp, mask, tokens_in_batch):
 # A random network does not learn to name an option by its letter, nor to see, from think-then-answer targets alone: the few
 # tokens that matter drown among the many that don't. Real base models bring both along; this makes a tiny one that does, half.
 LETTER_STAGES = (*((n, 0) for n in (4, 8, 16, 32, 100)), *((100, s) for s in (8, 16, 32, 64)), (100, 0))  # (names, skip)
-LETTER_ALIKE = 16        # names from which on a third of the prompts are of places, told apart by their second word
+LETTER_OWN = 16          # names from which on half of the prompts have the options of a record
 LETTER_SOLVED = 0.75     # mean probability of the right letter at which the next stage begins
-LETTER_FULL = 0.9        # that of the last stage, in full prompts
+LETTER_FULL = 0.95       # that of the last stage, in full prompts
 LETTER_BATCH = 16        # prompts a step; as many steps are needed with 24
 LETTER_STEPS = 2000      # at most this many steps of letters alone
 EYE_STEPS = 300          # steps of the vision tower under a linear head
@@ -183,27 +183,27 @@ def groups_of_four(processor, completions, from_end):
     tokens, mask = (x.view(len(completions) // 4, 4, -1) for x in M.encode_completions(processor, completions))
     return tokens, mask, torch.zeros_like(mask).scatter(-1, mask.sum(-1, keepdim=True) - from_end, True)
 
-def letter_batch(processor, names, skip, records, rng, n):
+def letter_batch(processor, names, skip, records, full, rng, n):
     """n text-only prompts of four options, each with a group of four completions, one for each option: its name, then its
     letter: "cystB" or "cyst.</think><answer>B", by turns, for the way from name to letter is easier to find the shorter it is.
     The four share their prompt and don't see each other, so no letter can be guessed by elimination; up to `skip` positions
-    between prompt and completion are left free, so that the distance doesn't matter. With records the prompt is in full: a
-    record's question with its options or others, and its thought, all of it or the end, up to the conclusion.
+    between prompt and completion are left free, so that the distance doesn't matter. The options are four of `names`, or by
+    turns, from LETTER_OWN names on, a record's own. `full`: the prompt is that record's question with these options, and its
+    thought, all of it or the end, up to the conclusion.
     -> batch, tokens (n, 4, T), mask of the letters alone.
     """
     prompts, openings, completions = [], [], []
     for _ in range(n):
-        alike = len(names) >= LETTER_ALIKE and not records and rng.random() < 1 / 3
-        options = rng.choice(list(data.LOCATIONS) if alike else names, 4, replace=False).tolist()
-        between = rng.choice(["", ".</think><answer>"])
-        prompts.append("\n".join(map("{}) {}".format, "ABCD", options)))
-        openings.append("")
-        if records:
-            r, between = records[rng.integers(len(records))], ".</think><answer>"
-            options = options if rng.random() < 0.5 else r["options"]
+        r = rng.choice(records)
+        own = len(names) >= LETTER_OWN and rng.random() < 0.5
+        options = r["options"] if own else rng.choice(names, 4, replace=False).tolist()
+        prompt, opening, between = "\n".join(map("{}) {}".format, "ABCD", options)), "", rng.choice(["", ".</think><answer>"])
+        if full:
             sentences = r["thought"].removesuffix(f" {data.right_option(r)}.").split(". ")
-            openings[-1] = "<think>" + ". ".join(sentences[rng.integers(len(sentences)):])
-            prompts[-1] = data.question_text(dict(r, options=options))
+            opening, between = "<think>" + ". ".join(sentences[rng.integers(len(sentences)):]), ".</think><answer>"
+            prompt = data.question_text(dict(r, options=options))
+        prompts.append(prompt)
+        openings.append(opening)
         completions += [f" {x}{between}{letter}" for letter, x in zip("ABCD", options, strict=True)]
     tokens, _, letters = groups_of_four(processor, completions, 2)                         # the letter, then the stop token
     batch = M.tensors(processor, prompts, [None] * n, openings=openings)
@@ -266,7 +266,7 @@ def learn_letters(net, processor, names, records, rng):
     for k in (bar := tqdm(range(LETTER_STEPS), desc="base: letters", unit="step")):
         n, skip = LETTER_STAGES[stage]
         full = stage + 1 == len(LETTER_STAGES)
-        batch, tokens, letters = letter_batch(processor, names[:n], skip, records if full else None, rng, LETTER_BATCH)
+        batch, tokens, letters = letter_batch(processor, names[:n], skip, records, full, rng, LETTER_BATCH)
         logp = M.token_logprobs(net, batch, tokens, letters)[letters]
         loss = -logp.mean()
         if k % WORDING_EVERY == 0:
@@ -309,10 +309,10 @@ def descend(optimizer, loss, k, lr=BASE_LR):
 def make_base(folder, records, seed):
     """The tiny base of the phantoms, written to `folder`: letters, then eyes, then reading."""
     texts = [f"{data.question_text(r)} {data.answer_text(r)}" for r in records]
-    net, processor = M.build_tiny(texts, image_size=data.SIZE, seed=seed)
+    names = sorted({o for r in records for o in r["options"]})
+    net, processor = M.build_tiny(texts, names, image_size=data.SIZE, seed=seed)
     rng = np.random.default_rng([seed, 2])
-    names = rng.permutation(sorted({o for r in records for o in r["options"]})).tolist()
-    names = np.array(sorted(names, key=lambda x: len(processor.tokenizer(" " + x)["input_ids"])))  # one-token names first
+    names = rng.permutation(names)
     learn_letters(net, processor, names, records, rng)
     images, labels, captions = base_images(processor, seed)
     open_eyes(net, images, labels, rng)
@@ -321,7 +321,7 @@ def make_base(folder, records, seed):
     data.write_text(os.path.join(folder, "base.json"), json.dumps(base_recipe(seed)))
 
 def base_recipe(seed):
-    return dict(seed=seed, letters=[[list(s) for s in LETTER_STAGES], LETTER_ALIKE, LETTER_SOLVED, LETTER_FULL, LETTER_STEPS],
+    return dict(seed=seed, letters=[[list(s) for s in LETTER_STAGES], LETTER_OWN, LETTER_SOLVED, LETTER_FULL, LETTER_STEPS],
                 wording=WORDING_EVERY, eyes=EYE_STEPS, reading=READ_STEPS, images=BASE_IMAGES)
 
 def prepare_tiny(args, rank):

@@ -36,7 +36,8 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     jsonl = data.make_phantoms(str(root / "phantoms"), 0, 40)
     records = data.read_records(jsonl)
-    net, processor = M.build_tiny([data.question_text(r) + " " + data.answer_text(r) for r in records], image_size=data.SIZE)
+    net, processor = M.build_tiny([data.question_text(r) + " " + data.answer_text(r) for r in records],
+                                  {x for r in records for x in r["options"]}, image_size=data.SIZE)
     folder = root / "tiny"
     folder.mkdir()
     M.save(net, processor, str(folder))

@@ -628,6 +628,18 @@ def test_saved_folder_is_a_plain_hugging_face_folder(world):
     assert torch.equal(pixels, M.image_patches(world.processor, world.mixed[0])[0])
 
 
+def test_the_tiny_tokenizer_keeps_names_whole_and_everything_else_too(world, tmp_path):
+    """Each option's name is one token in a sentence, before and after a checkpoint: the tiny network tells names by their first
+    token. A longer word that begins with a name isn't cut, and any text comes back as it was."""
+    reloaded = M.load(world.folder)[1].tokenizer
+    for tokenizer in (world.processor.tokenizer, reloaded):
+        for name in {x for r in world.records for x in r["options"]}:
+            assert tokenizer.tokenize(f"So it is {name}.")[-2].replace("\u0120", " ") == f" {name}"
+        assert "\u0120Left\u0120Upper" not in tokenizer.tokenize("in the Left Uppermost")
+        for text in ("It's 3.5 cm,  two X-rays:\n\n na\u00efve\tLeft Upper", "", " ", "<think>CT</think>"):
+            assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_saved_and_loaded(name, world, tmp_path):
     """Weights survive to the bit, and the folder names the family's own stock processor."""

@@ -252,7 +252,7 @@ def test_a_lesson_of_letters_asks_for_the_right_letter_and_nothing_else(full, wo
     loss sees; in full prompts, they go on with a record's thought where it concludes."""
     names = np.array(sorted({x for r in world.records for x in r["options"]}))
     rng = np.random.default_rng(0)
-    batch, tokens, letters = sft.letter_batch(world.processor, names, 5, world.records if full else None, rng, 12)
+    batch, tokens, letters = sft.letter_batch(world.processor, names, 5, world.records, full, rng, 12)
     assert tokens.shape[:2] == (12, 4) and letters.sum(-1).eq(1).all() and batch["skip"].max() <= 5
     read = world.processor.tokenizer.decode
     for prompt, mask, group, marked in zip(batch["input_ids"], batch["attention_mask"], tokens, letters, strict=True):
@@ -265,17 +265,17 @@ def test_a_lesson_of_letters_asks_for_the_right_letter_and_nothing_else(full, wo
             assert said.endswith(f"</think><answer>{letter}") or not full
 
 
-def test_a_third_of_the_lessons_are_names_that_differ_by_their_second_word(world):
-    """From LETTER_ALIKE names on: four places of five. Before that a name is known by its first word."""
-    names = np.array(sorted({x for r in world.records for x in r["options"]} - {*data.LOCATIONS}))
-    rng = np.random.default_rng(0)
+def test_half_of_the_lessons_have_the_options_of_a_record(world):
+    """From LETTER_OWN names on; before that, none: a record's options would bring names that are not yet asked."""
+    names = np.array(sorted({x for r in world.records for x in r["options"]}))
+    rng, asked = np.random.default_rng(0), {tuple(r["options"]) for r in world.records}
 
-    def places(names):
-        ids = sft.letter_batch(world.processor, names, 0, None, rng, 200)[0]["input_ids"]
-        told = [{p for p in data.LOCATIONS if p in text} for text in world.processor.tokenizer.batch_decode(ids)]
-        return sum(len(x) == 4 for x in told) / len(told)
-    assert places(names[:sft.LETTER_ALIKE - 1]) == 0
-    assert 0.2 < places(names) < 0.45
+    def share(names):
+        ids = sft.letter_batch(world.processor, names, 0, world.records, False, rng, 200)[0]["input_ids"]
+        texts = world.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return sum(tuple(options_of(text).values()) in asked for text in texts) / 200
+    assert share(names[:sft.LETTER_OWN - 1]) < 0.05
+    assert 0.4 < share(names) < 0.6
 
 
 def test_lessons_of_wording_conclude_on_every_option_behind_another_image(world):
