@@ -250,7 +250,8 @@ LESION_RADIUS = (9, 13)   # px, smallest and largest
 LESION_CONTRAST = 0.38    # fraction of the grey range by which a lesion is brighter or darker than what lies under it
 SHOWN = 20                # images or volumes on a source's contact sheet
 SLICES = 4                # of a volume with the lesion, and as many without
-TRAIN_SHARE = 0.7         # of the images; the rest is the test split
+TRAIN_SHARE = 0.7         # of a source's pictures; the rest is the test split
+PHANTOM_SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # val is what a run may look at while it trains
 SIGNS = {"MRI": "Soft tissue and dark bone", "CT": "Grey tissue and white bone", "OCT": "Thin bright layers",
          "Ultrasound": "Speckle and a fan", "Dermoscopy": "Hair and a pink surface", "CE-MRI": "Bright vessels and soft tissue",
          "Endoscopy": "Shiny pink folds", "Fundus": "Red vessels and a bright disc", "X-ray": "White ribs and dark air",
@@ -415,22 +416,22 @@ def ask(image, task, truth, others, rng, decks):
             "options": options, "answer": answer}
 
 # ---- phantoms: questions, thoughts, files -----------------------------------------------------------------------------------
-def phantom_records(facts, rng, group, image, split="train", decks=None):
-    """The records of one image: a healthy one has no true location or pathology; of those with a lesion each second isn't asked
-    for its state, so that Normal and Abnormal are the answer equally often.
+def phantom_records(facts, rng, group, image, split="train", decks=None, report=None):
+    """The records of one image: a healthy one has no true location or pathology. Every second
+    image with a lesion isn't asked for its state, so that Normal and Abnormal are equally often
+    the answer.
 
-    The thought is the same up to its last sentence, which names the right option's text, never a letter. decks, a
-    defaultdict(list) kept from image to image, deals the letters and those turns."""
+    The thoughts of an image are the same up to the last sentence, which names the right option's
+    text, never a letter. They describe the lesion of `report` (facts; default: the true ones).
+    decks, a defaultdict(list) kept from image to image, deals the letters and those turns.
+    """
     m, a, kind, style, place = (facts[k] for k in ("modality", "anatomy", "lesion", "style", "location"))
     decks = defaultdict(list) if decks is None else decks
     asked = {"anatomy": (a, ANATOMIES, "So the organ is"), "modality": (m, MODALITIES, "So this is")}
-    seen = f"{SIGNS[m]} suggest {m}. The region is {a}. "
     if kind:
         asked["location"] = place, LOCATIONS, "So the lesion lies in the"
         asked["pathology"] = kind, KINDS[a], "So the finding is"
-        seen += f"There is {STYLES[style]} in the {place}. This fits {kind}. "
-    else:
-        seen += "There is no lesion. "
+    seen = f"{SIGNS[m]} suggest {m}. The region is {a}. {lesion_text(report or facts)} "
     turns = decks["turns", split]
     turns += [] if turns else rng.permutation(2).tolist()
     if not kind or turns.pop():
@@ -439,32 +440,51 @@ def phantom_records(facts, rng, group, image, split="train", decks=None):
     return [ask({**common, "thought": f"{seen}{so} {truth}."}, task, truth, names, rng, decks)
             for task, (truth, names, so) in sorted(asked.items())]
 
+def lesion_text(facts):
+    if facts["lesion"] is None:
+        return "There is no lesion."
+    seen = STYLES[facts["style"]]
+    return f"There is {seen} in the {facts['location']}. This fits {facts['lesion']}."
+
+
+def careless_report(facts, rng):
+    """What a careless writer reports of an image: a lesion of another style at another place, or
+    one where there is none."""
+    style = rng.choice([x for x in STYLES if x != facts["style"]])
+    location = rng.choice([x for x in LOCATIONS if x != facts["location"]])
+    kind = KINDS[facts["anatomy"]][list(STYLES).index(style)]
+    return {**facts, "lesion": kind, "style": str(style), "location": str(location)}
+
+
 def made_before(out, knobs):
     there = out.exists() and not (out.is_dir() and not os.listdir(out))
     old = (out / "meta.json").read_text() if (out / "meta.json").is_file() else "no finished phantoms"
     expect(not there or old == knobs, f"{out} is there already with {old}, expected {knobs}: remove it or name another folder")
     return there
 
-def make_phantoms(out="out/phantoms", seed=0, n_images=2000):
-    """Draw phantoms into folder `out` (images/, phantoms.jsonl, meta.json), split by image; returns the jsonl's path.
+def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, careless=0.0):
+    """Draw phantoms into folder `out` (images/, phantoms.jsonl, meta.json) -> the jsonl's path.
 
-    Reused if already there with the same knobs, DataError if with others. Drawn in a folder beside and renamed into place."""
-    expect(n_images > 0 and seed >= 0, f"{n_images} images with seed {seed}: expected 1 or more images, a seed of 0 or more")
-    out, knobs = Path(out).absolute(), json.dumps({
-        "seed": seed, "n_images": n_images, "size": SIZE, "lesion_rate": LESION_RATE, "lesion_radius": LESION_RADIUS,
-        "lesion_contrast": LESION_CONTRAST, "train_share": TRAIN_SHARE})
+    The first `thoughts` train images (None: all) keep their chains of thought, the others have
+    "thought": null: a hospital has the answers of all its images from their reports, and few
+    chains of thought. A share `careless` of the thoughts misreports the lesion. Neither changes
+    the images or the questions. Reused if already there with the same knobs, DataError if with
+    others. Drawn in a folder beside and renamed into place.
+    """
+    expect(n_images > 0 and seed >= 0,
+           f"{n_images} images with seed {seed}: expected 1 or more images, a seed of 0 or more")
+    expect(thoughts is None or thoughts >= 0, f"{thoughts} images with thoughts: expected 0 or more")
+    expect(0 <= careless <= 1, f"a share {careless} of careless thoughts: expected 0 to 1")
+    out = Path(out).absolute()
+    knobs = json.dumps({
+        "seed": seed, "n_images": n_images, "thoughts": thoughts, "careless": careless,
+        "size": SIZE, "lesion_rate": LESION_RATE, "lesion_radius": LESION_RADIUS,
+        "lesion_contrast": LESION_CONTRAST, "shares": PHANTOM_SHARES})
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     if not made_before(out, knobs):
         try:
             (part / "images").mkdir(parents=True)
-            train = np.random.default_rng(seed).permutation(n_images) < TRAIN_SHARE * n_images  # (n_images,)
-            records, decks = [], defaultdict(list)
-            for i in tqdm(range(n_images), desc="phantoms", unit="image"):
-                rng, name, split = np.random.default_rng([seed, i]), f"images/{i:05d}.png", "train" if train[i] else "test"
-                lesion = (str(rng.choice(list(STYLES))), str(rng.choice(LOCATIONS))) if rng.random() < LESION_RATE else None
-                pixels, facts = draw_phantom(rng, *PAIRS[i % len(PAIRS)], lesion)
-                Image.fromarray(pixels).save(part / name, compress_level=1)
-                records += phantom_records(facts, rng, f"phantom-{seed}-{i:05d}", name, split, decks)
+            records = draw_phantoms(part, seed, n_images, thoughts, careless)
             write_records(records, part / "phantoms.jsonl")
             (part / "meta.json").write_text(knobs)
             os.rename(part, out)
@@ -474,6 +494,43 @@ def make_phantoms(out="out/phantoms", seed=0, n_images=2000):
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return str(out / "phantoms.jsonl")
+
+
+def draw_phantoms(folder, seed, n_images, thoughts, careless):
+    """The images of make_phantoms, written to `folder` -> their records."""
+    records, decks, in_train = [], defaultdict(list), 0
+    shuffled = np.random.default_rng(seed).permutation(n_images)
+    for i in tqdm(range(n_images), desc="phantoms", unit="image"):
+        split = phantom_split(shuffled[i] / n_images)
+        rng = np.random.default_rng([seed, i])
+        lesion = None
+        if rng.random() < LESION_RATE:
+            lesion = str(rng.choice(list(STYLES))), str(rng.choice(LOCATIONS))
+        pixels, facts = draw_phantom(rng, *PAIRS[i % len(PAIRS)], lesion)
+        name = f"images/{i:05d}.png"
+        Image.fromarray(pixels).save(folder / name, compress_level=1)
+
+        report = facts
+        other = np.random.default_rng([seed, i, 1])  # not rng: the questions must stay the same
+        if other.random() < careless:
+            report = careless_report(facts, other)
+        group = f"phantom-{seed}-{i:05d}"
+        made = phantom_records(facts, rng, group, name, split, decks, report)
+        in_train += split == "train"
+        if split == "train" and thoughts is not None and in_train > thoughts:
+            made = [{**r, "thought": None} for r in made]
+        records += made
+    return records
+
+
+def phantom_split(place):
+    """The split of the image at `place`, 0 to 1, of a shuffled order."""
+    for split, share in PHANTOM_SHARES.items():
+        if place < share:
+            return split
+        place -= share
+    return split
+
 
 def sheet(cells, columns, file):  # (image, label) -> a PNG to look at
     w = 2 * SIZE
@@ -867,6 +924,10 @@ def main():
     p.add_argument("--out", default="out/phantoms", help="folder")
     p.add_argument("--n", type=int, default=2000, help="images")
     p.add_argument("--seed", type=int, default=0, help="of everything drawn")
+    p.add_argument("--thoughts", type=int,
+                   help="train images that keep their chains of thought (default: all)")
+    p.add_argument("--careless", type=float, default=0.0,
+                   help="share of the images whose thoughts misreport the lesion")
     p.add_argument("--show", metavar="PNG", help="draw a contact sheet too")
     p = commands.add_parser("build", help="make MedAD-38K of public sources", **shown)
     p.add_argument("sources", nargs="+", metavar="KEY=DIR", help=", ".join(sorted({s.key for s in SOURCES})))
@@ -877,7 +938,7 @@ def main():
     commands.add_parser("check", help="validate and count questions").add_argument("files", nargs="+")
     args = parser.parse_args()
     if args.command == "phantoms":
-        print(make_phantoms(args.out, args.seed, args.n))
+        print(make_phantoms(args.out, args.seed, args.n, args.thoughts, args.careless))
         return args.show and phantom_sheet(args.show, args.seed)
     if args.command == "build":
         named = {}

@@ -9,6 +9,7 @@ the rewards: rewards.py for format and accuracy, judge.py's F for consistency. B
 
     python eval.py --ckpt out/tiny-base out/sft out/grpo                       # on out/phantoms
     python eval.py --ckpt out/grpo --temperature 1 --seeds 0 1 2               # mean and standard deviation over seeds
+    python eval.py --ckpt SFT=out/sft,out1/sft GRPO=out/grpo,out1/grpo         # a row each: mean +- std over checkpoints
     python eval.py --ckpt out/grpo --image scan.png --question "What is the kind of image?" --options MRI CT
 
 Left out on purpose: partial credit, majority votes, significance tests, several processes. Greedy results do not depend on
@@ -20,7 +21,7 @@ import math
 import os
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from statistics import fmean, stdev
 
 import torch
@@ -36,8 +37,9 @@ from rewards import accuracy_reward, answer_letter, consistency_reward, format_r
 
 # name: (default, unit and meaning [, choices])
 KNOBS = dict(
-    ckpt=(("out/grpo",), "checkpoints to evaluate: folders, or names on the hub"),
-    data=((), "files of records, .jsonl or Med-R1's .json (default: phantoms/phantoms.jsonl beside the first checkpoint)"),
+    ckpt=(("out/grpo",), "checkpoints to evaluate: folders, names on the hub, or NAME=A,B,..: one row, mean and "
+          "standard deviation over the checkpoints A, B, .."),
+    data=((), "files of records, .jsonl or Med-R1's .json (default: phantoms/phantoms.jsonl beside each checkpoint)"),
     split=("test", "which records of these files", data.SPLITS),
     only=((), "of them those with KEY=VALUE, say modality=CT task=anatomy"),
     thinking=("before", "where the completion has its thought: before the answer, after it, or none", tuple(data.INSTRUCTIONS)),
@@ -96,14 +98,24 @@ def score(texts, items, judge):
             for text, r, mode, (thought, answer), verdict in zip(texts, items, modes, parsed, verdicts, strict=True)]
 
 def spread(rows, key="acc"):
-    """Rows of one seed or several -> mean of `key` ("mean" None without a number), "std" over the seeds (n - 1; 0 for one), "n"
-    questions. nan is left out."""
-    seeds = {}
+    """Rows of one or several runs -> mean of `key` over the runs (None without a number), "std" over
+    them (n - 1 in the denominator; 0 for one run), "n" questions. nan is left out.
+
+    A run is a checkpoint where there are several, else a seed of the sampling. A checkpoint that
+    was sampled with several seeds is one run: the mean over its answers.
+    """
+    several = len({r["ckpt"] for r in rows}) > 1
+    runs = defaultdict(list)
     for r in rows:
-        seeds.setdefault(r["seed"], []).append(r[key])
-    means = [fmean(kept) for values in seeds.values() if (kept := [v for v in values if not math.isnan(v)])]
-    return {"mean": fmean(means) if means else None, "std": stdev(means) if len(means) > 1 else 0.0,
-            "n": len(rows) // len(seeds)}
+        runs[r["ckpt"] if several else r["seed"]].append(r[key])
+    means = []
+    for values in runs.values():
+        kept = [v for v in values if not math.isnan(v)]
+        if kept:
+            means.append(fmean(kept))
+    std = stdev(means) if len(means) > 1 else 0.0
+    seeds = len({r["seed"] for r in rows})
+    return {"mean": fmean(means) if means else None, "std": std, "n": len(rows) // seeds}
 
 def summary(rows):
     """Rows of one checkpoint -> its entry in results.json: fractions, as section 4.1 defines them.
@@ -119,7 +131,8 @@ def summary(rows):
     return {"overall": spread(rows), "tasks": {k: spread(v) for k, v in tasks.items()},
             "modality": {k: spread(v) for k, v in modalities.items()},
             "format": spread(rows, "fmt")["mean"], "consistency": spread(rows, "con")["mean"],
-            "seeds": sorted({r["seed"] for r in rows}), "judge_failed": sum(r["verdict"] != r["verdict"] for r in rows),
+            "seeds": sorted({r["seed"] for r in rows}), "checkpoints": list(dict.fromkeys(r["ckpt"] for r in rows)),
+            "judge_failed": sum(r["verdict"] != r["verdict"] for r in rows),
             "cut_off": spread(rows, "cut_off")["mean"],
             "answers": {k: answers_given(v) for k, v in tasks.items()} | {"letter": answers_given(rows, letters=True)}}
 
@@ -140,18 +153,21 @@ def subset(records, n):
 
 def tables(results):
     """{ckpt: entry} -> Table 1 and accuracy by modality, each [header, row, ...] of texts in percent ("-": no question)."""
-    def cell(value, seeds):
-        std = f" ± {100 * value['std']:.2f}" if value and "std" in value and len(seeds) > 1 else ""
-        return "-" if not value or value["mean"] is None else f"{100 * value['mean']:.2f}{std}"
+    def cell(value, runs):
+        if not value or value["mean"] is None:
+            return "-"
+        std = f" ± {100 * value['std']:.2f}" if "std" in value and runs > 1 else ""
+        return f"{100 * value['mean']:.2f}{std}"
     tasks = list(dict.fromkeys([*COLUMNS, *(t for e in results.values() for t in e["tasks"])]))
     modalities = list(dict.fromkeys(m for e in results.values() for m in e["modality"]))
     table = [["Model", "Params", *(COLUMNS.get(t, t) for t in tasks), "Overall", "Format", "Consistency", "n"]]
     other = [["Model", *modalities]]
     for ckpt, e in results.items():
+        runs = max(len(e["seeds"]), len(e.get("checkpoints", ())))
         cells = [*(e["tasks"].get(t) for t in tasks), e["overall"], {"mean": e["format"]}, {"mean": e["consistency"]}]
         size = f"{e['params'] / 1e9:.1f}B" if e["params"] >= 1e8 else f"{e['params'] / 1e6:.1f}M"
-        table.append([ckpt, size, *(cell(c, e["seeds"]) for c in cells), str(e["overall"]["n"])])
-        other.append([ckpt, *(cell(e["modality"].get(m), e["seeds"]) for m in modalities)])
+        table.append([ckpt, size, *(cell(c, runs) for c in cells), str(e["overall"]["n"])])
+        other.append([ckpt, *(cell(e["modality"].get(m), runs) for m in modalities)])
     return table, other
 
 def markdown(table):
@@ -193,14 +209,18 @@ F: {{ r.verdict if r.verdict is string else "-" }}</p></div>
 def page(results, rows, records, what):
     """The self-contained HTML page -> str. rows: {ckpt: its rows}. Whatever a model or a file says is escaped."""
     import jinja2  # comes with torch
-    first = {ckpt: {r["id"]: r for r in reversed(rs)} for ckpt, rs in rows.items()}  # the first seed's completions
+    first = {}  # each row's first answer to a question: that of its first checkpoint and seed
+    for name, answers in rows.items():
+        first[name] = {r["id"]: r for r in reversed(answers)}
+    records = [r for r in records if all(r["id"] in answers for answers in first.values())]
     last, mixed = first[list(first)[-1]], random.Random(0).sample(records, len(records))
     right, wrong = ([r["id"] for r in mixed if last[r["id"]]["acc"] == acc] for acc in (1, 0))
     wrong = wrong[:max(SHOWN // 2, SHOWN - len(right))]
     chosen = {*wrong, *right[:SHOWN - len(wrong)]}
     shown = []
     for r in (r for r in records if r["id"] in chosen):
-        shown.append((data_url(r, THUMBNAIL), [rs[r["id"]] for rs in first.values()]))
+        answers = [dict(x[r["id"]], ckpt=name) for name, x in first.items()]
+        shown.append((data_url(r, THUMBNAIL), answers))
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     return template.render(what=what, tables=tables(results), remarks=remarks(results), shown=shown, letters=data.LETTERS)
 
@@ -264,7 +284,7 @@ def answer_one(args):
     expect(args.image and args.question and args.options, "one question needs all three of --image, --question and --options")
     expect(2 <= len(args.options) <= len(data.LETTERS), f"--options: expected 2 to {len(data.LETTERS)} of them")
     item = vars(args) | dict(id="--image", path=args.image, task="", modality="", answer="")
-    for ckpt in args.ckpt:
+    for ckpt in [x for row in checkpoints_of(args.ckpt).values() for x in row]:
         policy, processor, limit = load(ckpt, args)
         row, = evaluate(policy, processor, [item], make_judge(), max_new_tokens=limit, temperature=args.temperature,
                         seed=args.seeds[0], progress=False)
@@ -272,33 +292,69 @@ def answer_one(args):
         answer = f"{x}) {args.options[data.LETTERS.index(x)]}" if x else f"none to be read in {row['completion']!r}"
         print(f"{ckpt}\n  thought: {row['thought']}\n  answer:  {answer}")
 
+def checkpoints_of(texts):
+    """--ckpt's texts -> {row of the table: its checkpoints}. "NAME=A,B" is one row of two."""
+    rows = {}
+    for text in texts:
+        name, equals, several = text.partition("=")
+        if not equals or os.path.isdir(text):
+            name, paths = text, [text]
+        else:
+            paths = several.split(",")
+        expect(name and all(paths), f"--ckpt {text}: expected a checkpoint, or NAME=A,B,..")
+        expect(name not in rows, f"--ckpt: {name} is there twice, expected different checkpoints")
+        rows[name] = paths
+    return rows
+
+def folder_of(ckpt):
+    """The folder in which a checkpoint lies; "out" for a name on the hub, which lies in none."""
+    parent = os.path.dirname(os.path.normpath(ckpt)) or "."
+    return parent if os.path.isdir(parent) else "out"
+
+def questions_of(ckpt, beside, args):
+    """The files of records for a checkpoint, and the records -> files, records. Without --data that
+    is the phantoms beside it, or beside the first checkpoint."""
+    files = list(args.data)
+    if not files:
+        folders = [folder_of(ckpt), beside]
+        places = [os.path.join(folder, "phantoms", "phantoms.jsonl") for folder in folders]
+        files = [place for place in places if os.path.isfile(place)][:1]
+        expect(files, f"{places[-1]} is not there, expected the phantoms, or --data FILE")
+    return files, subset(data.read_records(files, args.split, args.only, args.thinking), args.questions)
+
 def main(argv=None):
     args = knobs(argv)
     if args.image or args.question or args.options:
         return answer_one(args)
-    parent = os.path.dirname(os.path.normpath(args.ckpt[0])) or "."
-    beside = parent if os.path.isdir(parent) else "out"  # a name on the hub has no folder
-    out, files = args.out or beside, args.data or [os.path.join(beside, "phantoms", "phantoms.jsonl")]
-    names = [re.sub(r"[^\w.]+", "-", os.path.relpath(ckpt, out)).strip("-.") for ckpt in args.ckpt]
-    expect(len(set(names)) == len(names), f"--ckpt {' '.join(args.ckpt)}: expected different checkpoints")
-    expect(args.data or os.path.isfile(files[0]), f"{files[0]} is not there, expected the phantoms, or --data FILE")
-    records = subset(data.read_records(files, args.split, args.only, args.thinking), args.questions)
+    ckpts = checkpoints_of(args.ckpt)
+    beside = folder_of(next(iter(ckpts.values()))[0])
+    out = args.out or beside
+    names = {row: re.sub(r"[^\w.]+", "-", os.path.relpath(row, out)).strip("-.") for row in ckpts}
+    expect(len(set(names.values())) == len(names), f"--ckpt {' '.join(args.ckpt)}: expected different names")
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency, timeout=args.judge_timeout,
                        cache=os.path.join(out, "verdicts"))
+    questions = {ckpt: questions_of(ckpt, beside, args) for row in ckpts.values() for ckpt in row}
+    files = sorted({file for fs, _ in questions.values() for file in fs})
+    records = list({r["path"] + r["id"]: r for _, rs in questions.values() for r in rs}.values())
     gone = [r["path"] for r in records if not os.path.isfile(r["path"])]
     expect(not gone, f"the images of {len(gone)} of {len(records)} questions are missing, the first is {(*gone, '')[0]}")
     os.makedirs(out, exist_ok=True)
     path, results, rows = os.path.join(out, "results.json"), {}, {}
     merged(path, {})  # that it can't be read is better known now than after an hour
-    for ckpt, name in zip(args.ckpt, names, strict=True):
-        policy, processor, limit = load(ckpt, args)
-        rows[ckpt] = [dict(ckpt=ckpt) | row for seed in args.seeds for row in evaluate(
-            policy, processor, records, judge, max_new_tokens=limit, temperature=args.temperature, seed=seed, batch=args.batch,
-            progress=f"{name}, seed {seed}" if len(args.seeds) > 1 else name)]
-        knobs_used = vars(args) | dict(data=list(files), max_new_tokens=limit)
-        results[ckpt] = summary(rows[ckpt]) | dict(params=policy.num_parameters(), knobs=knobs_used)
-        del policy  # before the next one is loaded
-        data.write_records(map(without_nan, rows[ckpt]), os.path.join(out, f"completions-{name}.jsonl"))
+    for row, paths in ckpts.items():
+        rows[row] = []
+        for ckpt in paths:
+            policy, processor, limit = load(ckpt, args)
+            for seed in args.seeds:
+                progress = f"{ckpt}, seed {seed}" if len(args.seeds) > 1 else ckpt
+                answers = evaluate(policy, processor, questions[ckpt][1], judge, max_new_tokens=limit,
+                                   temperature=args.temperature, seed=seed, batch=args.batch, progress=progress)
+                rows[row] += [dict(ckpt=ckpt) | answer for answer in answers]
+            params = policy.num_parameters()
+            del policy  # before the next one is loaded
+        knobs_used = vars(args) | dict(data=files, max_new_tokens=limit)
+        results[row] = summary(rows[row]) | dict(params=params, knobs=knobs_used)
+        data.write_records(map(without_nan, rows[row]), os.path.join(out, f"completions-{names[row]}.jsonl"))
         data.write_text(path, json.dumps(merged(path, results), indent=1, ensure_ascii=False) + "\n")
     way = f"temperature {args.temperature:g}, seeds {args.seeds}" if args.temperature else "greedy"
     what = f"{len(records)} questions, split {args.split} of {', '.join(files)}; {way}; F: {args.judge}, {args.judge_sees}."

@@ -29,7 +29,7 @@ import model as M
 from data import DataError
 from judge import make_judge, parse_spec, reasons, visible_thought
 from rewards import parse_completion, total_reward
-from sft import epoch_order, knobs, load_state, log, open_run, save_state, trainable
+from sft import epoch_order, held_out_questions, knobs, load_state, log, open_run, save_state, trainable
 
 # name: (tiny preset, paper preset, unit and meaning [, choices])
 KNOBS = dict(
@@ -40,8 +40,10 @@ KNOBS = dict(
     root=("out", "out", "folder under which everything is written"),
     out=(None, None, "folder of this run (default: ROOT/grpo)"),
     seed=(0, 0, "seed of the sampling, of LoRA and of the order of the questions"),
-    epochs=(4.0, 1.0, "passes over the training questions (paper: 1)"),
+    epochs=(1.0, 1.0, "passes over the training questions (paper: 1)"),
     batch=(128, 64, "completions an optimiser step over all processes (paper: global batch 64)"),
+    drop_no_spread=(False, False, "leave groups whose rewards are all alike out of reference and update (see group_spread)"),
+    oversample=(1.0, 1.0, "questions sampled for each that is trained on, where groups may be dropped"),
     G=(8, 8, "completions a question: the group (paper: G = 8)"),
     max_new_tokens=(80, 512, "tokens at which a completion is cut off"),
     temperature=(1.0, 1.0, "of the sampling; log-probabilities are those of the same distribution"),
@@ -95,6 +97,15 @@ def group_advantages(rewards, scale="none"):
     if scale == "std":
         A = A / (R.std(1, keepdim=True) + 1e-4)
     return A
+
+def group_spread(rewards):
+    """rewards (N, G) -> (N,) bool: whether a group's rewards differ. Where they don't, every
+    advantage of Eq. (7) is 0 and of the group's part of Eq. (8) the KL penalty alone is left.
+    --drop_no_spread leaves that out too: the mean of Eq. (8) is then over the groups with spread,
+    and neither the reference nor the update has to read the others.
+    """
+    return rewards.max(1).values - rewards.min(1).values > 1e-6
+
 
 def kl_divergence(logp, ref_logp, kind="k3"):
     """D_KL(pi_theta || pi_SFT) of Eq. (8), estimated at the sampled tokens (Schulman): (B, T) and (B, T) -> (B, T).
@@ -160,6 +171,22 @@ def reference_of(policy, copy_of_sft=None):
     with one_at_a_time, contextlib.nullcontext() if copy_of_sft is not None else policy.disable_adapter():
         yield policy if copy_of_sft is None else copy_of_sft
 
+def micro_batches(batch, tokens, args):
+    """The slices of a batch's questions that a forward pass takes at a time."""
+    (N, G, T), P = tokens.shape, batch["input_ids"].shape[1]
+    size = max(1, args.micro_tokens // (P + G * T))
+    return [slice(i, i + size) for i in range(0, N, size)]
+
+@torch.no_grad()
+def reference_logprobs(policy, sft_copy, batch, tokens, mask, args):
+    """log pi_SFT of sampled tokens (N, G, T) -> (N*G, T)."""
+    logp = [torch.zeros(0, *tokens.shape[1:], device=tokens.device)]
+    with reference_of(policy, sft_copy) as pi_sft:
+        for rows in micro_batches(batch, tokens, args):
+            logp.append(M.token_logprobs(pi_sft, M.rows_of(batch, rows), tokens[rows], mask[rows],
+                                         temperature=args.temperature))
+    return torch.cat(logp).flatten(0, 1)
+
 def score(texts, items, judge):
     """Eqs. (4), (5), (6) for n texts and their records -> fmt, acc, con, each (n,) float32; con is nan where F failed."""
     rows = evaluation.score(texts, items, judge)
@@ -194,8 +221,7 @@ def questions(args, world):
                         f"the {world} processes ({len(records)} questions in all)")
     if os.path.realpath(args.model) == os.path.realpath(args.out):
         raise DataError(f"--out {args.out} is the folder of the SFT policy itself; name another")
-    held_out = data.read_records(args.data, "test", args.only, args.thinking) if args.eval_every else []
-    return records, evaluation.subset(held_out, args.eval_questions)
+    return records, held_out_questions(args)
 
 def check_gold(records, judge, lexical=True):
     """The gold answers must score 1 by the code that will score the policy's; else the reward, not the policy, is wrong.
@@ -230,8 +256,10 @@ def tick(clock, device):
 def phases(clock):
     """The ticks of a step -> each phase's seconds and peak memory, for the log."""
     out = {}
-    for name, before, after in zip(("rollout", "reference", "judge", "update"), clock, clock[1:], strict=False):
-        out |= {f"seconds_{name}": after[0] - before[0], f"peak_mb_{name}": round(after[1])}
+    names = ("rollout", "reference", "judge", "reference", "update")
+    for name, before, after in zip(names, clock[:-1], clock[1:], strict=True):
+        out[f"seconds_{name}"] = out.get(f"seconds_{name}", 0.0) + after[0] - before[0]
+        out[f"peak_mb_{name}"] = max(out.get(f"peak_mb_{name}", 0), round(after[1]))
     return out
 
 def show(folder, step, records, texts, rewards):
@@ -263,7 +291,9 @@ def main(argv=None):
     open_run(args.out, args, rank)
     generator = torch.Generator(device)
     questions_a_step = args.batch // args.G
-    epoch_rollouts = max(1, len(records) // questions_a_step)
+    questions_sampled = round(questions_a_step * args.oversample)
+    most = questions_a_step // world  # groups that a process trains on
+    epoch_rollouts = max(1, len(records) // questions_sampled)
     steps = max(1, round(args.epochs * epoch_rollouts)) * args.mu
     start = load_state(args, policy, optimizer, rank) if args.resume else 0
     end = -(-min(steps, args.max_steps or steps) // args.mu) * args.mu  # whole rollouts
@@ -280,8 +310,8 @@ def main(argv=None):
         # Eq. (2): questions from D, this process's share of them, and G completions for each from the current policy.
         rollout = step // args.mu
         order = epoch_order(len(records), rollout // epoch_rollouts, args.seed)
-        first = rollout % epoch_rollouts * questions_a_step
-        mine = [records[i] for i in order[first:first + questions_a_step]][rank::world]
+        first = rollout % epoch_rollouts * questions_sampled
+        mine = [records[i] for i in order[first:first + questions_sampled]][rank::world]
         batch = M.encode(processor, mine, device)
         if args.lora:  # the vision tower is frozen: policy and reference see the same, once
             batch = M.see(policy, batch)
@@ -296,35 +326,44 @@ def main(argv=None):
         ended = M.finished(batch, tokens, mask)                                            # (N, G)
         tick(clock, device)
 
-        # Eqs. (3)-(6): the rewards. Another F is asked about all groups now, and reads meanwhile (hf:reference in its turn).
-        # log pi_SFT of the same tokens: for the KL penalty, and for the ratio as the paper prints it.
+        # Eqs. (3)-(6): the rewards. F reads while the reference pass runs.
         items = [record for record in mine for _ in range(args.G)]
         flat = [text for group in texts for text in group]
-        counted = mask & ended[..., None] if args.mask_truncated else mask                 # (N, G, T)
-        size = max(1, args.micro_tokens // (batch["input_ids"].shape[1] + args.G * tokens.shape[2]))
-        micro = [slice(i, i + size) for i in range(0, len(mine), size)]
-        with torch.no_grad(), reference_of(policy, sft_copy) as pi_sft:
-            if not judge.early:
-                asked[0] = meanwhile(score, flat, items, judge)
-            ref_logp = torch.cat([M.token_logprobs(pi_sft, M.rows_of(batch, rows), tokens[rows], mask[rows], **likelihood)
-                                  for rows in micro]).flatten(0, 1)                        # (N*G, T)
-        old_logp = ref_logp if args.ratio == "sft" else None  # None: the policy's own, taken as it comes in the first epoch
-        total = M.sum_over_ranks(int(counted.sum()) if args.loss_norm == "token" else len(flat))
+        if not judge.early:
+            asked[0] = meanwhile(score, flat, items, judge)
+        ref_logp = None
+        if not args.drop_no_spread:
+            ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)     # (N*G, T)
         tick(clock, device)
 
         # The wait for what is left of F's work. Eq. (7): the advantages.
         parts = zip(*(asked[n].result() for n in sorted(asked)), strict=True)
         fmt, acc, con = (torch.cat(part).view(len(mine), args.G) for part in parts)        # (N, G)
         R = total_reward(fmt, acc, without_failures(con), weights)                         # (N, G)
-        A = group_advantages(R, args.scale).flatten().to(device)                           # (N*G,)
+        A = group_advantages(R, args.scale)                                                # (N, G)
+        tick(clock, device)
+
+        # The groups to train on: all, or those with spread. log pi_SFT of their tokens: for the KL
+        # penalty, and for the ratio as the paper prints it.
+        used, y, m = batch, tokens, mask
+        counted = mask & ended[..., None] if args.mask_truncated else mask                 # (N, G, T)
+        if args.drop_no_spread:
+            rows = group_spread(R).nonzero()[:most, 0].tolist()
+            used, A = M.rows_of(batch, rows), A[rows]
+            y, m, counted = tokens[rows], mask[rows], counted[rows]
+            ref_logp = reference_logprobs(policy, sft_copy, used, y, m, args)              # (n*G, T)
+        old_logp = ref_logp if args.ratio == "sft" else None  # None: the policy's own, taken as it comes in the first epoch
+        total = M.sum_over_ranks(int(counted.sum()) if args.loss_norm == "token" else A.numel())
+        A = A.flatten().to(device)                                                         # (n*G,)
         tick(clock, device)
 
         # Eq. (8): mu optimiser steps.
         for inner in range(args.mu):
-            sums, logps = {}, []
-            for rows in micro:
+            loss_sum = 0.0
+            sums, logps = dict.fromkeys(("kl", "clip_low", "clip_high", "ratio"), (0, 0)), [A.new_zeros(0, y.shape[2])]
+            for rows in micro_batches(used, y, args):
                 groups = slice(rows.start * args.G, rows.stop * args.G)
-                logp = M.token_logprobs(policy, M.rows_of(batch, rows), tokens[rows], mask[rows], **likelihood).flatten(0, 1)
+                logp = M.token_logprobs(policy, M.rows_of(used, rows), y[rows], m[rows], **likelihood).flatten(0, 1)
                 logps.append(logp.detach())
                 loss, metrics = policy_loss(logp, logps[-1] if old_logp is None else old_logp[groups], ref_logp[groups],
                                             A[groups], counted.flatten(0, 1)[groups], eps=args.eps, beta=args.beta,
@@ -334,13 +373,14 @@ def main(argv=None):
                 n = int(counted[rows].sum())
                 for name, value in metrics.items():
                     sums[name] = tuple(a + b for a, b in zip(sums.get(name, (0, 0)), (value * n, n), strict=True))
-                sums["loss"] = (sums.get("loss", (0,))[0] + loss.item(), 1 / world)
+                loss_sum += loss.item()
             old_logp = torch.cat(logps) if old_logp is None else old_logp
             M.sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
             left = 1 - (step + inner) / steps if args.schedule == "linear" else 1
             optimizer.param_groups[0]["lr"] = args.lr * min(left, (step + inner + 1) / max(1, args.warmup))
-            optimizer.step()
+            if total:  # else no group of any process has spread: nothing to learn from
+                optimizer.step()
             optimizer.zero_grad()
         tick(clock, device)
 
@@ -349,10 +389,11 @@ def main(argv=None):
         told = [visible_thought(t)[1] for text in flat if (t := parse_completion(text, args.thinking)[0])]
         failed = 0 if args.thinking == "none" else int(con.isnan().sum())
         figures = average(sums | dict(
+            loss=(loss_sum, 1 / world), trained_on=(y.shape[0], 1 / world),
             reward=(R.sum().item(), n), format=(fmt.sum().item(), n), accuracy=(acc.sum().item(), n),
             consistency=(without_failures(con).sum().item(), n), judge_failed=(failed, len(told)), thoughts_cut=(sum(told), n),
-            no_spread=((R.max(1).values - R.min(1).values < 1e-6).sum().item(), len(mine)),
-            entropy=(-torch.cat(logps).sum().item(), length), length=(length, n), truncated=((~ended).sum().item(), n)))
+            no_spread=((~group_spread(R)).sum().item(), len(mine)),
+            entropy=(-torch.cat(logps).sum().item(), int(m.sum())), length=(length, n), truncated=((~ended).sum().item(), n)))
         done = step + args.mu
         recent.append(figures["judge_failed"])
         lost = len(recent) == args.judge_window and sum(recent) / len(recent) > args.judge_failures
@@ -363,7 +404,8 @@ def main(argv=None):
         bar.set_postfix(reward=f"{figures['reward']:.3f}", accuracy=f"{figures['accuracy']:.2f}", kl=f"{figures['kl']:.3f}")
         if rank == 0:
             log(args.out, step=done, **figures, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                tokens_per_second=figures["length"] * args.batch / (clock[-1][0] - clock[0][0]), **phases(clock))
+                tokens_per_second=figures["length"] * questions_sampled * args.G / (clock[-1][0] - clock[0][0]),
+                **phases(clock))
             if rollout % args.show_every == 0:
                 show(args.out, done, mine[:4], texts[:4], torch.stack([fmt, acc, con, R], -1)[:4])
             if done >= end or lost or args.save_every and done // args.save_every > step // args.save_every:

@@ -279,14 +279,19 @@ def see(model, batch):
                        deepstack=[whole(x) for x in getattr(seen, "deepstack_features", None) or ()])
 
 def rows_of(batch, rows):
-    """Questions `rows` (a slice) of a batch, with their images: a micro-batch."""
+    """Questions `rows` (a slice or a list of indices) of a batch, with their images."""
+    rows = list(range(len(batch["input_ids"])))[rows] if isinstance(rows, slice) else rows
     out = dict(batch, input_ids=batch["input_ids"][rows], attention_mask=batch["attention_mask"][rows])
     if "image_grid_thw" in batch:
-        ends = batch["image_grid_thw"].prod(1).cumsum(0)
-        first, last, all_of_them = (0 if rows.start == 0 else ends[rows.start - 1]), ends[rows][-1], ends[-1]
-        part = lambda x: x[first * len(x) // all_of_them:last * len(x) // all_of_them]  # noqa: E731  (patches, or merged ones)
+        patches = batch["image_grid_thw"].prod(1)                                          # (N,)
+
+        def part(x):  # patches, or what the tower merges them into: the same share of x for each image
+            sizes = (patches * len(x) // patches.sum()).tolist()
+            pieces = x.split(sizes)
+            return torch.cat([x[:0], *(pieces[i] for i in rows)])
         out |= {k: part(batch[k]) for k in ("pixel_values", "features") if k in batch}
-        out |= {"deepstack": [part(x) for x in batch["deepstack"]]} if "deepstack" in batch else {}
+        if "deepstack" in batch:
+            out["deepstack"] = [part(x) for x in batch["deepstack"]]
         out["image_grid_thw"] = batch["image_grid_thw"][rows]
     return out
 

@@ -15,14 +15,17 @@ import json
 import math
 import os
 import time
+from collections import defaultdict
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
+import eval as evaluation
 import model as M
 from data import DataError
+from judge import make_judge
 
 # name: (tiny preset, paper preset, unit and meaning [, choices]). The paper's figures are those of its section 4.1.
 KNOBS = dict(
@@ -33,7 +36,8 @@ KNOBS = dict(
     root=("out", "out", "folder under which everything is written"),
     out=(None, None, "folder of this run (default: ROOT/sft)"),
     seed=(0, 0, "seed of phantoms, base, LoRA and the order of the questions"),
-    images=(400, 400, "phantoms to draw, 70 %% of them to train on"),
+    images=(1400, 1400, "phantoms to draw, 70 %% of them to train on"),
+    thoughts=(60, 60, "train images of them with chains of thought; the others have answers alone"),
     epochs=(2.0, 2.0, "passes over the training questions (paper: 2)"),
     batch=(32, 64, "questions an optimiser step over all processes (paper: global batch 64)"),
     micro_batch=(32, 8, "questions a forward pass on one device; memory, not the result, depends on it"),
@@ -45,6 +49,8 @@ KNOBS = dict(
     lora=(0, 64, "rank of LoRA on the language model; 0 trains every parameter"),
     max_pixels=(M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk"),
     max_steps=(0, 0, "stop after so many optimiser steps, 0 = as many as epochs say (the schedule is that of the whole run)"),
+    eval_every=(0, 0, "optimiser steps between evaluations on held-out questions, 0 = never; nothing is selected by them"),
+    eval_questions=(200, 200, "held-out questions of such an evaluation"),
     save_every=(0, 200, "optimiser steps between checkpoints, 0 = at the end alone"),
     resume=(False, False, "continue the run in --out from its last checkpoint"),
 )
@@ -151,6 +157,17 @@ def epoch_order(n, epoch, seed):
     """The order of n questions in an epoch, a function of the seed alone: a resumed run needs no state for it."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
 
+def held_out_questions(args):
+    """--eval_questions of the records of split "val", or of "test" where there is no "val", to look
+    at while a run goes on. Nothing is selected by them."""
+    if not args.eval_every:
+        return []
+    records = data.read_records(args.data, None, args.only, args.thinking)
+    held_out = [r for r in records if r["split"] == "val"]
+    held_out = held_out or [r for r in records if r["split"] == "test"]
+    data.expect(held_out, f"--eval_every: no held-out questions in {args.data}")
+    return evaluation.subset(held_out, args.eval_questions)
+
 # --------------------------------------------------------------------------------------------------------------------- Eq. (1)
 
 def sft_loss(logp, mask, tokens_in_batch):
@@ -224,19 +241,25 @@ def blind_batch(processor, records, images, rng, n):
     batch = M.tensors(processor, [data.question_text(r) for r in chosen], others)
     return batch, tokens, mask, letters
 
-def base_images(processor, seed):
-    """Phantoms of a seed of their own -> patches and grids, labels (n, 3) of pair, style (0: none) and location (-100: none),
-    and captions of the lesions as short as can be ("" where there is none)."""
-    rng, images, labels, captions = np.random.default_rng([seed, 1]), [], [], []
+def base_phantoms(seed):
+    """Phantoms of a seed of their own, none of them in train or test -> images (n) of uint8
+    (112, 112, 3), labels (n, 3) of pair, style (0: none) and location (-100: none), captions of
+    the lesions as short as can be ("" where there is none), and the records of all images."""
+    images, labels, captions, records = [], [], [], []
+    rng, decks = np.random.default_rng([seed, 1, 1]), defaultdict(list)
     for i in tqdm(range(BASE_IMAGES), desc="base: images", unit="image"):
-        style, place = rng.integers(len(data.STYLES)), rng.integers(len(data.LOCATIONS))
-        lesion = (list(data.STYLES)[style], data.LOCATIONS[place]) if rng.random() < 2 / 3 else None
-        image, _ = data.draw_phantom(rng, *data.PAIRS[i % len(data.PAIRS)], lesion)
-        pixels = processor.image_processor(images=[image], return_tensors="pt")
-        images.append((pixels["pixel_values"], pixels["image_grid_thw"]))
-        labels.append((i % len(data.PAIRS), 1 + style if lesion else 0, place if lesion else -100))
-        captions.append(f" {data.STYLES[lesion[0]].split()[-1]} {lesion[1]}" if lesion else "")
-    return images, torch.tensor(labels), captions
+        pair, lesion, label, caption = i % len(data.PAIRS), None, (0, -100), ""
+        if rng.random() < 2 / 3:
+            style, place = rng.integers(len(data.STYLES)), rng.integers(len(data.LOCATIONS))
+            lesion = list(data.STYLES)[style], data.LOCATIONS[place]
+            label = 1 + style, place
+            caption = f" {data.STYLES[lesion[0]].split()[-1]} {lesion[1]}"
+        pixels, facts = data.draw_phantom(rng, *data.PAIRS[pair], lesion)
+        images.append(pixels)
+        labels.append((pair, *label))
+        captions.append(caption)
+        records += data.phantom_records(facts, rng, f"base-{i}", "none.png", decks=decks)
+    return images, torch.tensor(labels), captions, records
 
 def open_eyes(net, images, labels, rng):
     """Train the vision tower alone: the mean of its tokens tells the pair, and each token the style of the lesion it shows, if
@@ -306,15 +329,18 @@ def descend(optimizer, loss, k, lr=BASE_LR):
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
 
-def make_base(folder, records, seed):
+def make_base(folder, seed):
     """The tiny base of the phantoms, written to `folder`: letters, then eyes, then reading."""
+    pixels, labels, captions, records = base_phantoms(seed)
     texts = [f"{data.question_text(r)} {data.answer_text(r)}" for r in records]
     names = sorted({o for r in records for o in r["options"]})
     net, processor = M.build_tiny(texts, names, image_size=data.SIZE, seed=seed)
+    images = []
+    for x in pixels:
+        out = processor.image_processor(images=[x], return_tensors="pt")
+        images.append((out["pixel_values"], out["image_grid_thw"]))
     rng = np.random.default_rng([seed, 2])
-    names = rng.permutation(names)
-    learn_letters(net, processor, names, records, rng)
-    images, labels, captions = base_images(processor, seed)
+    learn_letters(net, processor, rng.permutation(names), records, rng)
     open_eyes(net, images, labels, rng)
     learn_to_read(net, processor, records, images, captions, rng)
     M.save(net, processor, folder)
@@ -328,17 +354,39 @@ def prepare_tiny(args, rank):
     """Phantoms and base under ROOT, made once -> (base folder, [data file])."""
     base = os.path.join(args.root, "tiny-base")
     recipe = os.path.join(base, "base.json")
-    files = [data.make_phantoms(os.path.join(args.root, "phantoms"), args.seed, args.images)] if rank == 0 else [None]
+    if rank == 0:
+        phantoms = os.path.join(args.root, "phantoms")
+        data.make_phantoms(phantoms, args.seed, args.images, args.thoughts)
     if rank == 0 and os.path.exists(recipe):
         with open(recipe) as f:
             data.expect(json.load(f) == base_recipe(args.seed),
                         f"{base} was made with another seed or recipe: remove it, or name another --root")
     elif rank == 0:
-        make_base(base, data.read_records(files[0], "train"), args.seed)
+        make_base(base, args.seed)
     M.sum_over_ranks(0)  # the other processes wait here
     return base, [os.path.join(args.root, "phantoms", "phantoms.jsonl")]
 
 # -------------------------------------------------------------------------------------------------------------------- the loop
+
+def held_out_accuracy(policy, processor, records, args):
+    """Greedy accuracy of the policy on this process's share of the held-out questions, over all
+    processes."""
+    limit = 80 if args.preset == "tiny" else 512  # tokens
+    rows = evaluation.evaluate(policy, processor, records, make_judge(), max_new_tokens=limit,
+                               progress=False)
+    right = M.sum_over_ranks(sum(row["acc"] for row in rows))
+    return right / M.sum_over_ranks(len(rows))
+
+def with_thoughts(records, rank):
+    """The records that supervised fine-tuning can learn from: those with a chain of thought, or
+    all where no thought is asked for. How many are left out is told."""
+    usable = [r for r in records if r["thought"] is not None or r.get("thinking") == "none"]
+    data.expect(usable, f"none of the {len(records)} training questions has a thought, which "
+                        "supervised fine-tuning needs (judge.py annotate writes them)")
+    if rank == 0 and len(usable) < len(records):
+        print(f"{len(usable)} training questions have a thought; {len(records) - len(usable)} "
+              "have none and are left to grpo.py")
+    return usable
 
 def main(argv=None):
     args = knobs(KNOBS, __doc__, argv)
@@ -349,13 +397,14 @@ def main(argv=None):
         args.data = args.data or made
     if not args.data:
         raise DataError("--model was given without --data: name the files of records to train on")
-    records = data.read_records(args.data, "train", args.only, args.thinking)
+    records = with_thoughts(data.read_records(args.data, "train", args.only, args.thinking), rank)
     data.expect(min(args.batch, len(records)) >= world, f"--batch {args.batch}: expected at least one question for each of the "
                                                         f"{world} processes ({len(records)} questions in all)")
 
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32  # what is trained is kept in fp32
+    held_out = held_out_questions(args)
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
-    M.check_texts(processor, records, data.answer_text)  # a record without a thought is an error now, not after an hour
+    M.check_texts(processor, records, data.answer_text)
     open_run(args.out, args, rank)
     policy, parameters, optimizer = trainable(policy, args)
     steps = math.ceil(args.epochs * (epoch_steps := max(1, len(records) // args.batch)))
@@ -386,11 +435,13 @@ def main(argv=None):
         optimizer.step()
         optimizer.zero_grad()
 
-        loss_sum = M.sum_over_ranks(loss_sum)
+        loss_sum, seconds, more = M.sum_over_ranks(loss_sum), time.perf_counter() - began, {}
+        if args.eval_every and (step + 1) % args.eval_every == 0:
+            more = dict(held_out_accuracy=held_out_accuracy(policy, processor, held_out[rank::world], args))
         bar.set_postfix(loss=f"{loss_sum:.3f}")
         if rank == 0:
             log(args.out, step=step + 1, loss=loss_sum, lr=optimizer.param_groups[0]["lr"], grad_norm=norm, tokens=int(total),
-                seconds=time.perf_counter() - began)
+                seconds=seconds, **more)
             if step + 1 == end or args.save_every and (step + 1) % args.save_every == 0:
                 M.save(policy, processor, args.out)
                 save_state(args, policy, optimizer, step + 1)

@@ -404,6 +404,40 @@ def test_seed_decides_everything(tmp_path):
     assert (folders["a"] / "images/00003.png").read_bytes() == (folders["d"] / "images/00003.png").read_bytes()
 
 
+def test_few_thoughts_and_careless_ones_change_nothing_else(tmp_path):
+    """--thoughts keeps the chains of the first train images alone; --careless misreports the lesion
+    in a share of them. Images, questions, options and answers are those of a full set, and a
+    careless thought still concludes on the right option."""
+    full, few, none, careless = (data.read_records(data.make_phantoms(tmp_path / name, 4, 60, *knobs))
+                                 for name, knobs in (("full", ()), ("few", (10,)), ("none", (0,)),
+                                                     ("careless", (None, 0.5))))
+    for other in (few, none, careless):
+        for r, s in zip(full, other, strict=True):
+            assert all(r[k] == s[k] for k in data.KEYS if k not in ("thought",))
+            assert Path(r["path"]).read_bytes() == Path(s["path"]).read_bytes()
+    kept = [r for r in few if r["split"] == "train" and r["thought"]]
+    train = list(dict.fromkeys(r["group"] for r in full if r["split"] == "train"))
+    assert list(dict.fromkeys(r["group"] for r in kept)) == train[:10]
+    assert all(r["thought"] for r in few if r["split"] != "train")
+    assert not any(r["thought"] for r in none if r["split"] == "train")
+
+    wrong = {s["group"] for r, s in zip(full, careless, strict=True) if r["thought"] != s["thought"]}
+    groups = {r["group"] for r in full}
+    assert 0.3 < len(wrong) / len(groups) < 0.7
+    for r, s in zip(full, careless, strict=True):
+        if s["group"] in wrong:
+            assert s["thought"].endswith(f" {data.right_option(r)}.") and "There is a" in s["thought"]
+            seen = r["thought"].split(". ")[2]
+            assert seen not in s["thought"]
+
+
+def test_phantoms_are_split_in_three(phantoms):
+    """By image: 70 % train, 10 % val (what a run may look at), 20 % test."""
+    split = {r["group"]: r["split"] for r in phantoms[1]}
+    count = {x: list(split.values()).count(x) for x in data.SPLITS}
+    assert count == {"train": 182, "val": 26, "test": 52}
+
+
 def test_made_once(tmp_path):
     """A second call reuses what is there; other knobs, or a folder with something else in it, are refused by name."""
     file = Path(data.make_phantoms(tmp_path / "p", 0, 3))

@@ -20,7 +20,7 @@ STATES = ["Normal", "Abnormal", "Artifact", "Uncertain"]
 
 
 def row(task, modality, acc, fmt=1.0, con=1.0, seed=0, given="A", answer="A", cut_off=False, **other):
-    return dict(id="q", task=task, modality=modality, acc=float(acc), fmt=fmt, con=con, seed=seed, given=given, answer=answer,
+    return dict(id="q", ckpt="x", task=task, modality=modality, acc=float(acc), fmt=fmt, con=con, seed=seed, given=given, answer=answer,
                 question="Q?", options=STATES, completion="", thought="t", verdict=None, cut_off=cut_off) | other
 
 
@@ -108,6 +108,29 @@ def test_mean_and_deviation_over_seeds():
     cells = dict(zip(*table, strict=True))
     assert (cells["Overall"], cells["Pathology Char."], cells["n"]) == ("75.00 ± 25.00", "50.00 ± 50.00", "4")
     assert cells["Params"] == "3.8B"
+
+
+def test_mean_and_deviation_over_checkpoints():
+    """Checkpoints a and b, sampled with two seeds each, are two runs: accuracies 3/4 and 1/4."""
+    right = {("a", 0): (1, 1), ("a", 1): (1, 0), ("b", 0): (0, 0), ("b", 1): (1, 0)}
+    rows = []
+    for (ckpt, seed), answers in right.items():
+        rows += [row("anomaly", "CT", acc, seed=seed, ckpt=ckpt) for acc in answers]
+    s = evaluation.summary(rows)
+    assert s["overall"] == {"mean": 0.5, "std": pytest.approx(math.sqrt(2) / 4), "n": 4}
+    table, _ = evaluation.tables({"x": s | {"params": 1}})
+    assert dict(zip(*table, strict=True))["Overall"] == "50.00 ± 35.36"
+
+
+def test_a_row_of_the_table_may_name_several_checkpoints(tmp_path, monkeypatch):
+    """NAME=A,B is one row of two; a folder that has an equals sign in its name is itself."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    rows = evaluation.checkpoints_of(["out/sft", "GRPO=out/grpo,out1/grpo", "lr=1"])
+    assert rows == {"out/sft": ["out/sft"], "GRPO": ["out/grpo", "out1/grpo"], "lr=1": ["lr=1"]}
+    for bad in (["=a"], ["x="], ["x=a,,b"], ["a", "a"]):
+        with pytest.raises(data.DataError, match="expected"):
+            evaluation.checkpoints_of(bad)
 
 
 def test_answers_given_show_a_collapse():
@@ -234,6 +257,24 @@ def test_two_checkpoints_of_one_name_and_another_folder(out, world, tmp_path, mo
     assert all(e["consistency"] is None and e["judge_failed"] == 4 and e["format"] == 1 for e in results.values())
     row = json.loads((out / "results" / "completions-sft.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
     assert row["con"] is None and row["ckpt"] == str(out / "sft")
+
+
+def test_each_checkpoint_of_a_row_answers_the_phantoms_beside_it(out, world, tmp_path, monkeypatch):
+    """Two chains, each with phantoms of its own: one row, and n counts the questions of both."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "sft").symlink_to(world.folder)
+    data.make_phantoms(other / "phantoms", 7, 10)
+    run(monkeypatch, "--ckpt", f"both={out / 'sft'},{other / 'sft'}", "--max_new_tokens", 4)
+    entry = json.loads((out / "results.json").read_text())["both"]
+    files = [str(folder / "phantoms" / "phantoms.jsonl") for folder in (out, other)]
+    both = [{r["id"] for r in data.read_records(f, "test")} for f in files]
+    lines = (out / "completions-both.jsonl").read_text().splitlines()
+    rows = [json.loads(x) for x in lines]
+    for folder, ids in zip((out, other), both, strict=True):
+        assert {r["id"] for r in rows if r["ckpt"] == str(folder / "sft")} == ids
+    assert entry["overall"]["n"] == len(rows) == sum(map(len, both))
+    assert entry["checkpoints"] == [str(out / "sft"), str(other / "sft")]
 
 
 def test_a_completion_cannot_script_the_page(world, tmp_path):

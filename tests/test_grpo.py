@@ -348,6 +348,7 @@ def test_a_run_logs_everything_and_moves_the_weights(world, monkeypatch, tmp_pat
                                    ("--loss_norm", "token", "--mask_truncated"), ("--loss_norm", "constant", "--kl", "k2"),
                                    ("--loss_norm", "sequence", "--kl", "k1"), ("--weights", "0", "1", "0"), ("--top_p", "0.9"),
                                    ("--beta", "0", "--eps_high", "0.3"), ("--lora", "2", "--judge_sees", "raw"),
+                                   ("--drop_no_spread", "--oversample", "1.5"),
                                    ("--thinking", "none", "--only", "task=anatomy"), ("--thinking", "after")], ids=" ".join)
 def test_every_knob_runs(flags, world, monkeypatch, tmp_path):
     """Each of the named variants goes through a whole step and saves a loadable, finite model."""
@@ -361,6 +362,44 @@ def test_every_knob_runs(flags, world, monkeypatch, tmp_path):
         assert used["beta"] == 0
     if "--only" in flags:
         assert used["only"] == ["task=anatomy"] and lines[0]["judge_failed"] == 0
+
+
+def test_groups_without_spread_change_nothing_but_the_kl(world, monkeypatch, tmp_path):
+    """--drop_no_spread without a KL penalty: the gradient of the whole batch, where the others have
+    advantage 0, but for the denominator, which is the number of groups with spread."""
+    seen = {}
+
+    def half(texts, items, judge):  # every second question's group is all right, so without spread
+        n, acc = len(texts), torch.tensor([float(len(t) % 2) for t in texts])
+        same = torch.tensor([int(r["id"][-1:].encode()[0]) % 2 == 0 or "loc" in r["id"] for r in items])
+        return torch.ones(n), torch.where(same, 1.0, acc), torch.ones(n)
+    for name, flags in (("all", []), ("some", ["--drop_no_spread"])):
+        gradients = []
+        monkeypatch.setattr(M, "sum_gradients", lambda ps, into=gradients: into.append(
+            torch.cat([p.grad.flatten() for p in ps if p.grad is not None])))
+        out = tmp_path / name
+        monkeypatch.setattr(grpo, "score", toy_score)
+        flags = ("--batch", "24", "--G", "4", "--max_new_tokens", "6", "--max_steps", "1", "--beta", "0", *flags)
+        monkeypatch.setattr(grpo, "check_gold", lambda *_: None)
+        monkeypatch.setattr(grpo, "score", half)
+        grpo.main(["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--out", str(out), *flags])
+        seen[name] = gradients[0], lines_of(out)[0]
+    (whole, line), (some, line_too) = seen["all"], seen["some"]
+    assert 0.1 < line["no_spread"] < 0.9 and line["no_spread"] == line_too["no_spread"]
+    assert line["trained_on"] == 6 and line_too["trained_on"] == round(6 * (1 - line["no_spread"]))
+    torch.testing.assert_close(some * line_too["trained_on"] / 6, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_in_which_no_group_has_spread_moves_nothing(world, monkeypatch, tmp_path):
+    """With --drop_no_spread there is then nothing to learn from, and no nan."""
+    monkeypatch.setattr(grpo, "check_gold", lambda *_: None)
+    monkeypatch.setattr(grpo, "score", lambda texts, *_: (torch.ones(len(texts)),) * 3)
+    grpo.main(["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--out", str(tmp_path / "x"),
+               "--batch", "8", "--G", "4", "--max_new_tokens", "6", "--max_steps", "2", "--drop_no_spread", "--lora", "0"])
+    assert same(weights(tmp_path / "x"), weights(world.folder))
+    lines = lines_of(tmp_path / "x")
+    assert len(lines) == 2 and all(math.isfinite(v) for line in lines for v in line.values())
+    assert lines[0]["no_spread"] == 1 and lines[0]["trained_on"] == 0
 
 
 def test_a_held_out_slice_is_looked_at(world, monkeypatch, tmp_path):

@@ -261,9 +261,10 @@ def test_rows_of_takes_each_question_with_its_own_pixels(world):
     tokens, mask = completions(5, 2, 4)
     with torch.no_grad():
         whole = M.token_logprobs(world.net, batch, tokens, mask)
-    for rows in (slice(0, 2), slice(1, 3), slice(3, 9), slice(0, 5)):
+    for rows in (slice(0, 2), slice(1, 3), slice(3, 9), slice(0, 5), [4, 1], [2]):
         part = M.rows_of(batch, rows)
-        alone = M.encode(world.processor, world.mixed[rows])
+        chosen = world.mixed[rows] if isinstance(rows, slice) else [world.mixed[i] for i in rows]
+        alone = M.encode(world.processor, chosen)
         assert torch.equal(part["pixel_values"], alone["pixel_values"])
         assert torch.equal(part["image_grid_thw"], alone["image_grid_thw"])
         with torch.no_grad():

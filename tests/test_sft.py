@@ -1,4 +1,5 @@
 """sft.py: Eq. (1) by hand and against the stock loss, the schedule, the questions' order, the command line, a run's folder."""
+import argparse
 import json
 import math
 import os
@@ -173,16 +174,58 @@ def test_flags_that_make_no_sense_are_one_sentence(flags, word, world, tmp_path)
     assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["metrics.jsonl"]
 
 
-def test_records_without_thoughts_are_refused_at_the_start(world, tmp_path):
-    """Med-R1's questions have no thoughts to learn from: such a record is named before the first step, not after an hour."""
+def test_records_without_thoughts_are_counted_and_left_out(world, tmp_path, monkeypatch, capsys):
+    """SFT learns from the records that have a thought, says how many have none, and refuses data in
+    which none has one before the first step. Without thoughts asked for, all records serve."""
     records = data.read_records(world.jsonl, "train")
-    records[40]["thought"] = None
     file = Path(world.jsonl).with_name("thoughtless.jsonl")
-    data.write_records(records, file)
-    with pytest.raises(data.DataError, match=records[40]["id"]):
-        sft.main(["--preset", "tiny", "--model", world.folder, "--data", str(file), "--out", str(tmp_path / "x"),
-                  "--batch", "1", "--max_steps", "1"])
-    assert not (tmp_path / "x").exists()
+    flags = ["--preset", "tiny", "--model", world.folder, "--data", str(file), "--batch", "4",
+             "--max_steps", "2"]
+    learned, encode = [], M.encode
+
+    def watched(processor, records, device="cpu"):
+        learned.extend(r["id"] for r in records)
+        return encode(processor, records, device)
+    monkeypatch.setattr(M, "encode", watched)
+
+    data.write_records([r | dict(thought=r["thought"] if i < 5 else None)
+                        for i, r in enumerate(records)], file)
+    sft.main([*flags, "--out", str(tmp_path / "x")])
+    assert set(learned) <= {r["id"] for r in records[:5]} and len(learned) == 8
+    told = f"5 training questions have a thought; {len(records) - 5} have none"
+    assert told in capsys.readouterr().out
+
+    data.write_records([r | dict(thought=None) for r in records], file)
+    with pytest.raises(data.DataError, match=f"none of the {len(records)} training questions"):
+        sft.main([*flags, "--out", str(tmp_path / "y")])
+    assert not (tmp_path / "y").exists()
+    assert len(sft.with_thoughts([r | dict(thinking="none", thought=None) for r in records], 0)) == len(records)
+
+
+def test_the_base_is_made_of_phantoms_of_its_own():
+    """None of its images is one of those drawn to train or test on, and it needs no thoughts of theirs."""
+    sft_images, labels, captions, records = sft.base_phantoms(0)
+    assert len(sft_images) == len(labels) == len(captions) == sft.BASE_IMAGES
+    assert {r["task"] for r in records} == set(data.TASKS) and all(r["thought"] for r in records)
+    for i in (0, 1, 2):
+        rng = np.random.default_rng([0, i])
+        lesion = None
+        if rng.random() < data.LESION_RATE:
+            lesion = str(rng.choice(list(data.STYLES))), str(rng.choice(data.LOCATIONS))
+        drawn = data.draw_phantom(rng, *data.PAIRS[i % len(data.PAIRS)], lesion)[0]
+        assert not any(np.array_equal(drawn, x) for x in sft_images[i::len(data.PAIRS)])
+
+
+def test_held_out_questions_are_those_of_val_where_there_are_any(world):
+    """A run that looks at its progress leaves the test split to eval.py."""
+    files = [str(world.jsonl)]
+    args = argparse.Namespace(eval_every=1, eval_questions=0, data=files, only=(), thinking="before")
+    assert {r["split"] for r in sft.held_out_questions(args)} == {"val"}
+    args.data = [str(Path(world.jsonl).with_name("no-val.jsonl"))]
+    data.write_records([r for r in world.records if r["split"] != "val"], args.data[0])
+    assert {r["split"] for r in sft.held_out_questions(args)} == {"test"}
+    args.eval_every = 0
+    assert sft.held_out_questions(args) == []
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
