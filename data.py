@@ -283,126 +283,229 @@ ASKED = {"anatomy": "organ", "anomaly": "state of the image", "location": "place
 PHRASES = ("What is the {}?", "What is the {} here?", "What is the {} shown?", "Which is the {}?", "Say what the {} is.",
            "Name the {}.", "Name the {} shown here.", "Please name the {}.", "Look and name the {}.", "Can you name the {}?")
 
-# ---- phantoms: drawing. u, v: coordinates (SIZE, SIZE), about -1..1 over the image; values 0..1 ------------------------------
-def disc(u, v, x, y, a, b, soft=.1):  # 1 inside an ellipse, 0 outside
-    return np.clip((1 - np.hypot((u - x) / a, (v - y) / b)) / soft + .5, 0, 1)
+# ---- phantoms: drawing ---------------------------------------------------------------------------
+# Greys and colours 0..1. u, v (SIZE, SIZE): where pixels lie, -1..1 from the left and from the top,
+# so lengths are fractions of the half-side; abs(u) draws on both sides. Painters in colour also get
+# smooth spots and a side, -1 or 1. New picture: a function like these, its row in PAINTERS.
+def clamp(x):
+    return np.clip(x, 0, 1)
+
+
+def disc(u, v, x, y, a, b, soft=.1):  # 1 inside an ellipse, half-axes a, b
+    return clamp((1 - np.hypot((u - x) / a, (v - y) / b)) / soft + .5)
+
+
+def layers(depth, rows):  # rows of depth, grey
+    return np.interp(depth, *np.transpose(rows))
+
+
+def paint(picture, mask, colour):
+    return picture + mask[..., None] * (np.float32(colour) - picture)
+
 
 def cloud(rng, rows, cols=None):  # smooth noise
     grid = Image.fromarray(rng.standard_normal((rows, cols or rows), dtype=np.float32))
     return np.asarray(grid.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
-def vessels(rng, roots, length=1., bend=.5, kids=2, width=1):  # mask of smooth random walks from each (x, y, angle), branching
-    image, roots = Image.new("L", (SIZE, SIZE)), np.array(roots)  # roots (R, 3)
+
+def vessels(rng, roots, length=1., bend=.5, kids=2, width=1):
+    """Mask of random walks from roots of x, y, angle, and of their branches."""
+    image, roots = Image.new("L", (SIZE, SIZE)), np.array(roots)  # (R, 3)
+    pen = ImageDraw.Draw(image)
     for far, n in ((length, kids), (.55 * length, 0)):
-        turn = roots[:, 2:] + np.cumsum(rng.normal(rng.normal(0, bend / 3, (len(roots), 1)), bend / 4, (len(roots), 8)), 1)
-        path = roots[:, None, :2] + np.cumsum(np.stack([np.cos(turn), np.sin(turn)], 2), 1) * far / 8  # (R, 8, 2)
+        drift = rng.normal(0, bend / 3, (len(roots), 1))
+        turn = roots[:, 2:] + np.cumsum(rng.normal(drift, bend / 4, (len(roots), 8)), 1)
+        steps = np.stack([np.cos(turn), np.sin(turn)], 2)
+        path = roots[:, None, :2] + np.cumsum(steps, 1) * far / 8  # (R, 8, 2)
         for line in (path + 1) * SIZE / 2:
-            ImageDraw.Draw(image).line(line.ravel().tolist(), fill=255, width=width)
-        fork = [np.c_[path[:, 2 + 2 * k], turn[:, 3] + rng.choice((-.8, .8), len(roots))] for k in range(n)]
-        roots = np.concatenate([roots[:0], *fork])
+            pen.line(line.ravel().tolist(), fill=255, width=width)
+        fork = path.swapaxes(0, 1)[2:2 + 2 * n:2]  # (n, R, 2)
+        aside = turn[:, 3] + rng.choice((-.8, .8), (n, len(roots)))
+        roots = np.c_[fork.reshape(-1, 2), aside.ravel()]
     return np.asarray(image.filter(ImageFilter.GaussianBlur(.6)), dtype=np.float32) / 255
 
-def draw_grey(rng, modality, anatomy, u, v):  # (SIZE, SIZE)
-    x, dye = np.abs(u), modality == "CE-MRI"
-    if anatomy == "Brain":  # tissue with folds, skull, scalp; ventricles and falx
-        d = np.hypot(u / .9, v / .97) + .02 * cloud(rng, 5)
-        g = np.interp(d, (0, .6, .79, .82, .86, .89, .91, .97, 1), (.54, .52, .42, .15, .12, .06, .8, .7, 0))
-        g -= .16 * np.clip(np.sin(8 * cloud(rng, 9)), 0, 1) * np.clip(5 * d - 2.5, 0, 1) * (d < .82)
-        return g - .38 * np.maximum(disc(x, v, .13, -.04, .07, .25), .6 * disc(u, v, 0, 0, .02, .8)) * (d < .82)
-    if anatomy in ("Liver", "Lung"):  # a slice of the trunk: organ, muscle, fat; ribs and spine
-        d, (fat, muscle, bone) = np.hypot(u / .99, v / .93), (.85, .3, .12) if dye else (.22, .45, .97)
-        g = np.interp(d, (0, .84, .86, .89, .91, .98, 1), (.5, .5, muscle, muscle, fat, fat, 0)) + .02 * cloud(rng, 9) * (d < 1)
-        if anatomy == "Lung":  # around the heart
-            lungs = disc(x, v, .43, 0, .4, .7, .05) * (1 - disc(u, v, .08, -.5, .24, .26))
-            roots = [(s * .1, .05, np.pi * (s < 0) + a) for s in (-1, 1) for a in (-1, 0, .9)]
-            g += (d < .84) * .14 + lungs * (.16 - g + .3 * vessels(rng, roots, .6, kids=3) + .04 * cloud(rng, 14))
-        else:  # its vessels, aorta, stomach, fissure
-            g += (.34 if dye else .1) * vessels(rng, ((.1, .3, -2.6), (.1, .3, -1.2), (0, .4, 2.7)), width=2) * (d < .8)
-            g += ((.98 if dye else .68) - g) * disc(u, v, .05, .5, .07, .07, .2)
-            g -= .4 * disc(u, v, .74, .02, .12, .22) + .22 * disc(u, v, .25, -.62, .02, .2, .4)
-        ribs = (np.cos(11 * np.arctan2(v, u) + rng.uniform(0, 6)) > .3) * (np.abs(d - .875) < .025)
-        return g + (bone - g) * np.maximum(ribs, disc(u, v, 0, .74, .15, .13))
-    if modality == "OCT":  # t: 0 at the surface with its pit, 1 below the bright line
-        top = -.78 + .22 * np.exp(-((u - rng.uniform(-.2, .2)) / .3)**2) + rng.uniform(-.06, .06) * u
-        t = (v - top) / (.22 + .05 * u * rng.uniform(-1, 1) - top) + .015 * cloud(rng, 8)
-        g = np.interp(t, (-.02, 0, .12, .15, .33, .36, .44, .47, .54, .57, .8, .82, .87, .9, .94, 1, 1.03, 1.6),
-                      (.03, .75, .7, .5, .5, .35, .35, .55, .5, .32, .32, .6, .6, .4, .9, .9, .55, .38))
-        return g + (.07 * cloud(rng, 40, 12) + .08 * (t > 1.03) * cloud(rng, 12)) * (t > 0)
-    if modality == "Ultrasound":
-        w, d = v + .12 * cloud(rng, 3, 4), np.hypot(u / 1.15, v / .78)
-        if anatomy == "Thyroid":  # even tissue in a bright capsule, muscle above and below
-            g = .5 * (d < .96) + .95 * (np.abs(d - .98) < .03) + (d > 1) * (.2 + .3 * (np.sin(38 * w) > .75))
-        else:  # skin, fat, streaky gland, chest wall
-            g = np.interp(w, (-1, -.86, -.82, -.5, -.3, .35, .5, .66, .7, .74), (.75, .75, .3, .33, .5, .5, .35, .35, .85, .25))
-            g += .25 * np.clip(cloud(rng, 26, 5), 0, 1) * (w > -.82) * (w < .66)
-        far, fan = np.hypot(u, v + 2.1), np.abs(np.arctan2(u, v + 2.1)) < .5
-        return g * (.5 + .42 * np.hypot(cloud(rng, 75), cloud(rng, 75))) * fan * (far > 1.15) * (far < 3.03)
-    lungs = disc(x, v, .47, -.05, .4, .82, .12)  # X-ray of the chest: ribs, clavicles, spine, vessels, heart, diaphragm
-    g = .62 * disc(u, v, 0, .3, 1.1, 1.6, .3) - lungs * (.34 - .04 * cloud(rng, 9))
-    g += .12 * np.clip(3 * np.sin(24 * (v + .5 * (x - .4)**2 - .25 * x)) - 1, 0, 1) * disc(x, v, .5, 0, .46, .95)
-    g += .15 * (np.abs(v + .82 + .2 * x) < .05) * (x > .1) + .12 * (x < .09)
-    g += .1 * vessels(rng, ((-.15, 0, 2.4), (-.15, 0, 3.6), (.15, 0, .5), (.15, 0, -.6)), .6)
-    g += .25 * disc(u, v, .15, .4, .34, .4, .15) * lungs
-    return g + (.75 - g) * np.clip(8 * (v - .8 + (x - .45)**2), 0, 1)
 
-def draw_colour(rng, modality, anatomy, u, v):  # (SIZE, SIZE, 3)
-    def paint(c, mask, colour):
-        return c + mask[..., None] * (np.float32(colour) - c)
-    spots, side = cloud(rng, 5)[..., None], rng.choice((-1, 1))
-    if modality == "Dermoscopy":  # hairs, a round lens
-        c = (.87, .67, .58) + .05 * spots * (.6, 1, 1) + .02 * cloud(rng, 50)[..., None]
-        hairs = vessels(rng, rng.uniform((-1, -1, -.4), (.3, 1, 1.2), (7, 3)), 1.3, .15, 0)
-        return paint(c, .75 * hairs, (.25, .15, .1)) * disc(u, v, 0, 0, 1.2, 1.2, .06)[..., None]
-    if modality == "Endoscopy":  # folds, wet highlights; the dark lumen lies at the middle of an edge, away from the lesions
-        lumen = rng.integers(4) * np.pi / 2 + rng.uniform(-.1, .1)
-        far = np.hypot(u - .88 * np.cos(lumen), v - .88 * np.sin(lumen)) + .06 * cloud(rng, 5)
-        light = np.clip(.3 + 1.1 * far, .1, 1) - .14 * np.clip(3 * np.cos(11 * far) - 2, 0, 1) * np.clip(1.8 - far, 0, 1)
-        c = light[..., None] * (.86, .45, .38) + .03 * cloud(rng, 12)[..., None]
-        c = paint(c, .35 * vessels(rng, rng.uniform((-1, -1, 0), (1, 1, 6), (4, 3)), .7), (.6, .12, .12))
-        c = paint(c, np.clip(3 * cloud(rng, 22) - 6.2, 0, 1), (1, 1, .95))
-        return c * ((np.maximum(abs(u), abs(v)) < .97) & (abs(u) + abs(v) < 1.62))[..., None]
-    if modality == "Fundus":  # macula, vessels, optic disc
-        c = (1.05 - .35 * np.hypot(u, v))[..., None] * (.8, .4, .16) + .03 * spots
-        c = paint(c, .35 * disc(u, v, -side * .1, 0, .2, .2, 1), (.4, .12, .05))
-        roots = [(side * .72, 0, np.pi / 2 * (1 + side) + side * a) for a in (-1.9, -1.1, -.55, .55, 1.1, 1.9)]
-        c = paint(c, .75 * vessels(rng, roots, 1.5, kids=3), (.45, .05, .04))
-        return paint(c, disc(u, v, side * .74, 0, .15, .17, .3), (.98, .86, .5)) * disc(u, v, 0, 0, 1, 1, .03)[..., None]
-    if anatomy == "Lymph Node":  # packed nuclei
-        return paint((.88, .72, .85) + .06 * spots * (.3, 1, .5), .75 * np.clip(2.4 * cloud(rng, 38) - .3, 0, 1), (.3, .15, .5))
-    fibres, nuclei = np.sin(14 * v + 5 * cloud(rng, 3) + 3 * cloud(rng, 6)), np.clip(3 * cloud(rng, 38) - 3.3, 0, 1)
-    for x, y, r in rng.uniform((-.95, -.95, .08), (.95, .95, .12), (7, 3)):  # small glands of the breast
-        nuclei = np.maximum(nuclei, np.clip(2 - np.abs(np.hypot(u - x, v - y) / r - .75) / .15, 0, 1))
-    return paint((.93, .68, .79) + .06 * fibres[..., None] * (.4, 1, .7), .8 * nuclei, (.4, .18, .5))
+def draw_brain(rng, u, v, *_):
+    head = ((0, .54), (.6, .52), (.79, .42),  # white matter, cortex
+            (.82, .15), (.86, .12), (.89, .06),  # fluid, skull
+            (.91, .8), (.97, .7), (1, 0))  # scalp, air
+    ventricles = disc(abs(u), v, .13, -.04, .07, .25)
+    falx = disc(u, v, 0, 0, .02, .8)
+    d = np.hypot(u / .9, v / .97) + .02 * cloud(rng, 5)
+    folds = .16 * clamp(np.sin(8 * cloud(rng, 9))) * clamp(5 * d - 2.5)
+    g = layers(d, head) - folds * (d < .82)
+    return g - .38 * np.maximum(ventricles, .6 * falx) * (d < .82)
 
-def lesion_mask(rng, style, x, y):  # around (x, y) px; (SIZE, SIZE) in -1..1: + bright, - dark (TINT turns that round)
-    radius, stretch, turn = rng.uniform(*LESION_RADIUS), rng.uniform(.88, 1.14), rng.uniform(0, np.pi)
-    p, q = np.meshgrid(*((np.arange(SIZE, dtype=np.float32) + .5 - center) / radius for center in (x, y)))
-    p, q = (p * np.cos(turn) + q * np.sin(turn)) / stretch, (q * np.cos(turn) - p * np.sin(turn)) * stretch
-    d = np.hypot(p, q)  # from the centre, over the radius
-    if style == "clustered":  # a dot in the middle, six around it at .8
-        sector = np.arctan2(q, p) % (np.pi / 3) - np.pi / 6
-        return np.clip(1.7 - np.minimum(d, np.sqrt(d**2 + .65 - 1.6 * d * np.cos(sector))) / .17, 0, 1)
-    return {"solid": np.clip((1.25 - d) / .6, 0, 1), "cystic": -np.clip((1.05 - d) / .1, 0, 1),
-            "ring": np.clip(1.6 - np.abs(d - .9) / .13, 0, 1) - np.clip((.73 - d) / .1, 0, 1)}[style]
+
+def draw_trunk(rng, u, v, modality, anatomy):
+    greys = {"CT": (.22, .45, .97, .68, .1), "CE-MRI": (.85, .3, .12, .98, .34)}
+    fat, muscle, bone, aorta, veins = greys[modality]
+    wall = (.84, .5), (.86, muscle), (.89, muscle), (.91, fat), (.98, fat), (1, 0)
+    spine = disc(u, v, 0, .74, .15, .13)
+    d = np.hypot(u / .99, v / .93)
+    g = layers(d, wall) + .02 * cloud(rng, 9) * (d < 1)
+    if anatomy == "Lung":
+        heart = disc(u, v, .08, -.5, .24, .26)
+        lungs = disc(abs(u), v, .43, 0, .4, .7, .05) * (1 - heart)
+        roots = [(x, .05, t + a) for x, t in ((-.1, np.pi), (.1, 0)) for a in (-1, 0, .9)]
+        air = .16 - g + .3 * vessels(rng, roots, .6, kids=3) + .04 * cloud(rng, 14)
+        g += (d < .84) * .14 + lungs * air
+    else:
+        stomach = disc(u, v, .74, .02, .12, .22)
+        fissure = disc(u, v, .25, -.62, .02, .2, .4)
+        roots = (.1, .3, -2.6), (.1, .3, -1.2), (0, .4, 2.7)
+        g += veins * vessels(rng, roots, width=2) * (d < .8)
+        g += (aorta - g) * disc(u, v, .05, .5, .07, .07, .2)
+        g -= .4 * stomach + .22 * fissure
+    ribs = np.cos(11 * np.arctan2(v, u) + rng.uniform(0, 6)) > .3
+    return g + (bone - g) * np.maximum(ribs * (abs(d - .875) < .025), spine)
+
+
+def draw_oct(rng, u, v, *_):
+    retina = ((-.02, .03), (0, .75), (.12, .7),  # vitreous, nerve fibres
+              (.15, .5), (.33, .5), (.36, .35), (.44, .35),  # inner plexiform, nuclear
+              (.47, .55), (.54, .5), (.57, .32), (.8, .32),  # outer plexiform, nuclear
+              (.82, .6), (.87, .6), (.9, .4),  # photoreceptors
+              (.94, .9), (1, .9), (1.03, .55), (1.6, .38))  # pigment epithelium, choroid
+    pit = .22 * np.exp(-((u - rng.uniform(-.2, .2)) / .3)**2)
+    top = -.78 + pit + rng.uniform(-.06, .06) * u
+    bottom = .22 + .05 * u * rng.uniform(-1, 1)
+    t = (v - top) / (bottom - top) + .015 * cloud(rng, 8)
+    grain = .07 * cloud(rng, 40, 12) + .08 * (t > 1.03) * cloud(rng, 12)
+    return layers(t, retina) + grain * (t > 0)
+
+
+def draw_ultrasound(rng, u, v, _, anatomy):
+    w = v + .12 * cloud(rng, 3, 4)
+    if anatomy == "Thyroid":
+        d = np.hypot(u / 1.15, v / .78)
+        capsule = .95 * (abs(d - .98) < .03)
+        muscle = .2 + .3 * (np.sin(38 * w) > .75)
+        g = .5 * (d < .96) + capsule + (d > 1) * muscle
+    else:
+        breast = ((-.86, .75), (-.82, .3), (-.5, .33), (-.3, .5), (.35, .5),  # skin, fat, gland
+                  (.5, .35), (.66, .35), (.7, .85), (.74, .25))  # muscle, chest wall
+        streaks = .25 * clamp(cloud(rng, 26, 5)) * (w > -.82) * (w < .66)
+        g = layers(w, breast) + streaks
+    speckle = .5 + .42 * np.hypot(cloud(rng, 75), cloud(rng, 75))
+    far, fan = np.hypot(u, v + 2.1), abs(np.arctan2(u, v + 2.1)) < .5
+    return g * speckle * fan * (far > 1.15) * (far < 3.03)
+
+
+def draw_chest(rng, u, v, *_):
+    x, hila = abs(u), ((-.15, 0, 2.4), (-.15, 0, 3.6), (.15, 0, .5), (.15, 0, -.6))
+    body, heart = disc(u, v, 0, .3, 1.1, 1.6, .3), disc(u, v, .15, .4, .34, .4, .15)
+    lungs, ribcage = disc(x, v, .47, -.05, .4, .82, .12), disc(x, v, .5, 0, .46, .95)
+    ribs = clamp(3 * np.sin(24 * (v + .5 * (x - .4)**2 - .25 * x)) - 1)
+    clavicles = (abs(v + .82 + .2 * x) < .05) * (x > .1)
+    diaphragm = clamp(8 * (v - .8 + (x - .45)**2))
+    g = .62 * body - lungs * (.34 - .04 * cloud(rng, 9))
+    g += .12 * ribs * ribcage
+    g += .15 * clavicles + .12 * (x < .09)  # spine
+    g += .1 * vessels(rng, hila, .6)
+    g += .25 * heart * lungs
+    return g + (.75 - g) * diaphragm
+
+
+def draw_skin(rng, u, v, spots, *_):
+    skin, hair = (.87, .67, .58), (.25, .15, .1)
+    c = skin + .05 * spots * (.6, 1, 1) + .02 * cloud(rng, 50)[..., None]
+    hairs = vessels(rng, rng.uniform((-1, -1, -.4), (.3, 1, 1.2), (7, 3)), 1.3, .15, kids=0)
+    lens = disc(u, v, 0, 0, 1.2, 1.2, .06)[..., None]
+    return paint(c, .75 * hairs, hair) * lens
+
+
+def draw_gut(rng, u, v, *_):
+    wall, blood, wet = (.86, .45, .38), (.6, .12, .12), (1, 1, .95)
+    lumen = rng.integers(4) * np.pi / 2 + rng.uniform(-.1, .1)  # at an edge, away from lesions
+    far = np.hypot(u - .88 * np.cos(lumen), v - .88 * np.sin(lumen)) + .06 * cloud(rng, 5)
+    folds = .14 * clamp(3 * np.cos(11 * far) - 2) * clamp(1.8 - far)
+    light = np.clip(.3 + 1.1 * far, .1, 1) - folds
+    c = light[..., None] * wall + .03 * cloud(rng, 12)[..., None]
+    veins = vessels(rng, rng.uniform((-1, -1, 0), (1, 1, 6), (4, 3)), .7)
+    c = paint(c, .35 * veins, blood)
+    c = paint(c, clamp(3 * cloud(rng, 22) - 6.2), wet)
+    frame = (np.maximum(abs(u), abs(v)) < .97) & (abs(u) + abs(v) < 1.62)
+    return c * frame[..., None]
+
+
+def draw_fundus(rng, u, v, spots, side, *_):
+    retina, dark, blood, pale = (.8, .4, .16), (.4, .12, .05), (.45, .05, .04), (.98, .86, .5)
+    macula = disc(u, v, -side * .1, 0, .2, .2, 1)
+    optic_disc = disc(u, v, side * .74, 0, .15, .17, .3)
+    c = (1.05 - .35 * np.hypot(u, v))[..., None] * retina + .03 * spots
+    c = paint(c, .35 * macula, dark)
+    turns = np.pi / 2 * (1 + side) + side * np.array((-1.9, -1.1, -.55, .55, 1.1, 1.9))
+    arcs = vessels(rng, [(side * .72, 0, turn) for turn in turns], 1.5, kids=3)
+    eye = disc(u, v, 0, 0, 1, 1, .03)[..., None]
+    return eye * paint(paint(c, .75 * arcs, blood), optic_disc, pale)
+
+
+def draw_microscopy(rng, u, v, spots, side, _, anatomy):
+    if anatomy == "Lymph Node":
+        pulp, nucleus = (.88, .72, .85), (.3, .15, .5)
+        nuclei = clamp(2.4 * cloud(rng, 38) - .3)
+        return paint(pulp + .06 * spots * (.3, 1, .5), .75 * nuclei, nucleus)
+    tissue, nucleus = (.93, .68, .79), (.4, .18, .5)
+    fibres = np.sin(14 * v + 5 * cloud(rng, 3) + 3 * cloud(rng, 6))[..., None]
+    nuclei = clamp(3 * cloud(rng, 38) - 3.3)
+    for x, y, r in rng.uniform((-.95, -.95, .08), (.95, .95, .12), (7, 3)):
+        gland = clamp(2 - abs(np.hypot(u - x, v - y) / r - .75) / .15)
+        nuclei = np.maximum(nuclei, gland)
+    return paint(tissue + .06 * fibres * (.4, 1, .7), .8 * nuclei, nucleus)
+
+
+PAINTERS = {"MRI": draw_brain, "CE-MRI": draw_trunk, "CT": draw_trunk, "OCT": draw_oct,
+            "Ultrasound": draw_ultrasound, "Dermoscopy": draw_skin, "Endoscopy": draw_gut,
+            "Fundus": draw_fundus, "X-ray": draw_chest, "Microscopy": draw_microscopy}
+
+
+def lesion_mask(rng, style, location):
+    """(SIZE, SIZE) in -1..1: + bright, - dark (TINT turns that round)."""
+    x, y = (np.array(CENTERS[location]) + rng.uniform(-.03, .03, 2)) * SIZE
+    radius, stretch = rng.uniform(*LESION_RADIUS), rng.uniform(.88, 1.14)
+    turn = rng.uniform(0, np.pi)
+    cos, sin = np.cos(turn), np.sin(turn)
+    pixel = np.arange(SIZE, dtype=np.float32) + .5
+    p, q = np.meshgrid((pixel - x) / radius, (pixel - y) / radius)
+    p, q = (p * cos + q * sin) / stretch, (q * cos - p * sin) * stretch
+    d = np.hypot(p, q)  # from the centre, in radii
+    if style == "solid":
+        return clamp((1.25 - d) / .6)
+    if style == "cystic":
+        return -clamp((1.05 - d) / .1)
+    if style == "ring":
+        return clamp(1.6 - abs(d - .9) / .13) - clamp((.73 - d) / .1)
+    sector = np.arctan2(q, p) % (np.pi / 3) - np.pi / 6  # six dots at .8, one in the middle
+    dot = np.sqrt(d**2 + .65 - 1.6 * d * np.cos(sector))
+    return clamp(1.7 - np.minimum(d, dot) / .17)
+
 
 def draw_phantom(rng, modality, anatomy, lesion=None):
-    """One phantom: (SIZE, SIZE, 3) uint8, and its facts {"modality", "anatomy", "lesion": kind or None, "style", "location"}.
+    """One phantom: (SIZE, SIZE, 3) uint8, and its facts {"modality", "anatomy", "lesion": kind or
+    None, "style", "location"}.
 
-    lesion is None or (style, location); the healthy part is the same with and without. To be told apart at a glance."""
-    (style, location), grid = lesion or (None, None), np.linspace(-1, 1, SIZE, dtype=np.float32)
-    u, v = np.meshgrid(*(grid * rng.uniform(.97, 1.04) + rng.uniform(-.03, .03) for _ in range(2)))
-    image = (draw_colour if modality in TINT else draw_grey)(rng, modality, anatomy, u, v).reshape(SIZE, SIZE, -1)
-    gain, noise = rng.uniform(.92, 1.08), .025 * rng.standard_normal((SIZE, SIZE, 1), dtype=np.float32)
+    lesion is None or (style, location); the healthy part is the same with and without."""
+    style, location = lesion or (None, None)
+    kind = KINDS[anatomy][list(STYLES).index(style)] if lesion else None
+    facts = dict(modality=modality, anatomy=anatomy, lesion=kind, style=style, location=location)
+    grid = np.linspace(-1, 1, SIZE, dtype=np.float32)
+    axes = [grid * rng.uniform(.97, 1.04) + rng.uniform(-.03, .03) for _ in range(2)]
+    u, v = np.meshgrid(*axes)
+    more = [cloud(rng, 5)[..., None], rng.choice((-1, 1))] if modality in TINT else []
+    image = PAINTERS[modality](rng, u, v, *more, modality, anatomy).reshape(SIZE, SIZE, -1)
+    gain = rng.uniform(.92, 1.08)
+    noise = .025 * rng.standard_normal((SIZE, SIZE, 1), dtype=np.float32)
     if lesion:
-        m = lesion_mask(rng, style, *(np.array(CENTERS[location]) + rng.uniform(-.03, .03, 2)) * SIZE)
+        m = lesion_mask(rng, style, location)
         hit = m != 0
         m, tissue = m[hit][:, None], image[hit]  # (n, 1), (n, 1 or 3)
-        mean = (tissue * abs(m)).sum(0) / abs(m).sum()  # half of the texture under a lesion gives way to its mean
-        image[hit] = tissue + abs(m) * .5 * (mean - tissue) + m * LESION_CONTRAST * np.array(TINT.get(modality, 1))
-    pixels = (np.clip(image * gain + noise, 0, 1) * 255).astype(np.uint8)
-    kind = KINDS[anatomy][list(STYLES).index(style)] if lesion else None
-    facts = {"modality": modality, "anatomy": anatomy, "lesion": kind, "style": style, "location": location}
+        mean = (tissue * abs(m)).sum(0) / abs(m).sum()
+        even = tissue + abs(m) * .5 * (mean - tissue)  # less texture
+        image[hit] = even + m * LESION_CONTRAST * np.array(TINT.get(modality, 1))
+    pixels = (clamp(image * gain + noise) * 255).astype(np.uint8)
     return np.repeat(pixels, 3 // pixels.shape[2], 2), facts
+
 
 # ---- questions with their options -------------------------------------------------------------------------------------------
 def ask(image, task, truth, others, rng, decks):
