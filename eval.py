@@ -1,7 +1,7 @@
 """Tables 1-3: accuracy by task, format and consistency rates, and a report that a person looks at.
 
 Every question of the test split is answered once (greedy; with --temperature once a seed), then scored by the code that gives
-the rewards: rewards.py for format and accuracy, judge.py's F for consistency. Beside the checkpoints are written:
+the rewards: rewards.score, with an F of judge.py. Beside the checkpoints are written:
 
     results.json              figures as fractions; checkpoints evaluated earlier stay in it
     report.md, eval.html      the tables; the page also shows some questions with image, thought and answer
@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 import data
 import model as M
+import rewards
 from data import DataError, expect
 from judge import data_url, make_judge
-from rewards import accuracy_reward, answer_letter, consistency_reward, format_reward, parse_completion
 
 # name: (default, unit and meaning [, choices])
 KNOBS = dict(
@@ -40,7 +40,8 @@ KNOBS = dict(
     data=((), "files of records, .jsonl or Med-R1's .json (default: phantoms/phantoms.jsonl beside the first checkpoint)"),
     split=("test", "which records of these files", data.SPLITS),
     only=((), "of them those with KEY=VALUE, say modality=CT task=anatomy"),
-    thinking=("before", "where the completion has its thought: before the answer, after it, or none", tuple(data.INSTRUCTIONS)),
+    thinking=("before", "where the completion has its thought: before the answer, after it, or none",
+              tuple(rewards.INSTRUCTIONS)),
     questions=(0, "evaluate the first so many of a fixed shuffled order of the records, 0 = all"),
     batch=(64, "questions sampled at a time; greedy, memory and speed, not the result, depend on it"),
     max_new_tokens=(0, "tokens at which a completion is cut off, 0 = 80 for a tiny checkpoint, else 512"),
@@ -49,7 +50,7 @@ KNOBS = dict(
     seeds=((0,), "answer every question once for each: mean and standard deviation over them (needs a temperature)"),
     judge=("lexical", "the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH or openai:BASE_URL#MODEL"),
     judge_sees=("cut", "the thought with letters and answer statements cut, or raw as printed", ("cut", "raw")),
-    judge_concurrency=(32, "requests to an openai: judge at a time; its verdicts are kept in OUT/verdicts"),
+    judge_concurrency=(32, "requests to an openai: judge at a time; replies are kept in OUT/replies.jsonl"),
     judge_timeout=(60.0, "seconds a request to it may take"),
     out=(None, "folder of the results (default: that in which the first checkpoint lies)"),
     image=(None, "answer one question about this image file instead, and print thought and answer"),
@@ -79,21 +80,11 @@ def evaluate(policy, processor, records, judge, *, max_new_tokens, temperature=0
             inputs = M.encode(processor, items, device)
             tokens, mask = M.sample(policy, inputs, group_size=1, max_new_tokens=max_new_tokens, temperature=temperature,
                                     generator=generator)                                   # (n, 1, T)
-            scored = score([text for text, in M.decode(processor, tokens, mask)], items, judge)
+            scored = rewards.score([text for text, in M.decode(processor, tokens, mask)], items, judge)
             ended = M.finished(inputs, tokens, mask)[:, 0].tolist()                        # n
             rows += [row | dict(seed=seed, cut_off=not end) for row, end in zip(scored, ended, strict=True)]
             bar.update(len(items))
     return rows
-
-def score(texts, items, judge):
-    """n completions and their records -> n rows, still without seed and cut_off; see `evaluate`."""
-    modes = [r.get("thinking", "before") for r in items]
-    parsed = [parse_completion(text, mode) for text, mode in zip(texts, modes, strict=True)]
-    verdicts = judge([thought for thought, _ in parsed], items)
-    return [{k: r[k] for k in ("id", "task", "modality", "question", "options", "answer")} | dict(
-                completion=text, thought=thought, given=answer_letter(answer, r["options"]), verdict=verdict,
-                fmt=format_reward(text, mode), acc=accuracy_reward(text, r), con=consistency_reward(text, r, verdict))
-            for text, r, mode, (thought, answer), verdict in zip(texts, items, modes, parsed, verdicts, strict=True)]
 
 def spread(rows, key="acc"):
     """Rows of one seed or several -> mean of `key` ("mean" None without a number), "std" over the seeds (n - 1; 0 for one), "n"
@@ -284,7 +275,7 @@ def main(argv=None):
     expect(args.data or os.path.isfile(files[0]), f"{files[0]} is not there, expected the phantoms, or --data FILE")
     records = subset(data.read_records(files, args.split, args.only, args.thinking), args.questions)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency, timeout=args.judge_timeout,
-                       cache=os.path.join(out, "verdicts"))
+                       cache=os.path.join(out, "replies.jsonl"))
     gone = [r["path"] for r in records if not os.path.isfile(r["path"])]
     expect(not gone, f"the images of {len(gone)} of {len(records)} questions are missing, the first is {(*gone, '')[0]}")
     os.makedirs(out, exist_ok=True)

@@ -17,6 +17,7 @@ import torch
 import data
 import grpo
 import model as M
+import rewards
 import sft
 from judge import make_judge
 from rewards import total_reward
@@ -265,7 +266,7 @@ def test_gold_answers_pass_and_a_planted_wrong_one_is_named(world):
     option, or names none, or would break the format, stops the run with its id."""
     judge = make_judge("lexical")
     grpo.check_gold(world.records, judge)
-    for mode in data.INSTRUCTIONS:
+    for mode in rewards.INSTRUCTIONS:
         grpo.check_gold([r | dict(thinking=mode) for r in world.records], judge)
     grpo.check_gold([world.records[0] | dict(thought=None)], judge)  # Med-R1's questions have no thoughts: nothing to check
     k, good = next((k, r) for k, r in enumerate(world.records) if r["task"] == "modality")
