@@ -39,7 +39,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import jinja2
+import jinja2  # comes with torch
 import torch
 import transformers
 from tqdm import tqdm
@@ -49,7 +49,7 @@ import data
 import model as M
 import rewards
 from data import LETTERS, DataError, expect
-from rewards import failed, mentions, visible_thought
+from rewards import failed, fold, mentions, visible_thought
 
 # ---- how F is asked ------------------------------------------------------------------------------
 
@@ -220,16 +220,17 @@ class Replies(dict):
     def ask(self, call, read, *parts):
         """read(the reply to `parts`), kept or else call()'s, which is kept; nan where that is."""
         key = key_of(*parts)
-        if key not in self:
-            reply = call()
-            if failed(reply):
-                return reply
-            self[key] = reply
-            if self.file:
-                os.makedirs(os.path.dirname(os.path.abspath(self.file)), exist_ok=True)
-                with open(self.file, "ab", buffering=0) as f:
-                    f.write(f"\n{json.dumps([key, reply])}".encode())
-        return read(self[key])
+        if key in self:
+            return read(self[key])
+        reply = call()
+        if failed(reply):
+            return reply
+        self[key] = reply
+        if self.file:
+            os.makedirs(os.path.dirname(os.path.abspath(self.file)), exist_ok=True)
+            with open(self.file, "ab", buffering=0) as f:
+                f.write(f"\n{json.dumps([key, reply])}".encode())
+        return read(reply)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -345,20 +346,21 @@ def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cach
     if kind == "hf":
         ask = hf_evaluator(spec, name, device, reference)
     elif kind == "openai":
-        ask = openai_evaluator(Server(spec, usage, Replies(cache), 4, timeout, concurrency),
-                               concurrency)
+        server = Server(spec, usage, Replies(cache), 4, timeout, concurrency)
+        ask = openai_evaluator(server, concurrency)
     else:
         def ask(pairs):
             return [rewards.lexical_verdict(text, item, sees == "raw") for text, item in pairs]
 
     def judge(thoughts, items):
-        pairs, keys = {}, []  # a thought on a record is asked about once
+        pairs, keys = {}, []  # pairs: each thought on a record once
         for thought, item in zip(thoughts, items, strict=True):
-            text = thought or ""
-            text = visible_thought(text)[0] if sees == "cut" else rewards.single_blanks(text)
+            text, _ = visible_thought(thought or "")
+            if sees == "raw":
+                text = rewards.single_blanks(thought or "")
             keys.append((text, id(item)))
             if text:
-                pairs[keys[-1]] = text, item
+                pairs[text, id(item)] = text, item
         verdicts = dict(zip(pairs, ask(list(pairs.values())), strict=True))
         return [verdicts.get(key) for key in keys]
     judge.usage, judge.early = usage, kind == "openai"
@@ -446,7 +448,7 @@ def write_prompt(record, described, attempts):
 
 # ---- verification by rule: it reads words, not meaning; a person reads the rest ------------------
 
-CONCLUDES = re.compile(r"(?i)\b(?:so|therefore|thus|hence|answer|option|choice|conclu\w+|must be)\b")
+CONCLUDES = re.compile(r"(?i)\b(?:so|therefore|thus|hence|answer|option|choice|conclu\w+|must)\b")
 CIRCULAR = re.compile(r"(?i)\b(?:given|provided|known)\s(?:the\s)?answer\b"
                       r"|\banswer\s(?:is|was)\s(?:given|provided|known)\b"
                       r"|\b(?:since|because|that|knowing|told)\sthe\s(?:\w+\s)?answer\b")
@@ -503,9 +505,11 @@ def untrue_names(thought, record, known):
         if what == record["task"]:
             names |= {*record["options"]}
         if true in names:
-            affirmed = {name for _, name, no in mentions(thought, sorted(names)) if not no}
-            untrue = {name for name in affirmed - {true} if {name, true} not in data.ALIKE}
-            wrong += [f"names {name}, but the {what} is {true}" for name in sorted(untrue)]
+            found = mentions(thought, sorted(names))
+            affirmed = {name for _, name, denied in found if not denied}
+            for name in sorted(affirmed):
+                if fold(name) != fold(true) and {name, true} not in data.ALIKE:
+                    wrong.append(f"names {name}, but the {what} is {true}")
     return wrong
 
 
@@ -549,8 +553,10 @@ def annotate(args):
                 wrong = faults(thought, r, known[r["image"]], verdict)
                 attempts[r["id"]].append((thought, wrong))
 
-    good = [dict(r, thought=attempts[r["id"]][-1][0]) for r in records
-            if attempts[r["id"]] and not attempts[r["id"]][-1][1]]
+    good = []
+    for r in records:
+        if attempts[r["id"]] and not attempts[r["id"]][-1][1]:
+            good.append(dict(r, thought=attempts[r["id"]][-1][0]))
     print_summary(attempts, good, usage | dict(judge=judge.usage))
     save(good, args.out)
     if args.review:

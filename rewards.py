@@ -11,8 +11,7 @@
 Format, accuracy and consistency are separate rewards: text after the answer block costs the
 format, not the accuracy. Whatever the text, the time is linear in its length.
 
-Left out on purpose: partial credit, length rewards, and any guess at an answer outside its tags
-(a "B" somewhere in the text is no answer).
+Left out on purpose: partial credit, length rewards, any guess at an answer outside its tags.
 """
 
 import math
@@ -89,8 +88,8 @@ def split_blocks(text, thinking="before"):
 def parse_completion(text, thinking="before"):
     """A completion's text -> (thought T, answer A), stripped strings, either may be None.
 
-    A block counts when its opening and its closing tag occur exactly once in the text, in that
-    order, with something other than whitespace between them. So:
+    A block counts when its two tags occur exactly once, in order, with more than whitespace between
+    them. So:
       well formed                                     (thought, answer)
       text before, between or after the blocks        (thought, answer), but no format reward
       one block missing, unclosed, repeated or empty  that one is None, the other is returned
@@ -114,10 +113,9 @@ def answer_letter(answer, options):
     """What the answer block says -> the letter of one of `options` (list of str), or None.
 
     Every reading of the whole answer is collected: a label ("B", "b.", "(B)"), a label with its
-    option's text ("B) CT", "B. CT", "(B) CT"), an option's text alone. One letter read: that
-    letter. None, or several ("A or B", "B) <text of C>"), or a letter beyond the options: None, so
-    an option whose text is itself a letter may be undecidable. Nothing is searched for inside the
-    answer: "normal" can match neither "abnormal" nor "no".
+    option's text ("B) CT", "B. CT", "(B) CT"), an option's text alone. The letter where one is
+    read. None for none, several ("A or B", "B) <text of C>") or one beyond the options. Nothing is
+    searched for inside the answer: "normal" can match neither "abnormal" nor "no".
     """
     if answer is None:
         return None
@@ -184,7 +182,7 @@ def score(texts, items, judge):
 
     A row: the record's id, task, modality, question, options and answer; the completion and what
     was read from it: thought, given (letter or None), verdict (F's letter, None or nan); fmt, acc,
-    con (floats; con is nan where F failed). judge: of `judge.make_judge`, asked once about all n.
+    con (floats; con is nan where F failed). judge: see `judge.make_judge`; asked once.
     """
     modes = [item.get("thinking", "before") for item in items]
     parsed = [parse_completion(*pair) for pair in zip(texts, modes, strict=True)]
@@ -203,7 +201,7 @@ def score(texts, items, judge):
 
 # What stands for an option. The letter, where there is one, is the last group that matched.
 LABEL = re.compile(r"""
-    [(\[{"'`*“‘]{1,2}\s?([a-f])\s?[)\]}"'`*”’]{1,2}           # "(B)", "[b]", "{B}", "**B**"
+    [(\[{"'`*_“‘]{1,2}\s?([a-f])\s?[)\]}"'`*_”’]{1,2}         # "(B)", "[b]", "{B}", "**B**"
   | \b(?:option|choice|answer|letter)\s(a)\b                  # elsewhere "a" may be the article
   | \b(?:option|choice|answer)\s(?:\#|no\.?\s|number\s)?(?:[1-6]|one|two|three|four|five|six)\b
   | \b(?:first|second|third|fourth|fifth|sixth|last)\s(?:option|choice|answer)\b
@@ -261,10 +259,8 @@ SCANNED = {  # beside names, in lower case
 
 
 def names_pattern(names):
-    """Folded texts -> a pattern of any of them as whole words, the longest where several fit.
-
-    A hyphen joins: "mri" is not in "ce-mri". The option "no" is not the "no" of "no lesion".
-    """
+    """Folded texts -> a pattern of any as whole words, the longest where several fit. A hyphen
+    joins: "mri" is not in "ce-mri". The option "no" is not the "no" of "no lesion"."""
     texts = []
     for name in sorted(names, key=len, reverse=True):
         end = r"(?=\s?(?:[.,;:!?\n]|$))" if re.fullmatch(NEGATION, name) else ""
@@ -302,18 +298,18 @@ def lexical_verdict(thought, item, sees_letters=False):
     """F(T, Q) as a rule -> the letter of the option that the thought supports, or None.
 
     An option stands as its last mention leaves it, affirmed or denied (see `mentions`). The last
-    sentence with one that stands decides; two that stand in it decide nothing.
+    sentence with one that stands decides; two that stand in it decide nothing. sees_letters: an
+    option's letter counts as its text.
 
-    It knows words, no medicine and little English. Not read: an option's words in another order,
-    number or hyphenation ("upper left", "cysts", "x ray"); a finding for Abnormal, or none for
-    Normal; that "no cyst, glioma or abscess" denies all three and "a cyst cannot be seen" any; "no
-    doubt" and double negation; where something is not ("no lesion in the brain" denies the brain);
-    hedges and questions. Real thoughts deserve a model as F.
+    It knows words, no medicine and little English. It does not read: an option's words in another
+    order, number or hyphenation ("upper left", "cysts", "x ray"); a lesion as Abnormal; "no cyst,
+    glioma or abscess" as a denial of all three, "a cyst cannot be seen" as one at all; "no doubt"
+    and double negation as affirmations; "no lesion in the brain" without denying the brain; hedges
+    and questions as such. Real thoughts deserve a model as F.
     """
-    if sees_letters:
-        thought = spelled_out(thought, item["options"])
+    text = spelled_out(thought, item["options"]) if sees_letters else thought
     stands = {}  # option -> number of the sentence that affirmed it last
-    for sentence, option, denied in mentions(thought, item["options"]):
+    for sentence, option, denied in mentions(text, item["options"]):
         if denied:
             stands.pop(option, None)
         else:
