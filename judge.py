@@ -448,11 +448,14 @@ def write_prompt(record, described, attempts):
 
 # ---- verification by rule: it reads words, not meaning; a person reads the rest ------------------
 
-CONCLUDES = re.compile(r"(?i)\b(?:so|therefore|thus|hence|answer|option|choice|conclu\w+|must)\b")
-CIRCULAR = re.compile(r"(?i)\b(?:given|provided|known)\s(?:the\s)?answer\b"
-                      r"|\banswer\s(?:is|was)\s(?:given|provided|known)\b"
-                      r"|\b(?:since|because|that|knowing|told)\sthe\s(?:\w+\s)?answer\b")
-SICK = {"lesion", "mass", "tumour", "abnormality", "anomaly"}  # and every kind of lesion
+CONCLUDES = re.compile(r"(?i)\b(?:so|therefore|thus|hence|consequently|answer|option|choice"
+                       r"|conclu\w+|diagnosis is|must be)\b")
+GIVEN = r"(?:given|provided|supplied|stated|known|told)"
+CIRCULAR = re.compile(rf"(?i)\b{GIVEN}\s(?:the\s)?answer\b"
+                      rf"|\banswer\s(?:is|was|has\sbeen)\s(?:already\s)?{GIVEN}\b"
+                      r"|\b(?:since|because|that|know|knowing)\sthe\s(?:\w+\s)?(?:answer|option)\b")
+SICK = {*"lesion lesions mass masses nodule tumour cyst fracture opacity growth defect abnormality "
+        "anomaly disease".split()}  # not to be affirmed of a healthy image, nor any kind of lesion
 
 
 def faults(thought, record, known, verdict):

@@ -116,7 +116,8 @@ def test_readings(thought, options, letter):
     ("a dark rim. Option d.", "a dark rim."), ("A cyst. So the answer is (B). A rim.", "A cyst. A rim."),
     ("The answer is B.The rim is dark.", "The rim is dark."), ("the correct choice is (A) MRI", "the correct choice is MRI"),
     ("the answer is not (A) MRI but B", "the answer is not MRI but"), ("A. MRI\nB. CT", "MRI\nCT"),
-    ("It is **B**, CT", "It is, CT"), ("It is _B_, CT", "It is, CT"), ("It shows A.", "It shows."), ("I pick a.", "I pick."), ("\\boxed{C}", "\\boxed"),
+    ("It is **B**, CT", "It is, CT"), ("It is _B_, CT", "It is, CT"),
+    ("It shows A.", "It shows."), ("I pick a.", "I pick."), ("\\boxed{C}", "\\boxed"),
     ("So it is b because of CT", "So it is because of CT"), ("The second option fits", "The fits"),
     ("It is dark.B fits", "It is dark. fits"), ("hepatitis B at 37 C", "hepatitis at 37"),
 ])
