@@ -47,9 +47,6 @@ MED_R1_TASKS = {  # Med-R1's question types; its files don't name them: the firs
 KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "answer", "thought", "source", "group", "split")
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = 2**26  # pixels an image may have; looked at before anything is decoded
-INSTRUCTIONS = {"before": "First think in <think></think>, then give the letter in <answer></answer>.",  # by --thinking
-                "none": "Give the letter in <answer></answer>.",
-                "after": "First give the letter in <answer></answer>, then say why in <think></think>."}
 
 class DataError(ValueError):
     """Input that cannot be used; the message is one sentence for the user."""
@@ -57,6 +54,12 @@ class DataError(ValueError):
 def expect(ok, sentence):
     if not ok:
         raise DataError(sentence)
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are DataErrors: one sentence, as for any bad input."""
+
+    def error(self, message):
+        raise DataError(message)
 
 def cli(main):
     """Run main(); bad input, a full or read-only disk and Ctrl-C end it with one sentence on stderr and exit code 2."""
@@ -91,7 +94,7 @@ def check_record(record, folder):
 
 def read_records(files, split=None, only=(), thinking="before"):
     """Validated records of one file or several, each with "path" added. split keeps one; only, texts like "modality=CT", keeps
-    those with one of the values given for each key. thinking (a key of INSTRUCTIONS) goes with them into prompt and target.
+    those with one of the values given for each key. thinking (of rewards.INSTRUCTIONS) goes with them into prompt and target.
 
     DataError names file, line and what was expected. Others' questions (`foreign_record`), not ours to mend, are left out where
     they can't be used, counted and told on stderr. Whether the images exist is load_image's business."""
@@ -222,26 +225,6 @@ def load_image(record, grey=False):
         why = {FileNotFoundError: "is missing", Image.UnidentifiedImageError: "is not an image, or has no pixels",
                Image.DecompressionBombError: f"has more than {MAX_PIXELS} pixels"}.get(type(e), f"is truncated or broken ({e})")
         raise DataError(f"record {record['id']!r}: image {record['path']} {why}") from None
-
-def right_option(record):
-    return record["options"][LETTERS.index(record["answer"])]
-
-def options_text(options):
-    return "".join(f"{letter}) {o}\n" for letter, o in zip(LETTERS, options, strict=False))
-
-def question_text(record):
-    """The user's message: question, options as "A) text", how to answer."""
-    return f"{record['question']}\n{options_text(record['options'])}{INSTRUCTIONS[record.get('thinking', 'before')]}"
-
-def answer_text(record):
-    """Y* of Eq. (1): "<think>T*</think><answer>A*</answer>", turned round or the answer alone as `thinking` says; DataError if
-    there is no thought and one is needed."""
-    answer, thinking = f"<answer>{record['answer']}</answer>", record.get("thinking", "before")
-    if thinking == "none":
-        return answer
-    expect(record["thought"] is not None, f"record {record['id']!r} has no thought, which supervised fine-tuning needs")
-    thought = f"<think>{record['thought']}</think>"
-    return answer + thought if thinking == "after" else thought + answer
 
 # ---- phantoms: knobs and words ----------------------------------------------------------------------------------------------
 SIZE = 112                # px, side of the square image

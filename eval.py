@@ -1,7 +1,7 @@
 """Tables 1-3: accuracy by task, format and consistency rates, and a report that a person looks at.
 
 Every question of the test split is answered once (greedy; with --temperature once a seed), then scored by the code that gives
-the rewards: rewards.py for format and accuracy, judge.py's F for consistency. Beside the checkpoints are written:
+the rewards: rewards.score, with an F of judge.py. Beside the checkpoints are written:
 
     results.json              figures as fractions; checkpoints evaluated earlier stay in it
     report.md, eval.html      the tables; the page also shows some questions with image, thought and answer
@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 import data
 import model as M
+import rewards
 from data import DataError, expect
 from judge import data_url, make_judge
-from rewards import accuracy_reward, answer_letter, consistency_reward, format_reward, parse_completion
 
 # name: (default, unit and meaning [, choices])
 KNOBS = dict(
@@ -42,7 +42,8 @@ KNOBS = dict(
     data=((), "files of records, .jsonl or Med-R1's .json (default: phantoms/phantoms.jsonl beside each checkpoint)"),
     split=("test", "which records of these files", data.SPLITS),
     only=((), "of them those with KEY=VALUE, say modality=CT task=anatomy"),
-    thinking=("before", "where the completion has its thought: before the answer, after it, or none", tuple(data.INSTRUCTIONS)),
+    thinking=("before", "where the completion has its thought: before the answer, after it, or none",
+              tuple(rewards.INSTRUCTIONS)),
     questions=(0, "evaluate the first so many of a fixed shuffled order of the records, 0 = all"),
     batch=(64, "questions sampled at a time; greedy, memory and speed, not the result, depend on it"),
     max_new_tokens=(0, "tokens at which a completion is cut off, 0 = 80 for a tiny checkpoint, else 512"),
@@ -51,7 +52,7 @@ KNOBS = dict(
     seeds=((0,), "answer every question once for each: mean and standard deviation over them (needs a temperature)"),
     judge=("lexical", "the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH or openai:BASE_URL#MODEL"),
     judge_sees=("cut", "the thought with letters and answer statements cut, or raw as printed", ("cut", "raw")),
-    judge_concurrency=(32, "requests to an openai: judge at a time; its verdicts are kept in OUT/verdicts"),
+    judge_concurrency=(32, "requests to an openai: judge at a time; replies are kept in OUT/replies.jsonl"),
     judge_timeout=(60.0, "seconds a request to it may take"),
     out=(None, "folder of the results (default: that in which the first checkpoint lies)"),
     image=(None, "answer one question about this image file instead, and print thought and answer"),
@@ -81,21 +82,11 @@ def evaluate(policy, processor, records, judge, *, max_new_tokens, temperature=0
             inputs = M.encode(processor, items, device)
             tokens, mask = M.sample(policy, inputs, group_size=1, max_new_tokens=max_new_tokens, temperature=temperature,
                                     generator=generator)                                   # (n, 1, T)
-            scored = score([text for text, in M.decode(processor, tokens, mask)], items, judge)
+            scored = rewards.score([text for text, in M.decode(processor, tokens, mask)], items, judge)
             ended = M.finished(inputs, tokens, mask)[:, 0].tolist()                        # n
             rows += [row | dict(seed=seed, cut_off=not end) for row, end in zip(scored, ended, strict=True)]
             bar.update(len(items))
     return rows
-
-def score(texts, items, judge):
-    """n completions and their records -> n rows, still without seed and cut_off; see `evaluate`."""
-    modes = [r.get("thinking", "before") for r in items]
-    parsed = [parse_completion(text, mode) for text, mode in zip(texts, modes, strict=True)]
-    verdicts = judge([thought for thought, _ in parsed], items)
-    return [{k: r[k] for k in ("id", "task", "modality", "question", "options", "answer")} | dict(
-                completion=text, thought=thought, given=answer_letter(answer, r["options"]), verdict=verdict,
-                fmt=format_reward(text, mode), acc=accuracy_reward(text, r), con=consistency_reward(text, r, verdict))
-            for text, r, mode, (thought, answer), verdict in zip(texts, items, modes, parsed, verdicts, strict=True)]
 
 def spread(rows, key="acc"):
     """Rows of one or several runs -> mean of `key` over the runs (None without a number), "std" over
@@ -104,10 +95,10 @@ def spread(rows, key="acc"):
     A run is a checkpoint where there are several, else a seed of the sampling. A checkpoint that
     was sampled with several seeds is one run: the mean over its answers.
     """
-    several = len({r["ckpt"] for r in rows}) > 1
+    several = len({r.get("ckpt") for r in rows}) > 1
     runs = defaultdict(list)
     for r in rows:
-        runs[r["ckpt"] if several else r["seed"]].append(r[key])
+        runs[r.get("ckpt") if several else r["seed"]].append(r[key])
     means = []
     for values in runs.values():
         kept = [v for v in values if not math.isnan(v)]
@@ -131,7 +122,7 @@ def summary(rows):
     return {"overall": spread(rows), "tasks": {k: spread(v) for k, v in tasks.items()},
             "modality": {k: spread(v) for k, v in modalities.items()},
             "format": spread(rows, "fmt")["mean"], "consistency": spread(rows, "con")["mean"],
-            "seeds": sorted({r["seed"] for r in rows}), "checkpoints": list(dict.fromkeys(r["ckpt"] for r in rows)),
+            "seeds": sorted({r["seed"] for r in rows}), "checkpoints": list(dict.fromkeys(r.get("ckpt") for r in rows)),
             "judge_failed": sum(r["verdict"] != r["verdict"] for r in rows),
             "cut_off": spread(rows, "cut_off")["mean"],
             "answers": {k: answers_given(v) for k, v in tasks.items()} | {"letter": answers_given(rows, letters=True)}}
@@ -311,6 +302,12 @@ def folder_of(ckpt):
     parent = os.path.dirname(os.path.normpath(ckpt)) or "."
     return parent if os.path.isdir(parent) else "out"
 
+def file_name(row, out):
+    """A row of the table -> what its file of completions is called."""
+    if os.path.isdir(row):
+        row = os.path.relpath(row, out)
+    return re.sub(r"[^\w.]+", "-", row).strip("-.")
+
 def questions_of(ckpt, beside, args):
     """The files of records for a checkpoint, and the records -> files, records. Without --data that
     is the phantoms beside it, or beside the first checkpoint."""
@@ -329,10 +326,10 @@ def main(argv=None):
     ckpts = checkpoints_of(args.ckpt)
     beside = folder_of(next(iter(ckpts.values()))[0])
     out = args.out or beside
-    names = {row: re.sub(r"[^\w.]+", "-", os.path.relpath(row, out)).strip("-.") for row in ckpts}
+    names = {row: file_name(row, out) for row in ckpts}
     expect(len(set(names.values())) == len(names), f"--ckpt {' '.join(args.ckpt)}: expected different names")
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency, timeout=args.judge_timeout,
-                       cache=os.path.join(out, "verdicts"))
+                       cache=os.path.join(out, "replies.jsonl"))
     questions = {ckpt: questions_of(ckpt, beside, args) for row in ckpts.values() for ckpt in row}
     files = sorted({file for fs, _ in questions.values() for file in fs})
     records = list({r["path"] + r["id"]: r for _, rs in questions.values() for r in rs}.values())

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
+from multiprocessing.pool import ThreadPool
 
 import torch
 from tqdm import tqdm
@@ -26,9 +26,10 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import model as M
+import rewards
 from data import DataError
-from judge import make_judge, parse_spec, reasons, visible_thought
-from rewards import parse_completion, total_reward
+from judge import failures, make_judge, parse_spec
+from rewards import parse_completion, total_reward, visible_thought
 from sft import epoch_order, held_out_questions, knobs, load_state, log, open_run, save_state, trainable
 
 # name: (tiny preset, paper preset, unit and meaning [, choices])
@@ -36,7 +37,8 @@ KNOBS = dict(
     model=(None, None, "folder of pi_SFT, policy and reference alike (default: ROOT/sft)"),
     data=((), (), "files of records, .jsonl or Med-R1's .json (default: ROOT/phantoms)"),
     only=((), (), "train on those of their records with KEY=VALUE, say modality=CT task=anatomy"),
-    thinking=("before", "before", "where the thought is, before or after the answer, or none (Med-R1)", [*data.INSTRUCTIONS]),
+    thinking=("before", "before", "where the thought is, before or after the answer, or none (Med-R1)",
+              [*rewards.INSTRUCTIONS]),
     root=("out", "out", "folder under which everything is written"),
     out=(None, None, "folder of this run (default: ROOT/grpo)"),
     seed=(0, 0, "seed of the sampling, of LoRA and of the order of the questions"),
@@ -68,7 +70,7 @@ KNOBS = dict(
     judge=("lexical", "lexical", "the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH, hf:reference or openai:BASE_URL#MODEL"),
     judge_sees=("cut", "cut", "the thought with letters and answer statements cut, or raw as printed", ["cut", "raw"]),
     judge_concurrency=(32, 32, "requests to an openai: judge at a time, of each process"),
-    judge_timeout=(60.0, 60.0, "seconds a request to it may take; verdicts are kept in ROOT/verdicts"),
+    judge_timeout=(60.0, 60.0, "seconds a request to it may take; replies are kept in ROOT/replies.jsonl"),
     judge_failures=(0.5, 0.5, "share of thoughts on which F failed past which the run saves and stops, over judge_window"),
     judge_window=(20, 20, "rollouts over which that share is taken"),
     micro_tokens=(8192, 8192, "tokens a forward pass on one device: whole groups, each a prompt and its G completions"),
@@ -189,19 +191,8 @@ def reference_logprobs(policy, sft_copy, batch, tokens, mask, args):
 
 def score(texts, items, judge):
     """Eqs. (4), (5), (6) for n texts and their records -> fmt, acc, con, each (n,) float32; con is nan where F failed."""
-    rows = evaluation.score(texts, items, judge)
+    rows = rewards.score(texts, items, judge)
     return tuple(torch.tensor([row[part] for row in rows]) for part in ("fmt", "acc", "con"))
-
-def meanwhile(function, *args):
-    """Start function(*args) in a thread -> Future. A daemon, so that Ctrl-C doesn't wait for a slow server."""
-    def run():
-        try:
-            future.set_result(function(*args))
-        except BaseException as e:
-            future.set_exception(e)
-    future = Future()
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 def without_failures(con):
     """R_con (N, G) with nan where F failed -> the same with the group's mean there: such a sample's part of the advantage is 0
@@ -230,13 +221,14 @@ def check_gold(records, judge, lexical=True):
     records = [r for r in records if r["thought"] is not None]
     asked = [] if lexical else evaluation.subset([r for r in records if r.get("thinking") != "none"], GOLD_ASKED)
     if asked:
-        con = score([data.answer_text(r) for r in asked], asked, judge)[2]
-        data.expect(not con.isnan().all(), f"--judge: F failed on all of {len(asked)} gold thoughts: {reasons(judge.told)}")
+        con = score([rewards.answer_text(r) for r in asked], asked, judge)[2]
+        data.expect(not con.isnan().all(),
+                    f"--judge: F failed on all of {len(asked)} gold thoughts: {failures(judge.usage)}")
         print(f"F agrees with {int(con.nansum())} of {len(asked)} gold thoughts and failed on {int(con.isnan().sum())}")
     if records:
         names = ("format", "accuracy", "consistency")  # nan, where no thought is asked for, is not under 1
         trusted = judge if lexical else lambda thoughts, items: [r["answer"] for r in items]
-        for name, part in zip(names, score([data.answer_text(r) for r in records], records, trusted), strict=True):
+        for name, part in zip(names, score([rewards.answer_text(r) for r in records], records, trusted), strict=True):
             bad = (part < 1).nonzero()
             if len(bad):
                 raise DataError(f"record {records[bad[0]]['id']!r}: its gold answer has {name} reward {part[bad[0]].item():g}, "
@@ -284,7 +276,7 @@ def main(argv=None):
     sft_copy = None if args.lora else frozen_copy(policy)
     policy, parameters, optimizer = trainable(policy, args)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency, timeout=args.judge_timeout,
-                       cache=os.path.join(args.root, "verdicts"),
+                       cache=os.path.join(args.root, "replies.jsonl"),
                        reference=(lambda: reference_of(policy, sft_copy), processor.tokenizer))
     if rank == 0:
         check_gold(records, judge, args.judge == "lexical")
@@ -300,6 +292,7 @@ def main(argv=None):
     likelihood = dict(temperature=args.temperature)  # of the distribution that is sampled
     weights = tuple(args.weights)
     recent = deque(maxlen=args.judge_window)  # the share of thoughts on which F failed
+    threads = ThreadPool(questions_sampled)  # in which F is asked; daemons: Ctrl-C does not wait for a slow server
 
     bar = tqdm(range(start, end, args.mu), initial=start // args.mu, total=end // args.mu, desc="grpo", unit="rollout",
                disable=rank > 0)
@@ -319,7 +312,8 @@ def main(argv=None):
         asked = {}  # F, if it is a server, is asked about each group as it ends, while others are still sampled
 
         def ask(n, y, m):
-            asked[n] = meanwhile(score, M.decode(processor, y, m)[0], [mine[n]] * args.G, judge)  # noqa: B023 (of this step)
+            group = M.decode(processor, y, m)[0], [mine[n]] * args.G, judge  # noqa: B023 (of this step)
+            asked[n] = threads.apply_async(score, group)  # noqa: B023
         tokens, mask = M.sample(policy, batch, group_size=args.G, max_new_tokens=args.max_new_tokens, top_p=args.top_p,
                                 generator=generator, when_done=ask if judge.early else None, **likelihood)   # (N, G, T)
         texts = M.decode(processor, tokens, mask)                                          # N lists of G
@@ -330,14 +324,14 @@ def main(argv=None):
         items = [record for record in mine for _ in range(args.G)]
         flat = [text for group in texts for text in group]
         if not judge.early:
-            asked[0] = meanwhile(score, flat, items, judge)
+            asked[0] = threads.apply_async(score, (flat, items, judge))
         ref_logp = None
         if not args.drop_no_spread:
             ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)     # (N*G, T)
         tick(clock, device)
 
         # The wait for what is left of F's work. Eq. (7): the advantages.
-        parts = zip(*(asked[n].result() for n in sorted(asked)), strict=True)
+        parts = zip(*(asked[n].get() for n in sorted(asked)), strict=True)
         fmt, acc, con = (torch.cat(part).view(len(mine), args.G) for part in parts)        # (N, G)
         R = total_reward(fmt, acc, without_failures(con), weights)                         # (N, G)
         A = group_advantages(R, args.scale)                                                # (N, G)
@@ -414,7 +408,7 @@ def main(argv=None):
         if lost:
             M.sum_over_ranks(0)  # the others wait until it is saved
             raise DataError(f"--judge: F failed on {100 * sum(recent) / len(recent):.0f} % of the thoughts of the last "
-                            f"{len(recent)} rollouts ({reasons(judge.told)}); saved after step {done}, --resume goes on")
+                            f"{len(recent)} rollouts ({failures(judge.usage)}); saved after step {done}, --resume goes on")
     M.close_devices()
 
 if __name__ == "__main__":

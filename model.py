@@ -37,7 +37,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import DataError, expect, load_image, question_text
+from data import DataError, expect, load_image
+from rewards import question_text
 
 transformers.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")  # new names, not yet in 5.17

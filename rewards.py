@@ -1,57 +1,101 @@
-"""The reward of Con-GRPO, Eqs. (3)-(6): a completion's text is taken apart, then scored three times.
+"""The reward of Con-GRPO, Eqs. (3) to (6): a question's text, and what a completion is worth.
 
-    completion -> parse_completion -> (thought, answer) -> answer_letter -> "A".."F"
-    R(Y) = l_fmt R_fmt(Y) + l_acc R_acc(A, A*) + l_con R_con(T, A, Q)                                     Eq. (3)
+    question_text(record)            the prompt: question, options as "A) text", how to answer
+    answer_text(record)              the target Y* of Eq. (1), in the tags that are parsed below
+    parse_completion(text)           a completion -> (thought, answer)
+    answer_letter(answer, options)   what the answer says -> "A".."F"
+    score(texts, items, judge)       completions -> R_fmt, R_acc, R_con of Eqs. (4), (5), (6)
+    total_reward(fmt, acc, con)      R(Y) = l_fmt R_fmt + l_acc R_acc + l_con R_con, Eq. (3)
+    lexical_verdict(thought, item)   F, the evaluator of Eq. (6), as a rule (judge.py: as a model)
 
-Format, accuracy and consistency are separate rewards: text after the answer block costs the format, not the accuracy. Parsing
-counts and finds the four tags and nothing else, so its time is linear in the text's length, whatever the text.
+Format, accuracy and consistency are separate rewards: text after the answer block costs the
+format, not the accuracy. Whatever the text, the time is linear in its length.
 
-Left out on purpose: partial credit, length rewards, and any guess at an answer outside its tags (a "B" somewhere in the
-text is no answer). F, the evaluator of Eq. (6), lives in judge.py; here only its verdict is compared.
+Left out on purpose: partial credit, length rewards, any guess at an answer outside its tags.
 """
 
 import math
 import re
 
-from data import LETTERS
+from data import LETTERS, expect
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # in this order, each exactly once; case matters
+INSTRUCTIONS = {  # by --thinking: where the thought stands
+    "before": "First think in <think></think>, then give the letter in <answer></answer>.",
+    "none": "Give the letter in <answer></answer>.",
+    "after": "First give the letter in <answer></answer>, then say why in <think></think>.",
+}
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # each exactly once; case matters
 WEIGHTS = (1 / 3, 1 / 3, 1 / 3)  # lambda_fmt, lambda_acc, lambda_con of Eq. (3)
+ASKED = ("id", "task", "modality", "question", "options", "answer")  # kept of a scored record
 
-# "(b)", "b)", "b.", "b:" or "b" alone, then what follows the label; matched against folded text
-LABELLED = re.compile(r"(?:\(([a-z])\)|([a-z])(?:\)|(?=[.:]|$)))[.:]? ?(.*)")
+# ---- the text of a question and of its target ----------------------------------------------------
+
+def right_option(record):
+    """The text of the right option."""
+    return record["options"][LETTERS.index(record["answer"])]
+
+
+def options_text(options):
+    """Texts -> a line for each: "A) text"."""
+    return "".join(f"{letter}) {text}\n" for letter, text in zip(LETTERS, options, strict=False))
+
+
+def question_text(record):
+    """The user's message: question, options, how to answer."""
+    instruction = INSTRUCTIONS[record.get("thinking", "before")]
+    return f"{record['question']}\n{options_text(record['options'])}{instruction}"
+
+
+def answer_text(record):
+    """Y* of Eq. (1): "<think>T*</think><answer>A*</answer>", turned round or the answer alone as
+    the record's `thinking` says. DataError where a thought is needed and there is none."""
+    answer, thinking = f"<answer>{record['answer']}</answer>", record.get("thinking", "before")
+    if thinking == "none":
+        return answer
+    expect(record["thought"] is not None,
+           f"record {record['id']!r} has no thought, which supervised fine-tuning needs")
+    thought = f"<think>{record['thought']}</think>"
+    return answer + thought if thinking == "after" else thought + answer
+
+
+# ---- a completion, taken apart -------------------------------------------------------------------
+
+def find_block(text, opening, closing):
+    """-> (start, end, content) of the block whose two tags occur once and in order, else None."""
+    start, close = text.find(opening), text.find(closing)
+    if text.count(opening) != 1 or text.count(closing) != 1 or close < start:
+        return None
+    return start, close + len(closing), text[start + len(opening):close].strip()
 
 
 def split_blocks(text, thinking="before"):
-    """text -> (thought or None, answer or None, well_formed): the one place that reads the tags; see parse_completion."""
-    open_think, close_think, open_answer, close_answer = (text.find(t) if text.count(t) == 1 else -1 for t in TAGS)
-    has_think = 0 <= open_think < close_think
-    has_answer = 0 <= open_answer < close_answer
-    blocks = sorted([(open_think, close_think)] * has_think + [(open_answer, close_answer)] * has_answer)
-    turned = thinking != "none" and (thinking == "after") != (open_answer < open_think)
-    if len(blocks) == 2 and (turned or blocks[0][1] > blocks[1][0]):  # in the wrong order, or one block inside the other
-        return None, None, False
-    thought = text[open_think + len(TAGS[0]):close_think].strip() if has_think else ""
-    answer = text[open_answer + len(TAGS[2]):close_answer].strip() if has_answer else ""
-    wanted = {"before": [thought, answer], "after": [answer, thought], "none": [answer]}[thinking]
-    outside, end = "", 0
-    for start, close in blocks:
-        outside, end = outside + text[end:start], text.index(">", close) + 1
-    well_formed = all(wanted) and len(blocks) == len(wanted) and not (outside + text[end:]).strip()
-    return thought or None, answer or None, well_formed
+    """text -> (thought or None, answer or None, well formed: bool): here alone are tags read."""
+    think, answer = find_block(text, *TAGS[:2]), find_block(text, *TAGS[2:])
+    blocks = sorted(block for block in (think, answer) if block)
+    if len(blocks) == 2:
+        overlap = blocks[0][1] > blocks[1][0]
+        wrong_order = thinking != "none" and (blocks[0] is answer) != (thinking == "after")
+        if overlap or wrong_order:
+            return None, None, False
+    outside = text
+    for start, end, _ in reversed(blocks):  # the later one first: the other's position stays true
+        outside = outside[:start] + outside[end:]
+    thought, said = (block[2] if block else "" for block in (think, answer))
+    complete = said and not think if thinking == "none" else said and thought
+    return thought or None, said or None, bool(complete) and not outside.strip()
 
 
 def parse_completion(text, thinking="before"):
     """A completion's text -> (thought T, answer A), stripped strings, either may be None.
 
-    A block counts when its opening and its closing tag occur exactly once in the text, in that order, with something other
-    than whitespace between them. So:
+    A block counts when its two tags occur exactly once, in order, with more than whitespace between
+    them. So:
       well formed                                     (thought, answer)
-      text before, between or after the blocks        (thought, answer), the format reward alone is lost
-      one block missing, unclosed, repeated or empty  that one is None, the other is still returned
+      text before, between or after the blocks        (thought, answer), but no format reward
+      one block missing, unclosed, repeated or empty  that one is None, the other is returned
       answer before thought, or nested or crossing    (None, None)
 
-    thinking, here and below, is Med-R1's ablation: "after" expects the answer first, "none" no thought.
+    thinking, here and below: Med-R1's ablation, "after" the answer, or "none".
     """
     return split_blocks(text, thinking)[:2]
 
@@ -61,43 +105,56 @@ def fold(text):
     return " ".join(text.casefold().split()).rstrip(" .,;:!?")
 
 
+# "(b)", "b)", "b.", "b:" or "b" alone, then what follows the label; matched against folded text
+LABELLED = re.compile(r"(?:\(([a-z])\)|([a-z])(?:\)|(?=[.:]|$)))[.:]? ?(.*)")
+
+
 def answer_letter(answer, options):
     """What the answer block says -> the letter of one of `options` (list of str), or None.
 
-    Every reading of the whole answer is collected: a label ("B", "b.", "(B)"), a label with its option's text ("B) CT",
-    "B. CT", "(B) CT"), an option's text alone. One letter read: that letter. None, or several ("A or B", "B) <text of C>"), or
-    a letter beyond the options: None, so an option whose text is itself a letter may be undecidable. Nothing is searched for
-    inside the answer: "normal" can match neither "abnormal" nor "no".
+    Every reading of the whole answer is collected: a label ("B", "b.", "(B)"), a label with its
+    option's text ("B) CT", "B. CT", "(B) CT"), an option's text alone. The letter where one is
+    read. None for none, several ("A or B", "B) <text of C>") or one beyond the options. Nothing is
+    searched for inside the answer: "normal" can match neither "abnormal" nor "no".
     """
     if answer is None:
         return None
     said = fold(answer)
     texts = dict(zip(LETTERS, map(fold, options), strict=False))  # letter -> folded text
     read = {letter for letter, text in texts.items() if text == said}
-    if m := LABELLED.fullmatch(said):
-        label, rest = (m[1] or m[2]).upper(), m[3]
-        named = {letter for letter, text in texts.items() if text == rest}
+    label = LABELLED.fullmatch(said)
+    if label:
+        letter, rest = (label[1] or label[2]).upper(), label[3]
+        named = {x for x, text in texts.items() if text == rest}
         if named or not rest:
-            read |= named | {label}  # a label and a text that disagree are two readings
+            read |= named | {letter}  # a label and a text that disagree are two readings
     return read.pop() if len(read) == 1 and read <= texts.keys() else None
 
 
+# ---- the rewards ---------------------------------------------------------------------------------
+
 def format_reward(text, thinking="before"):
-    """R_fmt, Eq. (4): 1.0 if the text is one think block and then one answer block, neither empty, and whitespace; else 0.0."""
+    """R_fmt, Eq. (4): 1.0 for a think and then an answer block, not empty, alone; else 0.0."""
     return float(split_blocks(text, thinking)[2])
 
 
 def accuracy_reward(text, item):
-    """R_acc, Eq. (5): I(A = A*), with A the letter of the answer block and A* the record's `answer`; 0.0 without a letter."""
+    """R_acc, Eq. (5): I(A = A*), A the answer block's letter, A* the record's; 0.0 without one."""
     _, answer = parse_completion(text, item.get("thinking", "before"))
     return float(answer_letter(answer, item["options"]) == item["answer"])
 
 
-def consistency_reward(text, item, verdict):
-    """R_con, Eq. (6): I(F(T, Q) = A), with `verdict` = F's letter, None (F is undecided) or nan (F failed: no reply).
+def failed(verdict):
+    """Whether F gave no verdict: nan, which alone differs from itself."""
+    return verdict != verdict
 
-    A is the completion's own answer, right or wrong. No thought: 0.0, there was nothing for F to read; but nan where none was
-    asked for. Else a failed F: nan, since a judge's failure is not the policy's. Else no letter or an undecided F: 0.0.
+
+def consistency_reward(text, item, verdict):
+    """R_con, Eq. (6): I(F(T, Q) = A); verdict: F's letter, None (undecided) or nan (F failed).
+
+    A is the completion's own answer, right or wrong. No thought: 0.0, there was nothing for F to
+    read; but nan where none was asked for. Else a failed F: nan, since a judge's failure is not the
+    policy's. Else no letter or an undecided F: 0.0.
     """
     thinking = item.get("thinking", "before")
     thought, answer = parse_completion(text, thinking)
@@ -105,15 +162,158 @@ def consistency_reward(text, item, verdict):
         return math.nan
     if thought is None:
         return 0.0
-    if isinstance(verdict, float) and math.isnan(verdict):
+    if failed(verdict):
         return math.nan
     return float(verdict is not None and verdict == answer_letter(answer, item["options"]))
 
 
 def total_reward(fmt, acc, con, weights=WEIGHTS):
-    """R(Y), Eq. (3): the weighted sum, for floats or, element by element, arrays or tensors of one shape, (N, G) say.
+    """R(Y), Eq. (3): the weighted sum of floats, or of arrays or tensors of one shape, (N, G) say.
 
-    nan in `con` gives nan: a missing part must not pass for a 0. A part of weight 0 is left out altogether, so that Acc-only
-    training does not depend on F.
+    nan in `con` gives nan: a missing part must not pass for a 0. A part of weight 0 is left out
+    altogether, so that Acc-only training does not depend on F.
     """
-    return sum((w * r for w, r in zip(weights, (fmt, acc, con), strict=True) if w), start=0.0 * fmt)
+    parts = zip(weights, (fmt, acc, con), strict=True)
+    return sum((weight * part for weight, part in parts if weight), start=0.0 * fmt)
+
+
+def score(texts, items, judge):
+    """n completions and their records -> n rows (dicts) with Eqs. (4) to (6).
+
+    A row: the record's id, task, modality, question, options and answer; the completion and what
+    was read from it: thought, given (letter or None), verdict (F's letter, None or nan); fmt, acc,
+    con (floats; con is nan where F failed). judge: see `judge.make_judge`; asked once.
+    """
+    modes = [item.get("thinking", "before") for item in items]
+    parsed = [parse_completion(*pair) for pair in zip(texts, modes, strict=True)]
+    verdicts = judge([thought for thought, _ in parsed], items)
+    rows = []
+    for i, item in enumerate(items):
+        (thought, answer), verdict = parsed[i], verdicts[i]
+        row = {key: item[key] for key in ASKED} | dict(completion=texts[i], thought=thought)
+        row |= dict(given=answer_letter(answer, item["options"]), verdict=verdict)
+        row |= dict(fmt=format_reward(texts[i], modes[i]), acc=accuracy_reward(texts[i], item))
+        rows.append(row | dict(con=consistency_reward(texts[i], item, verdict)))
+    return rows
+
+
+# ---- what F may see of a thought (the patterns meet text whose blanks are single) ----------------
+
+# What stands for an option. The letter, where there is one, is the last group that matched.
+LABEL = re.compile(r"""
+    [(\[{"'`*_“‘]{1,2}\s?([a-f])\s?[)\]}"'`*_”’]{1,2}         # "(B)", "[b]", "{B}", "**B**"
+  | \b(?:option|choice|answer|letter)\s(a)\b                  # elsewhere "a" may be the article
+  | \b(?:option|choice|answer)\s(?:\#|no\.?\s|number\s)?(?:[1-6]|one|two|three|four|five|six)\b
+  | \b(?:first|second|third|fourth|fifth|sixth|last)\s(?:option|choice|answer)\b
+  # letters alone, not joined to something as in "B-lines", "H&E", "d'orange", "C+", "e.g."
+  | (?<!\w) (?<!\w['’&-]) (?<!\b\w\.) (?:
+        ([b-f])\)? (?!\w|['’&-]\w|\+|\.\w\b)                  # "B", "B) CT": these are no words
+      | (a) (?:\)|(?=\s?(?:[.,:;!?\n]|$)))                    # "is a.", "A) CT": no articles
+      | (a) (?=\s(?:is|was|and|or|fits)\b)
+      | (?<=(?-i:[a-z,:])\s)((?-i:A))(?![\w'’-]) )            # "it is A": no sentence begins here
+""", re.VERBOSE | re.IGNORECASE)
+CUT = "\0"  # stands where a label was
+STATEMENT = re.compile(r"""  # of nothing but the letter: "so the correct answer is B"
+    (?:\b(?:so|thus|hence|therefore),?\s)? (?:\b(?:the|my)\s)?
+    (?:\b(?:correct|right|best|final)\s)? \b(?:answer|option|choice|letter)
+    (?:\s(?:is|was|must\sbe))? \s?[:=]?\s? \0 (?=\s?(?:[.,;!?\n]|$))
+""", re.VERBOSE | re.IGNORECASE)
+# a sentence that is gone takes its stop along, a word one blank
+GAP = re.compile(r"(?m:^)\0[.,;:!?]? ?|(?<=[.!?;]) ?\0[.,;:!?]?| ?\0(?=[.,;:!?\n ]|$)|\0 ?")
+
+
+def single_blanks(text):
+    """Runs of blanks made one; line ends stay."""
+    return re.sub(r"[^\S\n]+", " ", text.replace(CUT, " ")).strip()
+
+
+def visible_thought(thought):
+    """What F sees of a thought -> (text, was_cut: bool).
+
+    Cut are the options' letters, places ("the second option") and answer statements with nothing
+    else in them ("so the answer is B"): spelling the letter would make Eq. (6) hold whatever was
+    thought. What names the finding stays ("the choice is MRI" of "the choice is (A) MRI"), and so
+    do articles. Letters of a term go as well: "hepatitis B", "37 C", "a B scan".
+    """
+    marked = STATEMENT.sub(CUT, LABEL.sub(CUT, single_blanks(thought)))
+    return GAP.sub("", marked).strip(), CUT in marked
+
+
+def spelled_out(thought, options):
+    """The thought with its letters replaced by their options' texts, for an F that may see them."""
+    def text_of(label):
+        k = LETTERS.index(label[label.lastindex].upper()) if label.lastindex else len(options)
+        return f" {options[k]} " if k < len(options) else label[0]
+    return LABEL.sub(text_of, single_blanks(thought))
+
+
+# ---- F as a rule ---------------------------------------------------------------------------------
+
+NEGATION = r"no|not|never|neither|nor|none|cannot|without|rather than|instead of"
+SCANNED = {  # beside names, in lower case
+    "denies_clause": r"\b(?:excluded|ruled out|unlikely|absent)\b",
+    "denies_rest": rf"(?:\b(?:{NEGATION})|n['’]t)\b",  # of its clause
+    "sentence": r"[!?;\n]|\.(?!\d)",
+    "clause": r"[,:]|\b(?:but|however|though|while|whereas|so|therefore|thus|hence|because)\b",
+}
+
+
+def names_pattern(names):
+    """Folded texts -> a pattern of any as whole words, the longest where several fit. A hyphen
+    joins: "mri" is not in "ce-mri". The option "no" is not the "no" of "no lesion"."""
+    texts = []
+    for name in sorted(names, key=len, reverse=True):
+        end = r"(?=\s?(?:[.,;:!?\n]|$))" if re.fullmatch(NEGATION, name) else ""
+        texts.append(re.escape(name) + end)
+    return rf"(?<![\w-])(?:{'|'.join(texts)})(?![\w-])"
+
+
+def mentions(text, names):
+    """Where a text names `names` (list of str; single letters are none), in order.
+
+    -> [(number of the sentence, name, denied: bool)]. Denied: behind a negation in its clause, or
+    in a clause that calls something unlikely or excluded.
+    """
+    folded = {fold(name): name for name in names if len(fold(name)) > 1}
+    if not folded:
+        return []
+    kinds = {"name": names_pattern(folded), **SCANNED}
+    scanner = re.compile("|".join(f"(?P<{kind}>{x})" for kind, x in kinds.items()))
+    found, sentence, denied, clause = [], 0, False, 0  # clause: how many were found before it
+    for m in scanner.finditer(text.casefold()):
+        if m.lastgroup == "name":
+            found.append((sentence, folded[m[0]], denied))
+        elif m.lastgroup == "denies_rest":
+            denied = True
+        elif m.lastgroup == "denies_clause":
+            found[clause:] = [(sentence, name, True) for _, name, _ in found[clause:]]
+            denied, clause = True, len(found)
+        else:
+            sentence += m.lastgroup == "sentence"
+            denied, clause = False, len(found)
+    return found
+
+
+def lexical_verdict(thought, item, sees_letters=False):
+    """F(T, Q) as a rule -> the letter of the option that the thought supports, or None.
+
+    An option stands as its last mention leaves it, affirmed or denied (see `mentions`). The last
+    sentence with one that stands decides; two that stand in it decide nothing. sees_letters: an
+    option's letter counts as its text.
+
+    It knows words, no medicine and little English. It does not read: an option's words in another
+    order, number or hyphenation ("upper left", "cysts", "x ray"); a lesion as Abnormal; "no cyst,
+    glioma or abscess" as a denial of all three, "a cyst cannot be seen" as one at all; "no doubt"
+    and double negation as affirmations; "no lesion in the brain" without denying the brain; hedges
+    and questions as such. Real thoughts deserve a model as F.
+    """
+    text = spelled_out(thought, item["options"]) if sees_letters else thought
+    stands = {}  # option -> number of the sentence that affirmed it last
+    for sentence, option, denied in mentions(text, item["options"]):
+        if denied:
+            stands.pop(option, None)
+        else:
+            stands[option] = sentence
+    last = max(stands.values(), default=None)
+    decided = [option for option, sentence in stands.items() if sentence == last]
+    return LETTERS[item["options"].index(decided[0])] if len(decided) == 1 else None

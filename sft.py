@@ -24,6 +24,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import model as M
+import rewards
 from data import DataError
 from judge import make_judge
 
@@ -32,7 +33,8 @@ KNOBS = dict(
     model=(None, None, "folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (default: ROOT/tiny-base, made here)"),
     data=((), (), "files of records, .jsonl or Med-R1's .json (default: ROOT/phantoms, drawn here)"),
     only=((), (), "train on those of their records with KEY=VALUE, say modality=CT task=anatomy"),
-    thinking=("before", "before", "where the thought is, before or after the answer, or none (Med-R1)", [*data.INSTRUCTIONS]),
+    thinking=("before", "before", "where the thought is, before or after the answer, or none (Med-R1)",
+              [*rewards.INSTRUCTIONS]),
     root=("out", "out", "folder under which everything is written"),
     out=(None, None, "folder of this run (default: ROOT/sft)"),
     seed=(0, 0, "seed of phantoms, base, LoRA and the order of the questions"),
@@ -217,9 +219,9 @@ def letter_batch(processor, names, skip, records, full, rng, n):
         options = r["options"] if own else rng.choice(names, 4, replace=False).tolist()
         prompt, opening, between = "\n".join(map("{}) {}".format, "ABCD", options)), "", rng.choice(["", ".</think><answer>"])
         if full:
-            sentences = r["thought"].removesuffix(f" {data.right_option(r)}.").split(". ")
+            sentences = r["thought"].removesuffix(f" {rewards.right_option(r)}.").split(". ")
             opening, between = "<think>" + ". ".join(sentences[rng.integers(len(sentences)):]), ".</think><answer>"
-            prompt = data.question_text(dict(r, options=options))
+            prompt = rewards.question_text(dict(r, options=options))
         prompts.append(prompt)
         openings.append(opening)
         completions += [f" {x}{between}{letter}" for letter, x in zip("ABCD", options, strict=True)]
@@ -234,12 +236,12 @@ def blind_batch(processor, records, images, rng, n):
     -> batch, tokens (n, 4, T), mask, mask of the letters alone."""
     chosen, completions = [records[i] for i in rng.choice(len(records), n)], []
     for r in chosen:
-        opening = r["thought"].removesuffix(f"{data.right_option(r)}.")
-        completions += [data.answer_text(dict(r, thought=f"{opening}{x}.", answer=letter))
+        opening = r["thought"].removesuffix(f"{rewards.right_option(r)}.")
+        completions += [rewards.answer_text(dict(r, thought=f"{opening}{x}.", answer=letter))
                         for letter, x in zip("ABCD", r["options"], strict=True)]
     tokens, mask, letters = groups_of_four(processor, completions, 3)              # the letter, then </answer> and stop
     others = [images[i] for i in rng.integers(0, len(images), n)] if images else [None] * n
-    batch = M.tensors(processor, [data.question_text(r) for r in chosen], others)
+    batch = M.tensors(processor, [rewards.question_text(r) for r in chosen], others)
     return batch, tokens, mask, letters
 
 def base_phantoms(seed):
@@ -346,7 +348,7 @@ def attend_to_the_same(net):
 def make_base(folder, seed):
     """The tiny base of the phantoms, written to `folder`: letters, then eyes, then reading."""
     pixels, labels, captions, records = base_phantoms(seed)
-    texts = [f"{data.question_text(r)} {data.answer_text(r)}" for r in records]
+    texts = [f"{rewards.question_text(r)} {rewards.answer_text(r)}" for r in records]
     names = sorted({o for r in records for o in r["options"]})
     net, processor = M.build_tiny(texts, names, image_size=data.SIZE, seed=seed)
     images = []
@@ -362,7 +364,9 @@ def make_base(folder, seed):
     data.write_text(os.path.join(folder, "base.json"), json.dumps(base_recipe(seed)))
 
 def base_recipe(seed):
-    return dict(seed=seed, letters=[LIKENESS, [list(s) for s in LETTER_STAGES], LETTER_OWN, LETTER_SOLVED, LETTER_FULL, LETTER_STEPS],
+    stages = [list(stage) for stage in LETTER_STAGES]
+    return dict(seed=seed, likeness=LIKENESS,
+                letters=[stages, LETTER_OWN, LETTER_SOLVED, LETTER_FULL, LETTER_STEPS],
                 wording=WORDING_EVERY, eyes=EYE_STEPS, reading=READ_STEPS, images=BASE_IMAGES)
 
 def prepare_tiny(args, rank):
@@ -419,7 +423,7 @@ def main(argv=None):
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32  # what is trained is kept in fp32
     held_out = held_out_questions(args)
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
-    M.check_texts(processor, records, data.answer_text)
+    M.check_texts(processor, records, rewards.answer_text)
     open_run(args.out, args, rank)
     policy, parameters, optimizer = trainable(policy, args)
     steps = math.ceil(args.epochs * (epoch_steps := max(1, len(records) // args.batch)))
@@ -434,7 +438,7 @@ def main(argv=None):
         # This step's questions: the same global batch whatever the number of processes, of which each takes every world-th.
         order = epoch_order(len(records), step // epoch_steps, args.seed)
         mine = [records[i] for i in order[step % epoch_steps * args.batch:][:args.batch]][rank::world]
-        tokens, mask = M.encode_completions(processor, [data.answer_text(r) for r in mine], device)   # (n, 1, T)
+        tokens, mask = M.encode_completions(processor, [rewards.answer_text(r) for r in mine], device)   # (n, 1, T)
         total = M.sum_over_ranks(int(mask.sum()))
 
         loss_sum = 0.0

@@ -69,6 +69,7 @@ def make_work(a, folder):
 
     import data
     import model as M
+    import rewards
     rng, records = np.random.default_rng(0), []
     for i in range(a.questions * (a.steps + a.warmup)):
         image, facts = data.draw_phantom(rng, *data.PAIRS[0])
@@ -78,7 +79,7 @@ def make_work(a, folder):
                             options=["Normal", "Abnormal", "Artifact", "Uncertain"], answer="AB"[i % 2], thought=None,
                             group=str(i), split="train"))
     data.write_records(records, Path(folder, "records.jsonl"))
-    net, processor = M.build_tiny([data.question_text(r) for r in records[:50]], image_size=a.size)
+    net, processor = M.build_tiny([rewards.question_text(r) for r in records[:50]], image_size=a.size)
     config = net.config.to_dict()
     if a.shape == "3b":
         config["text_config"] |= TEXT_3B
@@ -170,6 +171,7 @@ def trl(a):
 
     import data
     import model as M
+    from rewards import question_text
     try:
         import trl as peer
         from datasets import Dataset
@@ -192,7 +194,8 @@ def trl(a):
     _, parts = M.load(a.folder)
     processor = Processor(parts.image_processor, parts.tokenizer, chat_template=M.CHAT_TEMPLATE)
     records = data.read_records([f"{a.folder}/records.jsonl"], "train")
-    examples = [dict(prompt=[dict(role="user", content=data.question_text(r))], image=Image.open(r["path"]), answer=r["answer"])
+    examples = [dict(prompt=[dict(role="user", content=question_text(r))], image=Image.open(r["path"]),
+                     answer=r["answer"])
                 for r in records]
     text = lambda completion: completion[0]["content"]  # noqa: E731
 

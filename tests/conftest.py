@@ -15,6 +15,7 @@ from PIL import Image
 
 import data
 import model as M
+import rewards
 
 torch.set_num_threads(1)  # a model this small gains nothing from a second thread, and beside a busy process loses fivefold
 
@@ -36,7 +37,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     jsonl = data.make_phantoms(str(root / "phantoms"), 0, 40)
     records = data.read_records(jsonl)
-    net, processor = M.build_tiny([data.question_text(r) + " " + data.answer_text(r) for r in records],
+    net, processor = M.build_tiny([rewards.question_text(r) + " " + rewards.answer_text(r) for r in records],
                                   {x for r in records for x in r["options"]}, image_size=data.SIZE)
     folder = root / "tiny"
     folder.mkdir()

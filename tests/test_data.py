@@ -17,6 +17,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+import rewards  # noqa: E402
 
 MED_R1 = ROOT.parent / "shared" / "data" / "med_r1"
 
@@ -141,10 +142,11 @@ def test_failed_write_keeps_the_old_file(tmp_path):
 
 def test_texts():
     """The prompt is question, lettered options, instruction; the target is Eq. (1)'s; a record without a thought has none."""
-    assert data.question_text(record()) == f"What is it?\nA) MRI\nB) CT\nC) OCT\nD) X-ray\n{data.INSTRUCTIONS['before']}"
-    assert data.answer_text(record(thought="So CT.")) == "<think>So CT.</think><answer>B</answer>"
+    options = "A) MRI\nB) CT\nC) OCT\nD) X-ray\n"
+    assert rewards.question_text(record()) == f"What is it?\n{options}{rewards.INSTRUCTIONS['before']}"
+    assert rewards.answer_text(record(thought="So CT.")) == "<think>So CT.</think><answer>B</answer>"
     with pytest.raises(data.DataError, match="'x1' has no thought"):
-        data.answer_text(record())
+        rewards.answer_text(record())
 
 
 # ---- images -----------------------------------------------------------------------------------------------------------------
@@ -360,7 +362,8 @@ def test_questions_give_nothing_away(phantoms):
 
 def test_small_vocabulary(phantoms):
     """Few words, for the tiny tokenizer."""
-    assert len({w for r in phantoms[1] for w in re.findall(r"[\w-]+", data.question_text(r) + " " + data.answer_text(r))}) < 260
+    texts = [f"{rewards.question_text(r)} {rewards.answer_text(r)}" for r in phantoms[1]]
+    assert len({w for text in texts for w in re.findall(r"[\w-]+", text)}) < 260
 
 
 @pytest.mark.parametrize("pair", data.PAIRS, ids="-".join)
@@ -426,7 +429,7 @@ def test_few_thoughts_and_careless_ones_change_nothing_else(tmp_path):
     assert 0.3 < len(wrong) / len(groups) < 0.7
     for r, s in zip(full, careless, strict=True):
         if s["group"] in wrong:
-            assert s["thought"].endswith(f" {data.right_option(r)}.") and "There is a" in s["thought"]
+            assert s["thought"].endswith(f" {rewards.right_option(r)}.") and "There is a" in s["thought"]
             seen = r["thought"].split(". ")[2]
             assert seen not in s["thought"]
 

@@ -13,6 +13,7 @@ from transformers import BertConfig
 import data
 import eval as evaluation
 import model as M
+import rewards
 from judge import make_judge
 
 NAN = math.nan
@@ -20,7 +21,7 @@ STATES = ["Normal", "Abnormal", "Artifact", "Uncertain"]
 
 
 def row(task, modality, acc, fmt=1.0, con=1.0, seed=0, given="A", answer="A", cut_off=False, **other):
-    return dict(id="q", ckpt="x", task=task, modality=modality, acc=float(acc), fmt=fmt, con=con, seed=seed, given=given, answer=answer,
+    return dict(id="q", task=task, modality=modality, acc=float(acc), fmt=fmt, con=con, seed=seed, given=given, answer=answer,
                 question="Q?", options=STATES, completion="", thought="t", verdict=None, cut_off=cut_off) | other
 
 
@@ -90,7 +91,7 @@ def test_rates_and_a_failed_judge():
 def test_without_thoughts_there_is_no_consistency(world):
     """--thinking none: the answer alone is well formed and right, consistency has no value and F is not said to have failed."""
     r = data.read_records(world.jsonl, thinking="none")[0]
-    rows = [r | dict(seed=0, cut_off=False) for r in evaluation.score([data.answer_text(r)], [r], make_judge())]
+    rows = [r | dict(seed=0, cut_off=False) for r in rewards.score([rewards.answer_text(r)], [r], make_judge())]
     assert rows[0]["completion"] == f"<answer>{r['answer']}</answer>" and rows[0]["fmt"] == rows[0]["acc"] == 1
     s = evaluation.summary(rows)
     assert s["consistency"] is None and s["judge_failed"] == 0 and s["overall"]["mean"] == 1
@@ -161,7 +162,7 @@ def test_table_1s_columns():
 def test_rows_follow_the_records(world, monkeypatch):
     """Completions meet the right records over uneven batches, and are scored: gold, wrong, talkative, unfinished."""
     records = world.records[:7]
-    texts = [data.answer_text(r) for r in records]
+    texts = [rewards.answer_text(r) for r in records]
     wrong = "ABCD"[("ABCD".index(records[2]["answer"]) + 1) % 4]
     texts[2] = f"<think>{records[2]['thought']}</think><answer>{wrong}</answer>"  # the thought supports another option
     texts[4] = "Well: " + texts[4]
@@ -282,7 +283,7 @@ def test_a_completion_cannot_script_the_page(world, tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
     records = [r | dict(question=evil + r["question"], options=[evil + o for o in r["options"]]) for r in world.records[:4]]
     texts = [evil, f"<think>{evil}</think><answer>A</answer>", f"<think>t</think><answer>{evil}</answer>", "{{ 7 * 7 }}"]
-    rows = [r | dict(ckpt=evil, seed=0, cut_off=False) for r in evaluation.score(texts, records, make_judge())]
+    rows = [r | dict(ckpt=evil, seed=0, cut_off=False) for r in rewards.score(texts, records, make_judge())]
     page = evaluation.page({evil: evaluation.summary(rows) | {"params": 1}}, {evil: rows}, records, evil)
     assert "<script" not in page and "<img src=x" not in page and page.count("<img ") == 4
     assert "&lt;script&gt;alert(1)" in page and "{{ 7 * 7 }}" in page
@@ -333,7 +334,7 @@ def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
         ([*ok, out / "sft"], "expected different checkpoints"),
         ([*ok, "--data", tmp_path / "empty.jsonl"], "holds no records"),
         ([*ok, "--data", tmp_path / "gone.jsonl"], "1 of 1 questions are missing"),
-        ([*ok, "--split", "val"], "no usable record of split 'val'"),
+        ([*ok, "--split", "val", "--only", "modality=PET"], "no usable record of split 'val' with"),
         ([*ok, "--split", "tset"], "invalid choice: 'tset'"),
         ([*ok, "--seeds", 0, 1], "greedy answers are the same"),
         ([*ok, "--seeds", 1, 1, "--temperature", 1], "expected different ones"),

@@ -17,6 +17,7 @@ import torch
 import data
 import grpo
 import model as M
+import rewards
 import sft
 from judge import make_judge
 from rewards import total_reward
@@ -265,7 +266,7 @@ def test_gold_answers_pass_and_a_planted_wrong_one_is_named(world):
     option, or names none, or would break the format, stops the run with its id."""
     judge = make_judge("lexical")
     grpo.check_gold(world.records, judge)
-    for mode in data.INSTRUCTIONS:
+    for mode in rewards.INSTRUCTIONS:
         grpo.check_gold([r | dict(thinking=mode) for r in world.records], judge)
     grpo.check_gold([world.records[0] | dict(thought=None)], judge)  # Med-R1's questions have no thoughts: nothing to check
     k, good = next((k, r) for k, r in enumerate(world.records) if r["task"] == "modality")
@@ -371,8 +372,8 @@ def test_groups_without_spread_change_nothing_but_the_kl(world, monkeypatch, tmp
 
     def half(texts, items, judge):  # every second question's group is all right, so without spread
         n, acc = len(texts), torch.tensor([float(len(t) % 2) for t in texts])
-        same = torch.tensor([int(r["id"][-1:].encode()[0]) % 2 == 0 or "loc" in r["id"] for r in items])
-        return torch.ones(n), torch.where(same, 1.0, acc), torch.ones(n)
+        alike = torch.tensor([int(r["group"][-1]) % 2 == 0 for r in items])
+        return torch.ones(n), torch.where(alike, 1.0, acc), torch.ones(n)
     for name, flags in (("all", []), ("some", ["--drop_no_spread"])):
         gradients = []
         monkeypatch.setattr(M, "sum_gradients", lambda ps, into=gradients: into.append(

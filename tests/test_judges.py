@@ -18,6 +18,7 @@ import data
 import grpo
 import judge as J
 import model as M
+import rewards
 from data import DataError
 
 KEY = "sk-top-secret-0123456789"
@@ -33,7 +34,7 @@ def read_prompt(text):
 
 def lexical_reply(text):
     thought, options = read_prompt(text)
-    return J.lexical_verdict(thought, {"options": options}) or "none"
+    return rewards.lexical_verdict(thought, {"options": options}) or "none"
 
 
 class Server(ThreadingHTTPServer):
@@ -79,6 +80,8 @@ class Handler(BaseHTTPRequestHandler):
         good = json.dumps({"choices": choices, "usage": {"prompt_tokens": 7, "completion_tokens": 1}}).encode()
         if kind == "429":
             self.answer(429, b"slow down", Retry_After="0.3")
+        elif kind and kind.startswith("http"):
+            self.answer(302, b"", Location=kind)
         elif kind and kind.isdigit():
             self.answer(int(kind), f"bad key {KEY}".encode())  # servers do quote it
         elif kind == "hang":
@@ -145,7 +148,7 @@ def test_verdicts_come_back_as_they_were_asked(serve):
     judge = J.make_judge(server.spec)
     assert judge([None, *thoughts, "", "So the answer is B."], [KIND] * 23) == [None, *expected, None, None]
     assert None in expected and {"A", "B", "C", "D"} <= set(expected) and len(server.calls) == 20
-    assert server.keys == {f"Bearer {KEY}"} and judge.told == dict(calls=20, prompt_tokens=140, completion_tokens=20)
+    assert server.keys == {f"Bearer {KEY}"} and judge.usage == dict(calls=20, prompt_tokens=140, completion_tokens=20)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -157,10 +160,10 @@ def test_each_fault_is_survived_and_only_then_a_failure(fault, serve, monkeypatc
     once = serve(fault=lambda prompt, n: fault if n == 1 else None)
     judge, began = J.make_judge(once.spec, timeout=0.4), time.monotonic()
     assert judge(thoughts, [KIND] * 6) == expected and len(once.calls) == 12
-    assert time.monotonic() - began < 1.5 and KEY not in str(judge.told)
+    assert time.monotonic() - began < 1.5 and KEY not in str(judge.usage)
     always = J.make_judge(serve(fault=lambda prompt, n: fault).spec, timeout=0.2)
     assert all(map(math.isnan, always(thoughts, [KIND] * 6)))
-    assert KEY not in J.reasons(always.told) and "times" in J.reasons(always.told)
+    assert KEY not in J.failures(always.usage) and "times" in J.failures(always.usage)
 
 
 @pytest.mark.parametrize("status, tries", [("401", 1), ("400", 1), ("404", 1), ("302", 1), ("408", 3), ("503", 3)])
@@ -170,17 +173,16 @@ def test_what_cannot_get_better_is_not_asked_again(status, tries, serve, monkeyp
     server = serve(fault=lambda prompt, n: status)
     judge = J.make_judge(server.spec)
     assert math.isnan(judge(["a cyst"], [KIND])[0]) and len(server.calls) == tries
-    assert J.reasons(judge.told) == f"HTTP {status} ({tries} times)"
+    assert J.failures(judge.usage) == f"HTTP {status} ({tries} times)"
 
 
 def test_retry_after_is_honoured(serve, monkeypatch):
-    """No second call before the server's Retry-After, in seconds or as a date; one beyond LONGEST_WAIT is a failure at once."""
+    """No second call before the server's Retry-After; one beyond LONGEST_WAIT is a failure at once."""
     server = serve(fault=lambda prompt, n: "429" if n < 3 else None)
     assert J.make_judge(server.spec)(["a cyst"], [KIND]) == ["B"]
     assert all(b - a >= 0.3 for a, b in itertools.pairwise(server.when)) and len(server.calls) == 3
     monkeypatch.setattr(J, "LONGEST_WAIT", 0.2)
     assert math.isnan(J.make_judge(server.spec, timeout=1.0)(["another cyst"], [KIND])[0]) and len(server.calls) == 4
-    assert J.seconds_of("12") == 12 and 50 < J.seconds_of(J.email.utils.formatdate(time.time() + 60)) < 61
 
 
 def test_nobody_there(serve):
@@ -189,7 +191,7 @@ def test_nobody_there(serve):
     server.shutdown()
     server.server_close()
     judge = J.make_judge(server.spec)
-    assert math.isnan(judge(["a cyst"], [KIND])[0]) and "ConnectionRefusedError" in J.reasons(judge.told)
+    assert math.isnan(judge(["a cyst"], [KIND])[0]) and "ConnectionRefusedError" in J.failures(judge.usage)
 
 
 def test_thirty_percent_of_calls_failing(serve, monkeypatch):
@@ -211,24 +213,24 @@ def test_requests_go_out_together(serve):
     assert 0.4 <= time.monotonic() - began <= 0.8
 
 
-def test_nothing_is_asked_twice(serve, tmp_path, monkeypatch):
-    """The same thought twice is one request; verdicts outlive the process, failures don't; a torn line is passed over; another
-    thought, question, option or model is another verdict."""
-    server = serve(fault=lambda prompt, n: "401" if "Look 3" in prompt and n == 1 else None)
+def test_nothing_is_asked_twice(serve, tmp_path):
+    """The same thought twice is one request; replies outlive the process, failures don't; a torn line is passed over; another
+    thought, question, option or model is another reply; two processes may write into one file."""
+    server, file = serve(fault=lambda prompt, n: "401" if "Look 3" in prompt and n == 1 else None), tmp_path / "new" / "replies"
     thoughts, expected = thoughts_of(6)
-    first = J.make_judge(server.spec, cache=tmp_path / "verdicts")(thoughts * 2, [KIND] * 12)
+    first = J.make_judge(server.spec, cache=file)(thoughts * 2, [KIND] * 12)
     assert len(server.calls) == 6 and [i for i, v in enumerate(first) if v != v] == [3, 9]
-    with open(tmp_path / "verdicts" / "0.jsonl", "a") as f:
+    other = J.Replies(file)
+    with open(file, "a") as f:
         f.write('\n["torn')
-    monkeypatch.setenv("RANK", "1")
-    assert J.make_judge(server.spec, cache=tmp_path / "verdicts")(thoughts, [KIND] * 6) == expected
-    assert len(server.calls) == 7 and sorted(p.name for p in (tmp_path / "verdicts").iterdir()) == ["0.jsonl", "1.jsonl"]
-    again = J.make_judge(server.spec, cache=tmp_path / "verdicts")
+    assert other.ask(lambda: "said", str.upper, "model", "prompt") == "SAID"
+    assert J.make_judge(server.spec, cache=file)(thoughts, [KIND] * 6) == expected and len(server.calls) == 7
+    again = J.make_judge(server.spec, cache=file)
     assert again(thoughts, [KIND] * 6) == expected and len(server.calls) == 7
+    assert J.Replies(file).ask(lambda: 1 / 0, str.upper, "model", "prompt") == "SAID"
     for item in (KIND | dict(question="Which?"), KIND | dict(options=["cyst", "glioma"])):
         again(thoughts[:1], [item])
-    assert len(server.calls) == 9
-    assert KEY not in "".join(p.read_text() for p in (tmp_path / "verdicts").iterdir())
+    assert len(server.calls) == 9 and KEY not in file.read_text()
 
 
 @pytest.mark.parametrize("spec", ["openai:", "openai:localhost:1#m", "openai:http://h/v1", "openai:http://me:secret@h/v1#m",
@@ -252,6 +254,18 @@ def test_a_host_may_have_a_key_of_its_own(serve, monkeypatch):
         server.keys.clear()
 
 
+def test_the_key_goes_nowhere_else(serve, monkeypatch):
+    """Neither where a redirect points nor through a proxy of the environment."""
+    thief = serve()
+    for name in ("http_proxy", "HTTPS_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{thief.server_address[1]}")
+    server = serve(fault=lambda prompt, n: thief.spec.removeprefix("openai:") if "Look" in prompt else None)
+    judge = J.make_judge(server.spec)
+    thoughts, expected = ["a cyst", "Look."], ["B", math.nan]
+    assert all(map(same, judge(thoughts, [KIND] * 2), expected)) and J.failures(judge.usage) == "HTTP 302 (1 times)"
+    assert not thief.calls and not thief.keys and len(server.calls) == 2
+
+
 def test_the_key_is_nowhere_but_in_the_header(serve, monkeypatch, capfd):
     """Not on stdout or stderr and in no reason, even if the key itself breaks the request or the server quotes it."""
     judge = J.make_judge(serve(fault=lambda prompt, n: "401").spec)
@@ -260,7 +274,7 @@ def test_the_key_is_nowhere_but_in_the_header(serve, monkeypatch, capfd):
     broken = J.make_judge(serve().spec)
     assert math.isnan(broken(["a cyst"], [KIND])[0])
     out = capfd.readouterr()
-    assert KEY not in out.out + out.err + str(judge.told) + str(broken.told) + repr(judge) and broken.told
+    assert KEY not in out.out + out.err + str(judge.usage) + str(broken.usage) + repr(judge) and broken.usage
 
 
 # --------------------------------------------------------------------------------------------------------------- what F is told
@@ -394,7 +408,7 @@ def test_a_checkpoint_made_here_is_asked_as_it_was_taught(replying, world, tmp_p
     finally:
         Path(folder, "knobs.json").unlink()
     openings = [f"<think>{t}</think><answer>" for t in thoughts]
-    batch = M.tensors(processor, [data.question_text(r) for r in items], [None] * 6, openings=openings)
+    batch = M.tensors(processor, [rewards.question_text(r) for r in items], [None] * 6, openings=openings)
     tokens, mask = M.encode_completions(processor, list("ABCD") * 6)
     logp = M.token_logprobs(net, batch, tokens[:, 0, :1].view(6, 4, 1), mask[:, 0, :1].view(6, 4, 1))[..., 0]
     assert held == ["ABCD"[k] for k in logp.argmax(1).tolist()] and held != plain
@@ -436,7 +450,7 @@ def test_a_run_beside_a_failing_server(serve, world, monkeypatch, tmp_path):
     its consistency part without the failures; verdicts that came are those of a sound server; the share is logged."""
     think(world, monkeypatch)
     monkeypatch.setattr(J, "TRIES", 1)
-    seen, asked, steps, score, loss, encode = [], {}, [], grpo.evaluation.score, grpo.policy_loss, M.encode
+    seen, asked, steps, score, loss, encode = [], {}, [], rewards.score, grpo.policy_loss, M.encode
     sound = J.make_judge()
 
     def scored(texts, items, judge):
@@ -445,7 +459,7 @@ def test_a_run_beside_a_failing_server(serve, world, monkeypatch, tmp_path):
             assert len({item["id"] for item in items}) == 1 and len(items) == 4  # F is asked about a group at a time
             asked[len(steps), items[0]["id"]] = rows, sound([row["thought"] for row in rows], items)
         return rows
-    monkeypatch.setattr(grpo.evaluation, "score", scored)
+    monkeypatch.setattr(rewards, "score", scored)
     monkeypatch.setattr(M, "encode", lambda processor, mine, *args: steps.append(mine) or encode(processor, mine, *args))
     monkeypatch.setattr(grpo, "policy_loss", lambda *args, **kw: seen.append(args[3]) or loss(*args, **kw))
     lines = train(world, tmp_path, serve(fault=some(None)).spec, "--max_steps", "3")
@@ -549,7 +563,7 @@ def test_the_reference_as_f(lora, world, monkeypatch, tmp_path):
         def both(thoughts, items):
             kept.append((thoughts, items, judge(thoughts, items)))
             return kept[-1][2]
-        both.told, both.early = judge.told, judge.early
+        both.usage, both.early = judge.usage, judge.early
         return both
     monkeypatch.setattr(grpo, "make_judge", watched)
     lines = train(world, tmp_path, "hf:reference", "--max_steps", "3", "--lora", lora, "--lr", "0.01", "--warmup", "1")

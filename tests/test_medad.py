@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import data
+import rewards
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -565,13 +566,13 @@ def test_thinking(two, tmp_path):
     data.write_records([{**one, "thought": "So."}, other], tmp_path / "q.jsonl")
     targets = {"before": "<think>So.</think><answer>{}</answer>", "none": "<answer>{}</answer>",
                "after": "<answer>{}</answer><think>So.</think>"}
-    assert set(data.INSTRUCTIONS) == set(targets)
+    assert set(rewards.INSTRUCTIONS) == set(targets)
     for mode, target in targets.items():
         a, b = data.read_records(tmp_path / "q.jsonl", thinking=mode)
-        asked = data.question_text(a)
-        assert asked.startswith(a["question"] + "\nA) ") and asked.endswith(data.INSTRUCTIONS[mode])
-        assert ("<think>" in asked) == (mode != "none") and data.answer_text(a) == target.format(a["answer"])
+        asked = rewards.question_text(a)
+        assert asked.startswith(a["question"] + "\nA) ") and asked.endswith(rewards.INSTRUCTIONS[mode])
+        assert ("<think>" in asked) == (mode != "none") and rewards.answer_text(a) == target.format(a["answer"])
         if mode != "none":
             with pytest.raises(data.DataError, match="no thought"):
-                data.answer_text(b)
-    assert data.answer_text(b | {"thinking": "none"}) == f"<answer>{b['answer']}</answer>"
+                rewards.answer_text(b)
+    assert rewards.answer_text(b | {"thinking": "none"}) == f"<answer>{b['answer']}</answer>"

@@ -19,6 +19,7 @@ import data
 import eval as evaluation
 import grpo
 import model as M
+import rewards
 import sft
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # files that no clone holds; a test that needs them is skipped
@@ -618,7 +619,7 @@ def test_saved_folder_is_a_plain_hugging_face_folder(world):
     tokenizer = AutoTokenizer.from_pretrained(world.folder)
     assert tokenizer.chat_template == world.processor.tokenizer.chat_template and tokenizer.eos_token == "<|im_end|>"
     for record in world.records:
-        text = data.answer_text(record)
+        text = rewards.answer_text(record)
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text and ids == world.processor.tokenizer(text)["input_ids"]
     try:
@@ -662,7 +663,7 @@ def test_stock_auto_processor_loads_the_folder(name, world, tmp_path):
     stock = transformers.AutoProcessor.from_pretrained(tmp_path / name)
     assert type(stock).__name__ == M.FAMILIES[name]
     record = world.mixed[1] if name != "qwen3_vl" else world.mixed[1] | dict(path=world.records[0]["path"])
-    content = [{"type": "image"}, {"type": "text", "text": data.question_text(record)}]
+    content = [{"type": "image"}, {"type": "text", "text": rewards.question_text(record)}]
     text = stock.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
     theirs, ours = stock(text=[text], images=[data.load_image(record)], return_tensors="pt"), M.encode(processor, [record])
     assert torch.equal(theirs["input_ids"], ours["input_ids"])
@@ -684,7 +685,7 @@ def test_saving_again_replaces(world, tmp_path):
 
 def test_completions_are_encoded_closed_and_padded(world):
     """SFT targets end in the end-of-turn token, inside the mask; padding is outside; decoding gives the text back."""
-    texts = [data.answer_text(r) for r in world.records[:3]] + ["B"]
+    texts = [rewards.answer_text(r) for r in world.records[:3]] + ["B"]
     tokens, mask = M.encode_completions(world.processor, texts)
     assert tokens.shape == mask.shape and tokens.shape[:2] == (4, 1)
     last = tokens.gather(2, mask.sum(2, keepdim=True) - 1)

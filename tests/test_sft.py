@@ -41,7 +41,7 @@ def test_sft_loss_is_the_stock_loss_on_the_answer_alone(world):
     banned = M.never_drawn(net)  # out of our softmax, in the stock one's: made too unlikely to count
     hook = net.lm_head.register_forward_hook(lambda module, inputs, out: out.index_fill(-1, banned, -1e4))
     batch = M.encode(world.processor, records)
-    tokens, mask = M.encode_completions(world.processor, [data.answer_text(r) for r in records])
+    tokens, mask = M.encode_completions(world.processor, [rewards.answer_text(r) for r in records])
     loss = sft.sft_loss(M.token_logprobs(net, batch, tokens, mask), mask, int(mask.sum()))
     loss.backward()
     ours = torch.cat([p.grad.flatten() for p in net.parameters()])
@@ -66,9 +66,9 @@ def test_thinking_modes_change_prompt_and_target(mode, world, tmp_path):
     record needs one. --only keeps what it says."""
     records = data.read_records(world.jsonl, "train", ["task=anatomy", "modality=CT", "modality=mri"], mode)
     assert {r["task"] for r in records} == {"anatomy"} and {r["modality"] for r in records} == {"CT", "MRI"}
-    assert data.question_text(records[0]).endswith(data.INSTRUCTIONS[mode])
-    silent = data.answer_text(records[0] | {"thinking": "none", "thought": None})
-    assert data.answer_text(records[0]).startswith(silent) and silent == f"<answer>{records[0]['answer']}</answer>"
+    assert rewards.question_text(records[0]).endswith(rewards.INSTRUCTIONS[mode])
+    silent = rewards.answer_text(records[0] | {"thinking": "none", "thought": None})
+    assert rewards.answer_text(records[0]).startswith(silent) and silent == f"<answer>{records[0]['answer']}</answer>"
     sft.main(["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--out", str(tmp_path / "run"),
               "--batch", "4", "--thinking", mode, "--only", "task=anatomy", "--max_steps", "1"])
     tokens = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["tokens"]
@@ -78,7 +78,7 @@ def test_thinking_modes_change_prompt_and_target(mode, world, tmp_path):
 def test_targets_are_think_then_answer(world):
     """Y* is the thought, then the letter, then the end of the turn, and nothing else."""
     record = world.records[0]
-    tokens, mask = M.encode_completions(world.processor, [data.answer_text(record)])
+    tokens, mask = M.encode_completions(world.processor, [rewards.answer_text(record)])
     assert world.processor.tokenizer.decode(tokens[mask]) == (
         f"<think>{record['thought']}</think><answer>{record['answer']}</answer><|im_end|>")
 
