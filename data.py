@@ -133,7 +133,7 @@ def read_records(files, split=None, only=(), thinking="before"):
             print(f"{file}: {left_out.total()} of {len(items)} questions left out: {reasons}", file=sys.stderr)
     kept = [r | ({} if thinking == "before" else {"thinking": thinking}) for r in records
             if split in (None, r["split"]) and all(str(r[key]).casefold() in values for key, values in wanted.items())]
-    which = " ".join([f" of split {split!r}"] * bool(split) + [f" with {x}" for x in only])
+    which = "".join([f" of split {split!r}"] * bool(split) + [f" with {x}" for x in only])
     expect(kept, f"no usable record{which} in {files}")
     return kept
 
