@@ -283,7 +283,8 @@ def test_a_completion_cannot_script_the_page(world, tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
     records = [r | dict(question=evil + r["question"], options=[evil + o for o in r["options"]]) for r in world.records[:4]]
     texts = [evil, f"<think>{evil}</think><answer>A</answer>", f"<think>t</think><answer>{evil}</answer>", "{{ 7 * 7 }}"]
-    rows = [r | dict(ckpt=evil, seed=0, cut_off=False) for r in rewards.score(texts, records, make_judge())]
+    rows = [answer | dict(ckpt=evil, path=record["path"], seed=0, cut_off=False)
+            for answer, record in zip(rewards.score(texts, records, make_judge()), records, strict=True)]
     page = evaluation.page({evil: evaluation.summary(rows) | {"params": 1}}, {evil: rows}, records, evil)
     assert "<script" not in page and "<img src=x" not in page and page.count("<img ") == 4
     assert "&lt;script&gt;alert(1)" in page and "{{ 7 * 7 }}" in page
@@ -292,13 +293,14 @@ def test_a_completion_cannot_script_the_page(world, tmp_path):
 
 @pytest.mark.parametrize("wrong, wrong_shown", [(10, 10), (30, 20), (55, 35)])
 def test_the_page_shows_right_and_wrong(world, wrong, wrong_shown):
-    """SHOWN of 60 questions, half of them wrong where there are enough of both, each with a completion of every checkpoint."""
+    """PAGE_QUESTIONS of 60 questions, half of them wrong where there are enough of both, each with a completion of every checkpoint."""
     records = world.records[:60]
     acc = {r["id"]: float(i >= wrong) for i, r in enumerate(records)}  # by the last checkpoint; the first is always right
-    rows = {c: [row(r["task"], r["modality"], c == "a" or acc[r["id"]], id=r["id"], ckpt=c) for r in records] for c in "ab"}
+    rows = {c: [row(r["task"], r["modality"], c == "a" or acc[r["id"]], id=r["id"], path=r["path"], ckpt=c)
+                for r in records] for c in "ab"}
     page = evaluation.page({c: evaluation.summary(x) | {"params": 1} for c, x in rows.items()}, rows, records, "what")
     shown = re.findall(r'<p class="what">(phantom-[\w-]+), ', page)
-    assert len(shown) == len(set(shown)) == evaluation.SHOWN == 40
+    assert len(shown) == len(set(shown)) == evaluation.PAGE_QUESTIONS == 40
     assert sum(acc[x] == 0 for x in shown) == wrong_shown
     assert page.count("✗ accuracy") == wrong_shown and page.count("✓ accuracy") == 80 - wrong_shown
 
@@ -362,9 +364,10 @@ def test_help_tells_every_knob(capsys):
     with pytest.raises(SystemExit):
         evaluation.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for name, (default, meaning, *_) in evaluation.KNOBS.items():
-        value = default[0] if isinstance(default, tuple) and default else default
-        assert f"--{name}" in said and meaning.split(":")[0] in said and (value in (None, ()) or f"[{value}]" in said), name
+    for name, knob in evaluation.KNOBS.items():
+        meaning, default = knob["help"].split(":")[0].split(" [")[0], knob.get("default")
+        value = default[0] if isinstance(default, list) and default else default
+        assert f"--{name}" in said and meaning in said and (value in (None, []) or f"[{value}]" in said), name
 
 
 def test_evaluating_leaves_the_policy_alone(world):
