@@ -77,13 +77,8 @@ KNOBS = dict(
     options=dict(nargs="+", default=[], help="its options, 2 to 6 texts"),
 )
 # Table 1's columns. Other tasks (Med-R1's) get columns under their own names.
-COLUMNS = {
-    "anatomy": "Anatomy ID.",
-    "anomaly": "Anomaly Det.",
-    "location": "Lesion Loc.",
-    "modality": "Modality Class.",
-    "pathology": "Pathology Char.",
-}
+COLUMNS = dict(anatomy="Anatomy ID.", anomaly="Anomaly Det.", location="Lesion Loc.",
+               modality="Modality Class.", pathology="Pathology Char.")
 PAGE_QUESTIONS = 40  # on the page, half of them answered wrong by the last checkpoint
 THUMBNAIL = 224      # px, longer side of an image on the page
 COMMON = 8           # different answers per task whose shares are told
@@ -230,15 +225,13 @@ def tables(results):
         for key in ("format", "consistency"):
             figures.append({"mean": entry[key], "std": entry[f"{key}_std"]})
         cells = [percent(figure, runs) for figure in figures]
-        by_task.append([name, size(entry["params"]), *cells, str(entry["overall"]["n"])])
+        params = f"{entry['params'] / 1e6:.1f}M"
+        if entry["params"] >= 1e8:
+            params = f"{entry['params'] / 1e9:.1f}B"
+        by_task.append([name, params, *cells, str(entry["overall"]["n"])])
         cells = [percent(entry["modality"].get(modality), runs) for modality in modalities]
         by_modality.append([name, *cells])
     return by_task, by_modality
-
-
-def size(params):
-    """A number of parameters: 3.8B, 1.1M."""
-    return f"{params / 1e9:.1f}B" if params >= 1e8 else f"{params / 1e6:.1f}M"
 
 
 def markdown(table):
@@ -302,8 +295,7 @@ PAGE = """<!doctype html>
 {% endfor %}
 
 <h2>Some questions, about half of them answered wrong by the last checkpoint</h2>
-{% for image, answers in shown %}
-  {% set asked = answers[0] %}
+{% for image, asked, answers in shown %}
   <section>
     <img src="{{ image }}" alt="">
     <div>
@@ -314,9 +306,9 @@ PAGE = """<!doctype html>
         <p{% if letter == asked.answer %} class="yes"{% endif %}>{{ letter }}) {{ option }}</p>
       {% endfor %}
     </div>
-    {% for row in answers %}
+    {% for name, row in answers %}
       <div>
-        <p class="what">{{ row.ckpt }}</p>
+        <p class="what">{{ name }}</p>
         {% if row.fmt and row.given %}
           <p class="raw">{{ row.thought }}</p>
           <p><b>{{ row.given }}</b></p>
@@ -324,9 +316,9 @@ PAGE = """<!doctype html>
           <p class="raw">{{ row.completion }}</p>
         {% endif %}
         <p class="what">
-          {% for name, key in [("format", "fmt"), ("accuracy", "acc"), ("consistency", "con")] %}
+          {% for reward, key in [("format", "fmt"), ("accuracy", "acc"), ("consistency", "con")] %}
             {% set mark = {1: "✓", 0: "✗"}.get(row[key], "?") %}
-            <span class="{{ "yes" if row[key] == 1 else "no" }}">{{ mark }} {{ name }}</span>
+            <span class="{{ "yes" if row[key] == 1 else "no" }}">{{ mark }} {{ reward }}</span>
           {% endfor %}
           F: {{ row.verdict if row.verdict is string else "-" }}
         </p>
@@ -338,39 +330,39 @@ PAGE = """<!doctype html>
 """
 
 
-def question_key(item):
-    """What tells a record's or a row's question from others: ids may be the same in two files."""
-    return item["path"], item["id"]
+def by_question(items):
+    """Rows or records -> {(path, id): the first of them}; two files may have the same ids."""
+    first = {}
+    for item in items:
+        first.setdefault((item["path"], item["id"]), item)
+    return first
 
 
-def some_of(records, last):
-    """PAGE_QUESTIONS of the records, half of them wrong in `last` ({question_key: row}) where
-    there are enough of both, in the records' order."""
+def some_of(answers):
+    """{question: row} -> PAGE_QUESTIONS of the questions in their order, half of them answered
+    wrong where there are enough of both."""
     right, wrong = [], []
-    for record in random.Random(0).sample(records, len(records)):
-        key = question_key(record)
-        kind = right if last[key]["acc"] else wrong
-        kind.append(key)
+    for question in random.Random(0).sample(list(answers), len(answers)):
+        side = right if answers[question]["acc"] else wrong
+        side.append(question)
     wrong = wrong[:max(PAGE_QUESTIONS // 2, PAGE_QUESTIONS - len(right))]
     chosen = {*wrong, *right[:PAGE_QUESTIONS - len(wrong)]}
-    return [record for record in records if question_key(record) in chosen]
+    return [question for question in answers if question in chosen]
 
 
-def page(results, rows, records, what):
-    """The self-contained HTML page -> str. rows: {name: its rows}; beside each other are the first
-    answers (first checkpoint and seed) of each name to a question that the last one was asked.
-    Whatever a model or a file says is escaped."""
+def page(results, rows, what):
+    """The self-contained HTML page -> str. rows: {name: its rows}. The questions shown are some of
+    the last name's; beside each other stand the answers of all names that were asked the same, each
+    by its first checkpoint and seed. Whatever a model or a file says is escaped."""
     import jinja2  # comes with torch
 
-    first = {}
-    for name, answers in rows.items():
-        first[name] = {question_key(row): row for row in reversed(answers)}
-    last = first[name]
+    first = {name: by_question(answers) for name, answers in rows.items()}
+    last = list(first.values())[-1]
     shown = []
-    for record in some_of([r for r in records if question_key(r) in last], last):
-        key = question_key(record)
-        answers = [dict(first[name][key], ckpt=name) for name in first if key in first[name]]
-        shown.append((data_url(record, THUMBNAIL), answers))
+    for question in some_of(last):
+        image = data_url(last[question], THUMBNAIL)
+        answers = [(name, first[name][question]) for name in first if question in first[name]]
+        shown.append((image, last[question], answers))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(PAGE).render(
@@ -411,10 +403,10 @@ def parse_args(argv):
         if "least" in knob:
             value, least = getattr(args, name), knob["least"]
             expect(least <= value < math.inf, f"--{name} {value}: expected at least {least}")
-    once = len(args.seeds) == 1
-    expect(once or args.temperature > 0 and len(set(args.seeds)) == len(args.seeds),
-           f"--seeds {args.seeds}: expected different ones, and a --temperature above 0: greedy "
-           "answers are the same for each")
+    expect(len(set(args.seeds)) == len(args.seeds),
+           f"--seeds {args.seeds}: expected different ones")
+    expect(len(args.seeds) == 1 or args.temperature > 0,
+           "--seeds needs a --temperature above 0: greedy answers are the same for each")
     return args
 
 def load_unmerged(name, *, dtype, device="cpu", max_pixels=M.MAX_PIXELS):
@@ -451,9 +443,8 @@ def answer_one(args):
     for paths in checkpoints_of(args.ckpt).values():
         for ckpt in paths:
             policy, processor, limit = load(ckpt, args)
-            rows = evaluate(policy, processor, [item], make_judge(), max_new_tokens=limit,
-                            temperature=args.temperature, seed=args.seeds[0], progress=False)
-            row = rows[0]
+            [row] = evaluate(policy, processor, [item], make_judge(), max_new_tokens=limit,
+                             temperature=args.temperature, seed=args.seeds[0], progress=False)
             answer = f"none to be read in {row['completion']!r}"
             if row["given"]:
                 answer = f"{row['given']}) {args.options[data.LETTERS.index(row['given'])]}"
@@ -508,20 +499,19 @@ def questions_of(ckpt, beside, args):
 
 
 def all_questions(checkpoints, beside, args):
-    """{name: its checkpoints} -> {checkpoint: its records}, all of these once, the files they are
-    from; DataError if an image is missing."""
-    questions, records, files = {}, {}, set()
+    """{name: its checkpoints} -> {checkpoint: its records}, the files they are from, the number of
+    different questions; DataError if an image is missing."""
+    questions, files, different = {}, set(), {}
     for paths in checkpoints.values():
         for ckpt in paths:
             sources, questions[ckpt] = questions_of(ckpt, beside, args)
             files.update(sources)
-            records |= {question_key(record): record for record in questions[ckpt]}
-    records = list(records.values())
-    gone = [record["path"] for record in records if not os.path.isfile(record["path"])]
+            different |= by_question(questions[ckpt])
+    gone = [path for path, _ in different if not os.path.isfile(path)]
     if gone:
-        raise DataError(f"the images of {len(gone)} of {len(records)} questions are missing, the "
+        raise DataError(f"the images of {len(gone)} of {len(different)} questions are missing, the "
                         f"first is {gone[0]}")
-    return questions, records, sorted(files)
+    return questions, sorted(files), len(different)
 
 
 def answer_all(paths, questions, judge, args):
@@ -541,14 +531,14 @@ def answer_all(paths, questions, judge, args):
     return rows, params, limit
 
 
-def write_report(out, results, rows, records, what):
+def write_report(out, results, rows, what):
     """report.md, which is printed too, and eval.html."""
     lines = [f"{what} In %.\n"]
     lines += [markdown(table) for table in tables(results)]
     lines += [f"- {line}" for line in remarks(results)]
     text = "\n".join(lines) + "\n"
     data.write_text(os.path.join(out, "report.md"), text)
-    data.write_text(os.path.join(out, "eval.html"), page(results, rows, records, what))
+    data.write_text(os.path.join(out, "eval.html"), page(results, rows, what))
     print(f"\n{text}\n{out}: results.json, report.md, eval.html, completions-*.jsonl")
 
 
@@ -562,7 +552,7 @@ def main(argv=None):
     completions = file_names(checkpoints, out)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency,
                        timeout=args.judge_timeout, cache=os.path.join(out, "replies.jsonl"))
-    questions, records, files = all_questions(checkpoints, beside, args)
+    questions, files, n = all_questions(checkpoints, beside, args)
     os.makedirs(out, exist_ok=True)
     path = os.path.join(out, "results.json")
     earlier_results(path)  # if it can't be read, say so now and not after an hour of sampling
@@ -579,9 +569,9 @@ def main(argv=None):
     way = "greedy"
     if args.temperature:
         way = f"temperature {args.temperature:g}, seeds {args.seeds}"
-    what = (f"{len(records)} questions, split {args.split} of {', '.join(files)}; {way}; "
+    what = (f"{n} questions, split {args.split} of {', '.join(files)}; {way}; "
             f"F: {args.judge}, {args.judge_sees}.")
-    write_report(out, results, rows, records, what)
+    write_report(out, results, rows, what)
 
 
 if __name__ == "__main__":
