@@ -566,9 +566,7 @@ def main(argv=None):
         text = json.dumps(earlier_results(path) | results, indent=1, ensure_ascii=False)
         data.write_text(path, text + "\n")
 
-    way = "greedy"
-    if args.temperature:
-        way = f"temperature {args.temperature:g}, seeds {args.seeds}"
+    way = f"temperature {args.temperature:g}, seeds {args.seeds}" if args.temperature else "greedy"
     what = (f"{n} questions, split {args.split} of {', '.join(files)}; {way}; "
             f"F: {args.judge}, {args.judge_sees}.")
     write_report(out, results, rows, what)

@@ -346,7 +346,7 @@ def test_the_page_shows_right_and_wrong(world, wrong, wrong_shown):
 
 
 def test_the_page_keeps_two_files_of_the_same_ids_apart(world):
-    """Phantoms of two seeds have the same ids: an image stands beside the answers to its own question alone."""
+    """Two files may have the same ids: an image stands beside the answers to its own question alone."""
     one, two = world.records[0], world.records[0] | dict(path=world.mixed[1]["path"], question="Another?")
     rows = {}
     for name, record in (("a", one), ("b", two)):
