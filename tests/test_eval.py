@@ -134,6 +134,46 @@ def test_a_row_of_the_table_may_name_several_checkpoints(tmp_path, monkeypatch):
             evaluation.checkpoints_of(bad)
 
 
+def test_rates_have_a_deviation_too():
+    """Format 1/2 and 1, consistency 0 and 1 of two seeds: the means stay where they were, the tables tell the deviation; of one
+    run there is none."""
+    rows = [row("anomaly", "CT", 1, seed=0, con=0.0), row("anomaly", "CT", 1, seed=0, fmt=0.0, con=NAN, verdict=NAN),
+            row("anomaly", "CT", 1, seed=1), row("anomaly", "CT", 1, seed=1)]
+    s = evaluation.summary(rows)
+    assert s["format"] == 0.75 and s["format_std"] == pytest.approx(math.sqrt(2) / 4)
+    assert s["consistency"] == 0.5 and s["consistency_std"] == pytest.approx(math.sqrt(2) / 2)
+    table, _ = evaluation.tables({"x": s | {"params": 1}})
+    cells = dict(zip(*table, strict=True))
+    assert (cells["Format"], cells["Consistency"]) == ("75.00 ± 35.36", "50.00 ± 70.71")
+    once = evaluation.summary(rows[2:])
+    assert once["format_std"] == once["consistency_std"] == 0
+    table, _ = evaluation.tables({"x": once | {"params": 1}})
+    cells = dict(zip(*table, strict=True))
+    assert (cells["Format"], cells["Consistency"]) == ("100.00", "100.00")
+
+
+def test_groups_come_in_the_papers_order():
+    """Tasks of section 3.1 first, in its order, Med-R1's behind them by name; a task without a row has no entry."""
+    rows = [row(task, "CT", 1) for task in ("zeta", "pathology", "alpha", "anatomy", "pathology")]
+    groups = evaluation.grouped(rows, "task", data.TASKS)
+    assert [(name, len(members)) for name, members in groups.items()] == [
+        ("anatomy", 1), ("pathology", 2), ("alpha", 1), ("zeta", 1)]
+
+
+def test_a_name_cannot_break_a_table(world):
+    """A line break or a | in a file's task stays in its cell in Markdown; on the page a long name may wrap, and every line has
+    as many cells as the header."""
+    name, task = "out/" + "very_long_name" * 20, "two\nlines | <b>"
+    rows = [row(task, "CT", 1, path=world.records[0]["path"])]
+    results = {name: evaluation.summary(rows) | {"params": 1}}
+    table, _ = evaluation.tables(results)
+    lines = evaluation.markdown(table).splitlines()
+    assert len(lines) == 3 and all(len(re.split(r"(?<!\\)\|", x)) == len(table[0]) + 2 for x in lines)
+    page = evaluation.page(results, {name: rows}, "what")
+    assert f"<td>{name}</td>" in page and re.search(r"td:first-child {[^}]*overflow-wrap: anywhere", page)
+    assert page.count("<th>") == page.count("<td>") == len(table[0]) + 2 and "<th>two\nlines | &lt;b&gt;</th>" in page
+
+
 def test_answers_given_show_a_collapse():
     """A policy that always says Normal is seen by its share beside that of the right answers."""
     rows = [row("anomaly", "CT", a == "A", given="A", answer=a) for a in "ABAB"]
@@ -283,8 +323,9 @@ def test_a_completion_cannot_script_the_page(world, tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
     records = [r | dict(question=evil + r["question"], options=[evil + o for o in r["options"]]) for r in world.records[:4]]
     texts = [evil, f"<think>{evil}</think><answer>A</answer>", f"<think>t</think><answer>{evil}</answer>", "{{ 7 * 7 }}"]
-    rows = [r | dict(ckpt=evil, seed=0, cut_off=False) for r in rewards.score(texts, records, make_judge())]
-    page = evaluation.page({evil: evaluation.summary(rows) | {"params": 1}}, {evil: rows}, records, evil)
+    rows = [answer | dict(ckpt=evil, path=record["path"], seed=0, cut_off=False)
+            for answer, record in zip(rewards.score(texts, records, make_judge()), records, strict=True)]
+    page = evaluation.page({evil: evaluation.summary(rows) | {"params": 1}}, {evil: rows}, evil)
     assert "<script" not in page and "<img src=x" not in page and page.count("<img ") == 4
     assert "&lt;script&gt;alert(1)" in page and "{{ 7 * 7 }}" in page
     assert page.count("alert(1)") == page.count("&lt;script&gt;alert(1)")
@@ -292,15 +333,33 @@ def test_a_completion_cannot_script_the_page(world, tmp_path):
 
 @pytest.mark.parametrize("wrong, wrong_shown", [(10, 10), (30, 20), (55, 35)])
 def test_the_page_shows_right_and_wrong(world, wrong, wrong_shown):
-    """SHOWN of 60 questions, half of them wrong where there are enough of both, each with a completion of every checkpoint."""
+    """PAGE_QUESTIONS of 60 questions, half of them wrong where there are enough of both, each with all completions."""
     records = world.records[:60]
     acc = {r["id"]: float(i >= wrong) for i, r in enumerate(records)}  # by the last checkpoint; the first is always right
-    rows = {c: [row(r["task"], r["modality"], c == "a" or acc[r["id"]], id=r["id"], ckpt=c) for r in records] for c in "ab"}
-    page = evaluation.page({c: evaluation.summary(x) | {"params": 1} for c, x in rows.items()}, rows, records, "what")
+    rows = {c: [row(r["task"], r["modality"], c == "a" or acc[r["id"]], id=r["id"], path=r["path"], ckpt=c)
+                for r in records] for c in "ab"}
+    page = evaluation.page({c: evaluation.summary(x) | {"params": 1} for c, x in rows.items()}, rows, "what")
     shown = re.findall(r'<p class="what">(phantom-[\w-]+), ', page)
-    assert len(shown) == len(set(shown)) == evaluation.SHOWN == 40
+    assert len(shown) == len(set(shown)) == evaluation.PAGE_QUESTIONS == 40
     assert sum(acc[x] == 0 for x in shown) == wrong_shown
     assert page.count("✗ accuracy") == wrong_shown and page.count("✓ accuracy") == 80 - wrong_shown
+
+
+def test_the_page_keeps_two_files_of_the_same_ids_apart(world):
+    """Two files may have the same ids: an image stands beside the answers to its own question alone."""
+    one, two = world.records[0], world.records[0] | dict(path=world.mixed[1]["path"], question="Another?")
+    rows = {}
+    for name, record in (("a", one), ("b", two)):
+        same = {key: record[key] for key in ("id", "path", "question")}
+        rows[name] = [row("anomaly", "CT", 1, thought=f"by {name}", **same)]
+    results = {name: evaluation.summary(answers) | {"params": 1} for name, answers in rows.items()}
+    page = evaluation.page(results, rows, "what")  # the questions are the last checkpoint's
+    assert "Another?" in page and one["question"] not in page and "by b" in page and "by a" not in page
+    assert evaluation.data_url(two, evaluation.THUMBNAIL) in page and page.count("<img ") == 1
+    both = [answer | dict(ckpt=name) for name in "ab" for answer in rows[name]]
+    page = evaluation.page({"ab": evaluation.summary(both) | {"params": 1}}, {"ab": both}, "what")
+    assert page.count("<img ") == 2 and "by a" in page and "by b" in page
+    assert page.index(evaluation.data_url(one, evaluation.THUMBNAIL)) < page.index("by a") < page.index("by b")
 
 
 def test_one_question(out, world, monkeypatch, capsys):
@@ -357,14 +416,28 @@ def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
     assert not (out / "results.json").exists()
 
 
+NUMBERS = [name for name, knob in evaluation.KNOBS.items() if "type" in knob and "nargs" not in knob]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_a_minimum(name):
+    """The least is taken, what lies below it and what is no number are refused by name."""
+    least = evaluation.KNOBS[name]["least"]
+    assert getattr(evaluation.parse_args([f"--{name}", str(least)]), name) == least
+    for bad in (str(least - 1), "many"):
+        with pytest.raises(data.DataError, match=f"--{name}"):
+            evaluation.parse_args([f"--{name}", bad])
+
+
 def test_help_tells_every_knob(capsys):
     """--help names each knob with its default."""
     with pytest.raises(SystemExit):
         evaluation.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for name, (default, meaning, *_) in evaluation.KNOBS.items():
-        value = default[0] if isinstance(default, tuple) and default else default
-        assert f"--{name}" in said and meaning.split(":")[0] in said and (value in (None, ()) or f"[{value}]" in said), name
+    for name, knob in evaluation.KNOBS.items():
+        meaning, default = knob["help"].split(":")[0].split(" [")[0], knob.get("default")
+        value = default[0] if isinstance(default, list) and default else default
+        assert f"--{name}" in said and meaning in said and (value in (None, []) or f"[{value}]" in said), name
 
 
 def test_evaluating_leaves_the_policy_alone(world):
