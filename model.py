@@ -58,7 +58,7 @@ STAY = 0.8                  # share of unfinished rows at which the finished one
 
 
 class Processor(NamedTuple):
-    """Turns questions into ids and images into patches. The stock AutoProcessor needs torchvision."""
+    """Questions to ids, images to patches; the stock AutoProcessor needs torchvision for it."""
     tokenizer: object
     image_processor: object
     name: str  # of the stock class, for AutoProcessor
@@ -129,7 +129,6 @@ def save(model, processor, folder, keep_adapter=False):
     is there by itself too, for load_unmerged. Files are written beside and renamed into place, so
     a crash never leaves half a file. DataError where the weights can't be written."""
     net = model
-    keep_adapter = keep_adapter and isinstance(model, PeftModel)
     if isinstance(model, PeftModel):
         net = copy.deepcopy(model).cpu()
         if keep_adapter:
@@ -140,7 +139,7 @@ def save(model, processor, folder, keep_adapter=False):
     beside.mkdir(parents=True)
     try:
         net.save_pretrained(beside)
-        if keep_adapter:
+        if keep_adapter and isinstance(model, PeftModel):
             model.save_pretrained(beside / ADAPTER, save_embedding_layers=False)
     except SafetensorError as e:  # an OSError in disguise
         raise DataError(f"{beside}: the weights can't be written: {e}") from e
@@ -198,6 +197,7 @@ def add_lora(net, rank, seed=0):
 
 
 def lora_layers(model):
+    """The matrices that have an adapter; none in a model without."""
     return [m for m in model.modules() if isinstance(m, LoraLayer)]
 
 
@@ -212,9 +212,8 @@ def lora_merged(model):
         return
     weights = [m.base_layer.weight.data for m in layers]
     try:
-        for m in layers:
-            update = m.get_delta_weight(m.active_adapters[0])
-            m.base_layer.weight.data = m.base_layer.weight.data + update
+        for m, weight in zip(layers, weights, strict=True):
+            m.base_layer.weight.data = weight + m.get_delta_weight(m.active_adapters[0])
         with model.disable_adapter():
             yield
     finally:
@@ -251,7 +250,7 @@ def tensors(processor, texts, images, device="cpu", openings=None):
     tokenizer = processor.tokenizer
     merge = processor.image_processor.merge_size
     prompts = []
-    for text, image in zip(texts, images, strict=True):
+    for text, image, opening in zip(texts, images, openings or [""] * len(texts), strict=True):
         content = [{"type": "text", "text": text}]
         if image is not None:
             content.insert(0, {"type": "image"})
@@ -260,21 +259,17 @@ def tensors(processor, texts, images, device="cpu", openings=None):
         if image is not None:
             image_tokens = int(image[1].prod()) // merge**2
             prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * image_tokens, 1)
-        prompts.append(prompt)
-    if openings is not None:
-        prompts = [prompt + opening for prompt, opening in zip(prompts, openings, strict=True)]
-
+        prompts.append(prompt + opening)
     ids = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
                     add_special_tokens=False)
-    stop_ids = sorted({tokenizer.eos_token_id, tokenizer.pad_token_id})
+    stop_ids = torch.tensor(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
     batch = dict(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"],
-                 stop_ids=torch.tensor(stop_ids))
+                 stop_ids=stop_ids)
     shown = [image for image in images if image is not None]
     if shown:
         batch["pixel_values"] = torch.cat([patches for patches, _ in shown])
         batch["image_grid_thw"] = torch.cat([grid for _, grid in shown])
-    batch = {k: v.to(device) for k, v in batch.items()}
-    return dict(batch, pad_id=tokenizer.pad_token_id)
+    return dict({k: v.to(device) for k, v in batch.items()}, pad_id=tokenizer.pad_token_id)
 
 
 def check_texts(processor, records, text_of):
@@ -513,17 +508,15 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
     length. temperature 0 is greedy. when_done(n, tokens, mask), if given, is called for each
     question once its group (1, G, ..) has ended, while others are still sampled.
 
-    The prompt runs once per question and its cache is repeated; rows that have finished leave the
-    batch. On CUDA a token's step is captured as one CUDA graph, because launching its thousand
-    small kernels one by one takes longer than running them. Shapes in a graph are fixed, so it
-    reads the cache to its end, and it is captured again when rows have left. Nothing asks the
-    device for a value but a look every LOOK_EVERY tokens at how many rows are unfinished.
+    The prompt runs once per question; rows that have finished leave the batch. On CUDA a token's
+    step is one CUDA graph, because launching its thousand small kernels takes longer than running
+    them. Shapes in a graph are fixed: it reads the cache to its end and is captured again when rows
+    have left. Only a look every LOOK_EVERY tokens at how many are unfinished waits for the device.
     """
     net, training = network(model), model.training
     model.eval()  # gradient checkpointing would silently switch the cache off
-    (N, P), G = batch["input_ids"].shape, group_size
-    device = batch["input_ids"].device
-    scale = temperature or 1.0
+    (N, P), G, device = batch["input_ids"].shape, group_size, batch["input_ids"].device
+    scale = temperature or 1.0  # of the logits: where temperature is 0 it doesn't matter
     tokens = torch.full((N * G, max_new_tokens), batch["pad_id"], device=device)
     mask = torch.zeros(N * G, max_new_tokens, dtype=torch.bool, device=device)
     waiting = set(range(N)) if when_done else set()  # questions to call when_done for
@@ -595,14 +588,14 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
 
 
 def captured(step, y):
-    """`step` as one CUDA graph -> a function like it; None where it can't be captured, with a
-    warning."""
+    """`step` as one CUDA graph -> a function like it; None, with a warning, where it can't be."""
     try:
-        graph, given, stream = torch.cuda.CUDAGraph(), y.clone(), torch.cuda.current_stream(y.device)
-        capture = torch.cuda.graph(graph, stream=torch.cuda.Stream(y.device),
-                                   capture_error_mode="thread_local")  # other threads may go on
-        with torch.cuda.device(y.device), capture:
-            logits = step(given)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(y.device)
+        given = y.clone()
+        own = torch.cuda.Stream(y.device)
+        with (torch.cuda.device(y.device),
+              torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local")):
+            logits = step(given)  # recorded, not run; other threads may go on meanwhile
     except (RuntimeError, ValueError) as e:  # ValueError: not a CUDA device
         reason = str(e).splitlines()[0]
         warnings.warn(f"sampling without a CUDA graph, so more slowly: {reason}", stacklevel=2)
