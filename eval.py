@@ -28,8 +28,6 @@ from collections import Counter, defaultdict
 from statistics import fmean, stdev
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
 
 import data
@@ -409,26 +407,12 @@ def parse_args(argv):
            "--seeds needs a --temperature above 0: greedy answers are the same for each")
     return args
 
-def load_unmerged(name, *, dtype, device="cpu", max_pixels=M.MAX_PIXELS):
-    """As `M.load`, but a checkpoint of GRPO under LoRA comes as it was trained: pi_SFT in `dtype` under its adapter in fp32. In
-    bf16 the merged weights would round away an update as small as lr 1e-6 makes. The fp32 weights of the folder less the
-    adapter's part are pi_SFT's bf16 weights again, bit for bit."""
-    adapter = os.path.join(name, M.ADAPTER)
-    if dtype == torch.float32 or not os.path.isdir(adapter):
-        return M.load(name, dtype=dtype, device=device, max_pixels=max_pixels)
-    net, processor = M.load(name, dtype=torch.float32, max_pixels=max_pixels)
-    net = PeftModel.from_pretrained(net, adapter).eval()
-    for layer in (m for m in net.modules() if isinstance(m, LoraLayer)):
-        layer.base_layer.weight.data -= layer.get_delta_weight("default")
-    for key, p in net.named_parameters():
-        p.data = p.data if "lora_" in key else p.data.to(dtype)
-    return net.to(device), processor
-
 def load(ckpt, args):
     """A checkpoint -> (policy, processor, max_new_tokens)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy, processor = load_unmerged(ckpt, dtype=dtype, device=device, max_pixels=args.max_pixels)
+    policy, processor = M.load_unmerged(ckpt, dtype=dtype, device=device,
+                                              max_pixels=args.max_pixels)
     limit = args.max_new_tokens or (80 if M.is_tiny(ckpt) else 512)
     return policy, processor, limit
 

@@ -222,7 +222,7 @@ def rollout(policy, processor, records, scoring, generator, args):
     (N lists of G), ended (N, G) bool: not cut off. Scoring begins while others are still sampled."""
     batch = M.encode(processor, records, generator.device)
     if args.lora:  # the vision tower is frozen: it serves sampling, reference and update at once
-        batch = M.see(policy, batch)
+        batch = M.with_image_features(policy, batch)
     tokens, mask = M.sample(policy, batch, group_size=args.G, max_new_tokens=args.max_new_tokens,
                             temperature=args.temperature, top_p=args.top_p, generator=generator,
                             when_done=scoring.group_ended if scoring.early else None)

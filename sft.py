@@ -14,11 +14,13 @@ import argparse
 import json
 import math
 import os
+import re
 import time
 from collections import defaultdict
 
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
 
 import data
@@ -144,7 +146,7 @@ def trainable(policy, args):
     """LoRA of rank --lora, or every parameter, to be trained -> policy, its trained parameters, their optimiser."""
     policy = M.add_lora(policy, args.lora, args.seed) if args.lora else policy.requires_grad_(True)
     if args.checkpointing:
-        M.keep_less(policy)
+        M.enable_checkpointing(policy)
     parameters = list(trained(policy).values())
     return policy, parameters, torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay)
 
@@ -345,12 +347,82 @@ def attend_to_the_same(net):
             k = k.view(-1, attention.head_dim, k.shape[1])                               # (h, d, D)
             attention.q_proj.weight.copy_(k.repeat_interleave(heads_per_key, 0).flatten(0, 1))
 
+# The tiny Qwen2.5-VL: 1.1 M parameters, the real architecture in small.
+TINY_TEXT = dict(
+    hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6, initializer_range=0.05,
+    rope_parameters=dict(rope_type="default", rope_theta=1000000.0, mrope_section=[4, 6, 6]))
+TINY_VISION = dict(
+    depth=2, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=14,
+    spatial_merge_size=2, temporal_patch_size=2, window_size=112, out_hidden_size=128,
+    fullatt_block_indexes=[1], initializer_range=0.05)
+TINY_VOCABULARY = 1000  # tokens at most, special ones included: every word of the phantoms is one
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
+                  "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+TAG_TOKENS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, as in Qwen3
+CHAT_TEMPLATE = (  # Qwen2.5-VL's turns, for one image and text
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def tiny_tokenizer(texts, names):
+    """A byte-level BPE tokenizer trained on `texts`. Each of `names` is one token, where Qwen's own
+    tokenizer cuts between words: a network this small finds a name by its first token, and does not
+    always learn to tell "Left Upper" from "Left Lower" by the second."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    longest_first = sorted(names, key=len, reverse=True)
+    pieces = [rf" ?{re.escape(name)}(?!\w)" for name in longest_first]
+    pieces += [r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+", r"\s+(?!\S)", r"\s+"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex("|".join(pieces)), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    learned = TINY_VOCABULARY - len(SPECIAL_TOKENS + TAG_TOKENS)
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=learned, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        padding_side="left")
+    tokenizer.add_tokens(SPECIAL_TOKENS, special_tokens=True)
+    tokenizer.add_tokens(TAG_TOKENS)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_tiny(texts, names=(), *, image_size, seed=0):
+    """A tiny Qwen2.5-VL with random weights and its tokenizer -> (model, Processor)."""
+    tokenizer = tiny_tokenizer(texts, names)
+    text = dict(TINY_TEXT, vocab_size=len(tokenizer), bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=dict(TINY_VISION), tie_word_embeddings=True,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"))
+    torch.manual_seed(seed)
+    net = transformers.Qwen2_5_VLForConditionalGeneration(config).float().eval()
+    net.set_attn_implementation(M.ATTENTION)
+    images = M.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=image_size**2)
+    return net, M.Processor(tokenizer, images, "Qwen2_5_VLProcessor")
+
+
 def make_base(folder, seed):
     """The tiny base of the phantoms, written to `folder`: letters, then eyes, then reading."""
     pixels, labels, captions, records = base_phantoms(seed)
     texts = [f"{rewards.question_text(r)} {rewards.answer_text(r)}" for r in records]
     names = sorted({o for r in records for o in r["options"]})
-    net, processor = M.build_tiny(texts, names, image_size=data.SIZE, seed=seed)
+    net, processor = build_tiny(texts, names, image_size=data.SIZE, seed=seed)
     images = []
     for x in pixels:
         out = processor.image_processor(images=[x], return_tensors="pt")

@@ -70,6 +70,7 @@ def make_work(a, folder):
     import data
     import model as M
     import rewards
+    import sft
     rng, records = np.random.default_rng(0), []
     for i in range(a.questions * (a.steps + a.warmup)):
         image, facts = data.draw_phantom(rng, *data.PAIRS[0])
@@ -79,7 +80,7 @@ def make_work(a, folder):
                             options=["Normal", "Abnormal", "Artifact", "Uncertain"], answer="AB"[i % 2], thought=None,
                             group=str(i), split="train"))
     data.write_records(records, Path(folder, "records.jsonl"))
-    net, processor = M.build_tiny([rewards.question_text(r) for r in records[:50]], image_size=a.size)
+    net, processor = sft.build_tiny([rewards.question_text(r) for r in records[:50]], image_size=a.size)
     config = net.config.to_dict()
     if a.shape == "3b":
         config["text_config"] |= TEXT_3B
@@ -92,7 +93,7 @@ def make_work(a, folder):
     torch.set_default_dtype(torch.float32)
     net.generation_config.eos_token_id = net.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     M.save(net, processor, folder)
-    Path(folder, "chat_template.jinja").write_text(M.CHAT_TEMPLATE)
+    Path(folder, "chat_template.jinja").write_text(sft.CHAT_TEMPLATE)
 
 # --------------------------------------------------------------------------------------------------- a process of either side
 
@@ -171,6 +172,7 @@ def trl(a):
 
     import data
     import model as M
+    import sft
     from rewards import question_text
     try:
         import trl as peer
@@ -192,7 +194,7 @@ def trl(a):
     while cuda and rows > max(1, a.micro_tokens // (70 + (a.size // 28)**2 + a.tokens)):  # as many tokens a pass as ours
         rows //= 2
     _, parts = M.load(a.folder)
-    processor = Processor(parts.image_processor, parts.tokenizer, chat_template=M.CHAT_TEMPLATE)
+    processor = Processor(parts.image_processor, parts.tokenizer, chat_template=sft.CHAT_TEMPLATE)
     records = data.read_records([f"{a.folder}/records.jsonl"], "train")
     examples = [dict(prompt=[dict(role="user", content=question_text(r))], image=Image.open(r["path"]),
                      answer=r["answer"])

@@ -16,6 +16,7 @@ from PIL import Image
 import data
 import model as M
 import rewards
+import sft
 
 torch.set_num_threads(1)  # a model this small gains nothing from a second thread, and beside a busy process loses fivefold
 
@@ -37,7 +38,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     jsonl = data.make_phantoms(str(root / "phantoms"), 0, 40)
     records = data.read_records(jsonl)
-    net, processor = M.build_tiny([rewards.question_text(r) + " " + rewards.answer_text(r) for r in records],
+    net, processor = sft.build_tiny([rewards.question_text(r) + " " + rewards.answer_text(r) for r in records],
                                   {x for r in records for x in r["options"]}, image_size=data.SIZE)
     folder = root / "tiny"
     folder.mkdir()

@@ -16,7 +16,6 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
-import eval as evaluation
 import grpo
 import model as M
 import rewards
@@ -47,9 +46,9 @@ def family(name, world):
                                                 num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
         text |= dict(head_dim=16, rope_parameters=text["rope_parameters"] | dict(mrope_interleaved=True))
     config = getattr(transformers, f"{stem}Config")(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
-    config._attn_implementation = "sdpa"
     torch.manual_seed(1)
     net = getattr(transformers, f"{stem}ForConditionalGeneration")(config).eval()
+    net.set_attn_implementation(M.ATTENTION)
     images = Qwen2VLImageProcessorPil(patch_size=patch, min_pixels=4 * patch**2, max_pixels=112 * 112)
     return net, M.Processor(world.processor.tokenizer, images, M.FAMILIES[name])
 
@@ -182,7 +181,7 @@ def test_no_completion_sees_another(world):
 
 def test_masks_by_hand():
     """Two questions, the first with one place of padding: what two tokens of a completion see, and what the prompt sees."""
-    got = M.group_mask(torch.tensor([[0, 1], [1, 1]]), 2)
+    got = M.completion_mask(torch.tensor([[0, 1], [1, 1]]), 2)
     assert got.shape == (2, 1, 2, 4) and got.dtype == torch.bool
     assert got[:, 0].int().tolist() == [[[0, 1, 1, 0], [0, 1, 1, 1]], [[1, 1, 1, 0], [1, 1, 1, 1]]]
     assert M.causal_mask(torch.tensor([[0, 1, 1]]))[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
@@ -202,7 +201,8 @@ def test_grouped_attention_equals_one_row_under_a_dense_mask(G):
         own = slice(P + g * T, P + g * T + T)
         dense[:, own, :P] = real.bool()[:, None]
         dense[:, own, own] = torch.ones(T, T).bool().tril()
-    fast = M.grouped_attention(None, q, k, v, M.group_mask(real, T), scaling=0.3)[0]
+    fast, _ = M.grouped_attention(None, q, k, v, M.completion_mask(real, T), scaling=0.3,
+                                  prompt_mask=M.causal_mask(real))
     scores = (q @ k.repeat_interleave(H // h, 1).transpose(2, 3) * 0.3).masked_fill(~dense[:, None], -torch.inf)
     slow = (scores.softmax(-1) @ v.repeat_interleave(H // h, 1)).transpose(1, 2)
     weight = torch.randn(fast.shape)
@@ -213,12 +213,12 @@ def test_grouped_attention_equals_one_row_under_a_dense_mask(G):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_image_features_shared_by_the_passes_change_nothing(name, world):
-    """`see` once for all passes (the tower is frozen) gives what each pass makes of the pixels itself."""
+    """`with_image_features` once for all passes (the tower is frozen) gives what each pass makes of the pixels itself."""
     net, processor = family(name, world)
     batch = M.encode(processor, world.mixed[:3])
     tokens, mask = completions(3, 2, 4)
     with torch.no_grad():
-        seen = M.see(net, batch)
+        seen = M.with_image_features(net, batch)
         assert "features" in seen and "pixel_values" not in seen
         own, shared = (M.token_logprobs(net, b, tokens, mask) for b in (batch, seen))
         a, b = (M.sample(net, b, group_size=2, max_new_tokens=5, temperature=0)[0] for b in (batch, seen))
@@ -350,10 +350,14 @@ def test_sampling_with_lora_merged_draws_the_policy_and_puts_every_bit_back(worl
 def test_fixed_shapes_draw_what_growing_ones_draw(temperature, world, monkeypatch):
     """CUDA's way (the whole cache read at each token, rows looked at now and then) gives the CPU's completions; where a step
     can't be captured as a graph, as here, that is said and sampling goes on without."""
-    batch = stopping_at(M.encode(world.processor, world.mixed[:3]), world.net, every=9)
-    knobs = dict(group_size=3, max_new_tokens=12, temperature=temperature)
+    batch = M.encode(world.processor, world.mixed[:3])
     monkeypatch.setattr(M, "STAY", 0.0)  # no row leaves: the same draws for the same rows
-    draw = lambda: M.sample(world.net, batch, **knobs, generator=torch.Generator().manual_seed(0))  # noqa: E731
+
+    def draw():
+        return M.sample(world.net, batch, group_size=3, max_new_tokens=12, temperature=temperature,
+                        generator=torch.Generator().manual_seed(0))
+    free, _ = draw()
+    batch["stop_ids"] = free[torch.arange(2), 0, torch.tensor([1, 6])]  # completions end at several lengths
     expected = draw()
     monkeypatch.setattr(M, "GRAPHED", {"cpu"})
     monkeypatch.setattr(M, "LOOK_EVERY", 4)
@@ -527,7 +531,7 @@ def test_saving_a_lora_policy_leaves_it_as_it_was(world, tmp_path):
 
 
 def test_an_update_too_small_for_bf16_survives_in_the_adapter(world, tmp_path):
-    """Steps of lr 1e-6 are smaller than bf16's spacing: merged into bf16 weights they are gone. eval.load_unmerged gives the
+    """Steps of lr 1e-6 are smaller than bf16's spacing: merged into bf16 weights they are gone. model.load_unmerged gives the
     policy that was trained, bit for bit: pi_SFT in bf16 under the adapter; stock loaders find the merged weights, in fp32."""
     batch, (tokens, mask) = M.encode(world.processor, world.mixed[:2]), completions(2, 3, 6)
 
@@ -546,11 +550,12 @@ def test_an_update_too_small_for_bf16_survives_in_the_adapter(world, tmp_path):
     merged, _ = M.load(out, dtype=torch.bfloat16)
     moved = sum((p != q).sum().item() for p, q in zip(merged.parameters(), pi_sft.parameters(), strict=True))
     assert moved < 0.1 * pi_sft.num_parameters()                       # nearly all of the update is rounded away in bf16
-    again, _ = evaluation.load_unmerged(out, dtype=torch.bfloat16)
+    again, _ = M.load_unmerged(out, dtype=torch.bfloat16)
     assert torch.equal(logp(again), logp(policy)) and not torch.equal(logp(again), logp(pi_sft))
     with grpo.reference_of(again) as reference:
         assert torch.equal(logp(reference), logp(pi_sft))
     stock = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    stock.set_attn_implementation(M.ATTENTION)
     lifted = M.add_lora(M.load(sft_folder, dtype=torch.float32)[0], 4)
     lifted.load_state_dict({k: v for k, v in policy.state_dict().items() if "lora_" in k}, strict=False)
     torch.testing.assert_close(logp(stock), logp(lifted), rtol=0, atol=1e-5)
@@ -561,7 +566,7 @@ def test_lora_is_on_the_language_model_alone_and_in_fp32(world):
     lost); base and vision tower are frozen."""
     policy = M.add_lora(copy.deepcopy(world.net).to(torch.bfloat16), 4)
     train = {k: p for k, p in policy.named_parameters() if p.requires_grad}
-    assert len(train) == 2 * 7 * M.TINY_TEXT["num_hidden_layers"]
+    assert len(train) == 2 * 7 * sft.TINY_TEXT["num_hidden_layers"]
     assert all("lora_" in k and "language_model" in k and p.dtype == torch.float32 for k, p in train.items())
     assert all(p.dtype == torch.bfloat16 for k, p in policy.named_parameters() if k not in train)
     batch = M.encode(world.processor, world.mixed[:2])
@@ -597,8 +602,9 @@ def test_frozen_copy_stays(world):
 # ---------------------------------------------------------------------------------------------------------------- save and load
 
 def test_saved_folder_is_a_plain_hugging_face_folder(world):
-    """Our checkpoints load with stock transformers: same weights and logits to the bit, safetensors alone, stock class names in
-    the JSON files (what AutoProcessor goes by), the chat template, ids that round-trip."""
+    """Our checkpoints load with stock transformers: the same weights to the bit, safetensors alone, stock class names in the
+    JSON files (what AutoProcessor goes by), the chat template, ids that round-trip. Logits agree to 1e-5 and not to the bit:
+    a stock network attends with transformers' own function, ours with grouped_attention, which adds up in another order."""
     files = set(os.listdir(world.folder))
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"} <= files
     assert not [f for f in files if f.endswith((".bin", ".pt", ".pth", ".pkl", ".writing"))]
@@ -608,7 +614,7 @@ def test_saved_folder_is_a_plain_hugging_face_folder(world):
     for net in (ours, AutoModelForImageTextToText.from_pretrained(world.folder)):
         weights = net.state_dict()
         assert not net.training and all(torch.equal(weights[k], v) for k, v in world.net.state_dict().items())
-        assert torch.equal(stock_logits(net, batch), expected)
+        torch.testing.assert_close(stock_logits(net, batch), expected, rtol=0, atol=1e-5)
 
     again = M.encode(processor, world.mixed[:3])
     assert all(torch.equal(again[k], v) for k, v in batch.items() if torch.is_tensor(v)) and again["pad_id"] == batch["pad_id"]
