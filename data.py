@@ -225,7 +225,8 @@ def omnimedvqa_record(item, stem, _):
     return {"id": item.get("question_id"), "image": image, "question": item.get("question"),
             "options": options, "answer": right[0], "source": item.get("dataset", stem),
             "modality": item.get("modality_type", item.get("modality")),
-            "task": str(item.get("question_type")).lower(), "split": "train" if in_train else "test"}
+            "task": str(item.get("question_type")).lower(),
+            "split": "train" if in_train else "test"}
 
 
 def med_r1_record(item, stem, k):
@@ -845,7 +846,7 @@ class Source(NamedTuple):
     modality: str
     anatomy: str
     images: str           # pattern; `kind`: key of kinds; `group`: patient, volume, lesion (or id)
-    kinds: object = None  # lesions (name,) of all, or of each kind, () if healthy; None: labels tell
+    kinds: object = None  # lesions (name,) of all or per kind, () if healthy; None: labels tell
     masks: str = ""       # pattern; several masks of one id are one lesion
     labels: tuple = ()    # pattern of the files that tell, reader: file -> {id: lesions}
     groups: tuple = ()    # the same, {id: group}
@@ -921,18 +922,19 @@ SOURCES = (
 
 
 def matches(pattern, files):
-    """The files whose path fits -> [(file, id, kind, group)]."""
+    """The files whose path fits -> [(file, id, kind, group)]; none without a pattern."""
     found = []
     for file in files:
-        if m := re.search(pattern, file, re.I):
+        m = pattern and re.search(pattern, file, re.I)
+        if m:
             named = {"at": "", "id": "", "kind": "", "group": None, **m.groupdict()}
             name = named["at"].lower() + named["id"]
             found.append((file, name, named["kind"].lower(), named["group"]))
     return found
 
 
-def read_tables(folder, files, pattern="(?!)", reader=None):
-    """What the files of this pattern tell, {id: ..}; (?!) fits none."""
+def read_tables(folder, files, pattern="", reader=None):
+    """What the files of this pattern tell, {id: ..}."""
     out = {}
     for file, at, _, _ in matches(pattern, files):
         try:
@@ -950,13 +952,14 @@ def find(key, folder):
     folder, jobs = Path(folder), {}
     expect(folder.is_dir(), f"{key}={folder}: expected a folder")
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    forms = [k for k, s in enumerate(SOURCES) if s.key == key]
-    for form in forms:
-        s = SOURCES[form]
-        labels, groups, outlines = (
-            read_tables(folder, files, *tables) for tables in (s.labels, s.groups, s.outlines))
+    for form, s in enumerate(SOURCES):
+        if s.key != key:
+            continue
+        labels = read_tables(folder, files, *s.labels)
+        groups = read_tables(folder, files, *s.groups)
+        outlines = read_tables(folder, files, *s.outlines)
         masks = defaultdict(list)
-        for file, name, _, _ in matches(s.masks or "(?!)", files):
+        for file, name, _, _ in matches(s.masks, files):
             masks[name].append(str(folder / file))
         for file, name, kind, group in matches(s.images, files):
             kinds = s.kinds or labels.get(name)
@@ -964,13 +967,14 @@ def find(key, folder):
                 kinds = s.kinds.get(kind)
             group = groups.get(name, name if group is None else group)
             job = dict(
-                form=form, file=file, path=str(folder / file), kinds=kinds,
-                masks=masks[name], outlines=outlines.get(name, []), group=f"{key} {group}")
+                form=form, file=file, path=str(folder / file), kinds=kinds, masks=masks[name],
+                outlines=outlines.get(name, []), group=f"{key} {group}")
             old = jobs.setdefault((form, name), job)
             same = Path(old["file"]).stem == Path(file).stem and old["kinds"] == kinds
             expect(same, f"{key}={folder}: {old['file']} and {file} can't be told apart,"
                          f" expected one image of {name!r}")
-    expected, found = " or ".join(SOURCES[form].images for form in forms), ", ".join(files[:3]) or "no file"
+    expected = " or ".join(s.images for s in SOURCES if s.key == key)
+    found = ", ".join(files[:3]) or "no file"
     expect(jobs, f"{key}={folder}: no image of it, expected paths with {expected}, found {found}")
     return [{**job, "n": n} for n, job in enumerate(jobs.values())]
 
@@ -987,7 +991,8 @@ def location_of(mask):
         central = (abs(x - .5) < 1 / 6) & (abs(y - .5) < 1 / 6)
         return np.where(central, 4, (x >= .5) + 2 * (y >= .5))
 
-    y, x = ((k + .5) / n for k, n in zip(mask.nonzero(), mask.shape, strict=True))
+    (y, x), (h, w) = mask.nonzero(), mask.shape
+    y, x = (y + .5) / h, (x + .5) / w
     home = region(y.mean(), x.mean())
     if (region(y, x) == home).mean() > 2 / 3:
         return LOCATIONS[int(home)]
@@ -1031,24 +1036,29 @@ def slices(job):
         import nibabel
     except ImportError:
         raise DataError("volumes (.nii, .nii.gz) need nibabel: pip install nibabel") from None
+
+    def load(path):
+        file = nibabel.as_closest_canonical(nibabel.load(path))
+        return np.asarray(file.dataobj)[::-1, ::-1].T
+
     s, out = SOURCES[job["form"]], []
     try:
-        arrays = []
-        for path in (job["path"], *job["masks"][:1]):
-            file = nibabel.as_closest_canonical(nibabel.load(path))
-            arrays.append(np.asarray(file.dataobj)[::-1, ::-1].T)  # (Z, Y, X)
-        volume, *masks = arrays
-        depth = len(volume)
-        middle = abs(np.arange(depth) / depth - .5) < .25  # (Z,)
-        groups = [middle]
-        if masks:
-            area, organ = (masks[0] >= s.least).mean((1, 2)), (masks[0] > 0).mean((1, 2)) > .02
-            groups = [area > .001, (area == 0) & (organ if s.least > 1 else middle)]
-        for z in sorted(z for group in groups for z in spread(group.nonzero()[0], SLICES)):
+        volume, mask = load(job["path"]), None  # (Z, Y, X)
+        well = abs(np.arange(len(volume)) / len(volume) - .5) < .25  # (Z,)
+        chosen = []
+        if job["masks"]:
+            mask = load(job["masks"][0])
+            area = (mask >= s.least).mean((1, 2))  # (Z,)
+            if s.least > 1:
+                well = (mask > 0).mean((1, 2)) > .02
+            well = well & (area == 0)
+            chosen += spread(np.flatnonzero(area > .001), SLICES)
+        chosen += spread(np.flatnonzero(well), SLICES)
+        for z in sorted(chosen):
             a = volume[z].astype(np.float32)
             low, high = s.window or np.percentile(a, (1, 99))
             a = np.clip((a - low) / max(high - low, 1e-9), 0, 1) * 255
-            lesion = masks[0][z] >= s.least if masks else None
+            lesion = None if mask is None else mask[z] >= s.least
             out.append((Image.fromarray(a.astype(np.uint8)), lesion, f"-{z:03d}"))
     except Exception as e:  # nibabel and damaged files raise anything
         raise DataError(f"{job['file']} can't be read as a volume with its mask ({e})") from None
@@ -1076,16 +1086,17 @@ def examine(job, folder, max_side):
     for image, mask, suffix in pictures:
         kinds, box, location = job["kinds"], None, None
         drawn = mask is not None and bool(mask.any())
-        if volume and not drawn and mask is not None:  # a slice beside the lesion
-            kinds = ()
-        elif volume and not drawn and kinds:  # a lesion, who knows in which slices
-            kinds = None
+        if volume and not drawn:
+            if mask is not None:  # a slice beside the lesion
+                kinds = ()
+            elif kinds:  # a lesion, not known in which slices
+                kinds = None
         agree = mask is None or kinds is None or drawn == bool(kinds)
         if drawn:
-            y, x = ((k.min() / n, (k.max() + 1) / n)
-                    for k, n in zip(mask.nonzero(), mask.shape, strict=True))
-            box = x[0], y[0], x[1], y[1]
-            location = location_of(mask) if agree else None
+            (y, x), (h, w) = mask.nonzero(), mask.shape
+            box = x.min() / w, y.min() / h, (x.max() + 1) / w, (y.max() + 1) / h
+            if agree:
+                location = location_of(mask)
         file = f"images/{s.key}/{job['n']:06d}-{stem}{suffix}.png"
         image.thumbnail((max_side, max_side))
         image.save(folder / file, compress_level=1)
@@ -1097,6 +1108,22 @@ def examine(job, folder, max_side):
 
 
 # ---- MedAD-38K: from facts to questions ----------------------------------------------------------
+def usable(facts, folder, left_out):
+    """The facts without those that have a "why" and without copies of an earlier picture, which are
+    removed. Counts both in left_out[source, reason]."""
+    seen, kept = set(), []
+    for f in facts:
+        if "why" in f:
+            left_out[f["source"], f["why"]] += 1
+        elif f["digest"] in seen:
+            left_out[f["source"], "the same picture as another"] += 1
+            (folder / f["image"]).unlink()
+        else:
+            seen.add(f["digest"])
+            kept.append(f)
+    return kept
+
+
 def split_by_group(facts, seed):
     """Sets "split": TRAIN_SHARE of a source's pictures are for training; a group stays whole."""
     sources = defaultdict(lambda: defaultdict(list))  # source: group: facts
@@ -1120,10 +1147,8 @@ def true_answer(f, task):
         return f[task], None
     if not f["agree"]:
         return None, "label and mask disagree"
-    if kinds is not None and len(kinds) == 0:
-        if task == "anomaly":
-            return "Normal", None
-        return None, "healthy"
+    if kinds is not None and not kinds:
+        return ("Normal", None) if task == "anomaly" else (None, "healthy")
     if task == "anomaly" and kinds:
         return "Abnormal", None
     if kinds and len(kinds) > 1:  # an outline may be of one of them
@@ -1138,13 +1163,9 @@ def true_answer(f, task):
 
 
 def balanced(pool, rng):
-    """{answer: pictures} -> (picture, its answer, the answers to choose from), so that who sees
-    these answers alone can only guess.
-
-    In each round the (up to four) answers with most pictures left get one picture each, and are
-    offered together: each is right equally often. Ends when a round has fewer answers than the
-    first.
-    """
+    """{answer: pictures} -> (picture, its answer, the answers to choose from), so that the answers
+    to choose from tell nothing: in each round the (up to four) answers with most pictures left get
+    a picture each and are offered together. Ends when a round has fewer answers than the first."""
     left = {}
     for answer, pictures in sorted(pool.items()):
         left[answer] = [pictures[i] for i in rng.permutation(len(pictures))]
@@ -1218,19 +1239,13 @@ def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
     with folder_beside(out) as part:
         for key in sources:
             (part / "images" / key).mkdir(parents=True)
-        facts, left_out, seen = [], Counter(), set()
+        facts, left_out = [], Counter()
         work = partial(examine, folder=part, max_side=max_side)
         with multiprocessing.Pool(workers) as pool:
             done = pool.imap(work, jobs, chunksize=4)
-            for f in itertools.chain.from_iterable(tqdm(done, "build", len(jobs), unit="file")):
-                if "why" in f:
-                    left_out[f["source"], f["why"]] += 1
-                elif f["digest"] in seen:
-                    left_out[f["source"], "the same picture as another"] += 1
-                    (part / f["image"]).unlink()
-                else:
-                    seen.add(f["digest"])
-                    facts.append(f)
+            for made in tqdm(done, desc="build", unit="file", total=len(jobs)):
+                facts += made
+        facts = usable(facts, part, left_out)
         split_by_group(facts, seed)
         records = medad_records(facts, seed, left_out)
         write_records(records, part / "medad38k.jsonl")
