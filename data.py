@@ -1,24 +1,23 @@
-"""The questions: record format, readers, phantoms (images drawn here, with questions and chains of thought), and MedAD-38K,
-built from the 17 public sources of the paper's section 3.1.
+"""The questions: record format, readers, phantoms (images drawn here, with questions and chains of
+thought), and MedAD-38K, built from the 17 public sources of the paper's section 3.1.
 
-A record is one JSON line: {"id", "image", "modality", "anatomy", "task", "question", "options": [..], "answer": "B",
-"thought": str | null, "source", "group", "split"}. `image` is relative to the file's folder and may not leave it; `group`
-(patient, volume, lesion) is never split between train and test. Phantoms and real data take the same path: files on disk, then
-read_records. Left out on purpose: dataset classes, augmentation, resizing (model.py's image processor does it), download.
+A record is one JSON line: {"id", "image", "modality", "anatomy", "task", "question", "options":
+[..], "answer": "B", "thought": str | null, "source", "group", "split"}. `image` is relative to the
+file's folder and may not leave it; `group` (patient, volume, lesion) is never split between train
+and test. Phantoms and real data take the same path: files on disk, then read_records.
 
-    python data.py phantoms --out out/phantoms --n 2000 --seed 0 --show sheet.png     # draw them, and a sheet to look at
-    python data.py build --out medad38k busi=DIR br35h=DIR chestxray14=DIR            # MedAD-38K, of any of its sources
-    python data.py check out/phantoms/phantoms.jsonl                                  # validate, count by task, split, letter
+    python data.py phantoms --out out/phantoms --n 2000 --seed 0 --show sheet.png
+    python data.py build --out medad38k busi=DIR br35h=DIR chestxray14=DIR
+    python data.py check out/phantoms/phantoms.jsonl
 
-In order: records and their readers; phantoms (words, drawing, questions); MedAD-38K (SOURCES: how each lies on disk; from image
-and mask to facts; from facts to questions; build).
+Left out on purpose: dataset classes, augmentation, download, resizing (model.py's processor does).
 """
 import argparse
 import csv
 import hashlib
-import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -27,7 +26,8 @@ import sys
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from functools import partial, reduce
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -38,22 +38,31 @@ from tqdm import tqdm
 
 LETTERS = "ABCDEF"
 TASKS = ("anatomy", "anomaly", "location", "modality", "pathology")  # section 3.1's five
-MED_R1_TASKS = {  # Med-R1's question types; its files don't name them: the first rule found in the question, a guess
-    "modality recognition": r"modalit|imaging|technique|method|type of (image|scan)",
+MED_R1_TASKS = {  # its files don't name them: the first rule found in the question, a guess
+    "modality recognition": "modalit|imaging|technique|method|type of (image|scan)",
     "lesion grading": r"benign|malignan|cancerous|harmless|\bstage|\bgrad(e|ing)|severity",
     "other biological attributes": r"\bcell|cellular|tissue|sperm|morpholog|secretion|stain",
-    "disease diagnosis": r"normal|anomal|irregular|disease|diagnos|patholog|condition|lesion|covid|cancer|malaria",
-    "anatomy identification": r"organ|anatom|structure|\bpart\b|depicted|displayed|shown|visuali[sz]ed|seen|represent"}
-KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "answer", "thought", "source", "group", "split")
+    "disease diagnosis": "normal|anomal|irregular|disease|diagnos|patholog|condition|lesion|covid|"
+                         "cancer|malaria",
+    "anatomy identification": r"organ|anatom|structure|\bpart\b|depicted|displayed|shown|"
+                              "visuali[sz]ed|seen|represent"}
+KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "answer", "thought",
+        "source", "group", "split")
 SPLITS = ("train", "val", "test")
+FOREIGN = {"gt_answer", "problem", "conversations"}  # keys of OmniMedVQA, Med-R1 and VLM-R1
 MAX_PIXELS = 2**26  # pixels an image may have; looked at before anything is decoded
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, and warns from here on
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
 
 class DataError(ValueError):
     """Input that cannot be used; the message is one sentence for the user."""
 
+
 def expect(ok, sentence):
     if not ok:
         raise DataError(sentence)
+
 
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are DataErrors: one sentence, as for any bad input."""
@@ -61,210 +70,314 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise DataError(message)
 
+
 def cli(main):
-    """Run main(); bad input, a full or read-only disk and Ctrl-C end it with one sentence on stderr and exit code 2."""
+    """Run main(); bad input, a full or read-only disk and Ctrl-C end it with one sentence on
+    stderr and exit code 2."""
     try:
         main()
     except (DataError, OSError, KeyboardInterrupt) as e:
-        known = isinstance(e, OSError) and e.strerror
-        said = f"{e.filename or 'system'}: {e.strerror}" if known else str(e) or "stopped by Ctrl-C"
-        tqdm.write(f"error: {said}", file=sys.stderr)  # on a line of its own, whatever bar is being drawn
+        sentence = str(e) or "stopped by Ctrl-C"
+        if isinstance(e, OSError) and e.strerror:
+            sentence = f"{e.filename or 'system'}: {e.strerror}"
+        tqdm.write(f"error: {sentence}", file=sys.stderr)  # below a bar that is being drawn
         sys.exit(2)
 
-# ---- records ---------------------------------------------------------------------------------------------------------------
+
+# ---- records -------------------------------------------------------------------------------------
+def is_text(x):
+    return isinstance(x, str) and x.strip() != ""
+
+
 def check_record(record, folder):
-    """The record with "path" added; DataError with half a sentence (read_records adds file and line) if anything is wrong."""
+    """The record with "path" added; DataError with half a sentence (read_records adds file and
+    line) if anything is wrong."""
     expect(isinstance(record, dict), f"expected a JSON object, got {record!r:.60}")
-    for k in KEYS:
-        expect(k in record, f"key {k!r} is missing, expected {', '.join(KEYS)}")
-        fine = isinstance(record[k], str) and record[k].strip() or k == "options" or k == "thought" and record[k] is None
-        expect(fine, f"{k!r} is {record[k]!r:.60}, expected a non-empty string{' or null' if k == 'thought' else ''}")
-    image, options, root = record["image"], record["options"], os.path.realpath(folder)
-    fine = isinstance(options, list) and all(isinstance(o, str) and o.strip() for o in options)
-    expect(fine, f"'options' is {options!r:.60}, expected a list of non-empty strings")
-    expect(2 <= len(options) <= len(LETTERS), f"number of options is {len(options)}, expected 2 to {len(LETTERS)}")
-    expect(len({o.strip().casefold() for o in options}) == len(options), f"two options are the same in {options!r:.200}")
-    for k, names in {"answer": LETTERS[:len(options)], "task": (*TASKS, *MED_R1_TASKS), "split": SPLITS}.items():
-        expect(record[k] in tuple(names),
-               f"{k} {record[k]!r:.60} is not among the {'options' if k == 'answer' else k + 's'} {', '.join(names)}")
-    path, outside = os.path.realpath(os.path.join(root, image)), re.search(r"^[/\\~]|^\w:|(^|[/\\])\.\.($|[/\\])", image)
-    expect(not outside and path.startswith(os.path.join(root, "")),  # realpath follows links
-           f"image {image!r} leaves the data folder, expected a path inside it, relative to the file")
+    for key in KEYS:
+        expect(key in record, f"key {key!r} is missing, expected {', '.join(KEYS)}")
+        absent = key == "thought" and record[key] is None
+        expect(key == "options" or absent or is_text(record[key]),
+               f"{key!r} is {record[key]!r:.60}, expected a non-empty string")
+
+    options = record["options"]
+    expect(isinstance(options, list) and all(map(is_text, options)),
+           f"'options' is {options!r:.60}, expected a list of non-empty strings")
+    expect(2 <= len(options) <= len(LETTERS),
+           f"number of options is {len(options)}, expected 2 to {len(LETTERS)}")
+    expect(len({x.strip().casefold() for x in options}) == len(options),
+           f"two options are the same in {options!r:.200}")
+    for key, plural, allowed in (("answer", "options", tuple(LETTERS[:len(options)])),
+                                 ("task", "tasks", (*TASKS, *MED_R1_TASKS)),
+                                 ("split", "splits", SPLITS)):
+        expect(record[key] in allowed,
+               f"{key} {record[key]!r:.60} is not among the {plural} {', '.join(allowed)}")
+
+    image, root = record["image"], os.path.realpath(folder)
+    path = os.path.realpath(os.path.join(root, image))  # follows links
+    outside = re.search(r"^[/\\~]|^\w:|(^|[/\\])\.\.($|[/\\])", image)
+    expect(not outside and path.startswith(os.path.join(root, "")),
+           f"image {image!r} leaves the data folder, expected a path in it, relative to the file")
     return {**record, "path": path}
 
-def read_records(files, split=None, only=(), thinking="before"):
-    """Validated records of one file or several, each with "path" added. split keeps one; only, texts like "modality=CT", keeps
-    those with one of the values given for each key. thinking (of rewards.INSTRUCTIONS) goes with them into prompt and target.
 
-    DataError names file, line and what was expected. Others' questions (`foreign_record`), not ours to mend, are left out where
-    they can't be used, counted and told on stderr. Whether the images exist is load_image's business."""
-    records, seen, wanted = [], {}, defaultdict(set)
-    for key, _, value in (x.partition("=") for x in only):
-        expect(key in KEYS and value, f"--only {key}={value}: expected KEY=VALUE, the key one of {', '.join(KEYS)}")
+def read_records(files, split=None, only=(), thinking="before"):
+    """Validated records of one file or several, each with "path" added. split keeps one; only,
+    texts like "modality=CT", keeps those with one of the values given for each key. thinking (of
+    rewards.INSTRUCTIONS) goes with them into prompt and target.
+
+    DataError names file, line and what was expected. Others' questions (FOREIGN), not ours to
+    mend, are left out where they can't be used, counted and told on stderr. Whether the images
+    exist is load_image's business.
+    """
+    wanted = defaultdict(set)
+    for text in only:
+        key, _, value = text.partition("=")
+        expect(key in KEYS and value,
+               f"--only {text}: expected KEY=VALUE, the key one of {', '.join(KEYS)}")
         wanted[key].add(value.casefold())
+
+    kept, used = [], {}
     for file in [files] if isinstance(files, (str, os.PathLike)) else files:
-        whole, folder, left_out = str(file).endswith(".json"), Path(file).absolute().parent, Counter()
-        folder = folder.parents[1] if folder.parent.name == "QA_information" else folder  # OmniMedVQA's paths start at its root
-        form, unit = ("a JSON list of questions", "question") if whole else ("one JSON object a line", "line")
-        try:
-            text = Path(file).read_text(encoding="utf-8-sig")
-            items = json.loads(text or "[]") if whole else text.split("\n")
-        except (OSError, ValueError, RecursionError) as e:
-            raise DataError(f"{file}: {getattr(e, 'strerror', None) or e}, expected UTF-8 text with {form}") from None
-        expect(isinstance(items, list) and items and text.strip(), f"{file} holds no records, expected {form}")
-        for k, item in enumerate(items, 1):
-            if not whole and not item.strip():
-                continue
-            foreign = whole
-            try:
-                item = item if whole else json.loads(item)
-                if foreign := whole or isinstance(item, dict) and bool(FOREIGN & item.keys()):
-                    item = foreign_record(item, Path(file).stem, k)
-                record = check_record(item, folder)
-                expect(record["id"] not in seen, f"id {record['id']!r} was already used in {seen.get(record['id'])}")
-                seen[record["id"]] = f"{file}, {unit} {k}"
-                records.append(record)
-            except (ValueError, RecursionError) as e:
-                why = f"broken JSON, {e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
-                expect(foreign, f"{file}, line {k}: {why}")
-                left_out[re.sub(r"'.*'|\".*\"|\[.*\]", "..", why)] += 1
-        if left_out:
-            reasons = "; ".join(f"{n} x {why}" for why, n in left_out.most_common())
-            print(f"{file}: {left_out.total()} of {len(items)} questions left out: {reasons}", file=sys.stderr)
-    kept = [r | ({} if thinking == "before" else {"thinking": thinking}) for r in records
-            if split in (None, r["split"]) and all(str(r[key]).casefold() in values for key, values in wanted.items())]
-    which = "".join([f" of split {split!r}"] * bool(split) + [f" with {x}" for x in only])
+        for r in read_file(file, used):
+            fits = all(str(r[key]).casefold() in values for key, values in wanted.items())
+            if fits and split in (None, r["split"]):
+                kept.append(r if thinking == "before" else {**r, "thinking": thinking})
+    which = f" of split {split!r}" if split else ""
+    which += "".join(f" with {text}" for text in only)
     expect(kept, f"no usable record{which} in {files}")
     return kept
 
-FOREIGN = {"gt_answer", "problem", "conversations"}  # a key of another's record: OmniMedVQA, Med-R1, VLM-R1
+
+def read_file(file, used):
+    """All records of a file: a JSON list of another's questions (.json), else JSONL. used, {id:
+    file} of what was read before, is added to."""
+    whole, folder = str(file).endswith(".json"), Path(file).absolute().parent
+    if folder.parent.name == "QA_information":  # OmniMedVQA's paths start at its root
+        folder = folder.parents[1]
+    form = "a JSON list of questions" if whole else "one JSON object per line"
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+        items = json.loads(text or "[]") if whole else text.split("\n")
+    except (OSError, ValueError, RecursionError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise DataError(f"{file}: {why}, expected UTF-8 text with {form}") from None
+    expect(isinstance(items, list) and items and text.strip(),
+           f"{file} holds no records, expected {form}")
+
+    records, left_out = [], Counter()
+    for k, item in enumerate(items, 1):
+        if not whole and not item.strip():
+            continue
+        foreign = whole
+        try:
+            if not whole:
+                item = json.loads(item)
+                foreign = isinstance(item, dict) and not FOREIGN.isdisjoint(item)
+            if foreign:
+                item = foreign_record(item, Path(file).stem, k)
+            record = check_record(item, folder)
+            name = record["id"]
+            expect(name not in used, f"id {name!r} was already used in {used.get(name)}")
+            used[name] = file
+            records.append(record)
+        except (ValueError, RecursionError) as e:
+            why = str(e)
+            if isinstance(e, json.JSONDecodeError):
+                why = f"broken JSON, {e.msg} at column {e.colno}"
+            expect(foreign, f"{file}, line {k}: {why}")
+            left_out[re.sub(r"'.*'|\".*\"|\[.*\]", "..", why)] += 1
+    if left_out:
+        reasons = "; ".join(f"{n} x {why}" for why, n in left_out.most_common())
+        print(f"{file}: {left_out.total()} of {len(items)} questions left out: {reasons}",
+              file=sys.stderr)
+    return records
+
 
 def foreign_record(item, stem, k):
-    """Record of question k of file `stem` in one of three forms; DataError with half a sentence if it is none of them.
+    """The record of question k of another's file `stem`; DataError with half a sentence if its
+    form isn't known.
 
-    OmniMedVQA: "question", "option_A".., "gt_answer" (an option's text; case, punctuation and spaces forgiven), "image_path".
-    Med-R1: "image", "problem": "Q? A)x, B)y", "solution": "<answer> B </answer>". VLM-R1: the two said in "conversations"."""
+    OmniMedVQA: "question", "option_A".., "gt_answer" (an option's text), "image_path".
+    Med-R1: "image", "problem": "Q? A)x, B)y", "solution": "<answer> B </answer>".
+    VLM-R1: problem and solution as the two turns of "conversations".
+    """
     expect(isinstance(item, dict), "expected an object")
-    words, split = re.findall(r"[a-z]+", stem.lower()), "train"
-    if "gt_answer" in item:
-        def fold(text):
-            return re.sub(r"[\W_]+", "", str(text)).casefold()
-        options = [item[f"option_{x}"] for x in LETTERS if item.get(f"option_{x}")]
-        right = [x for x, o in zip(LETTERS, options, strict=False) if str(o).strip() == str(item["gt_answer"]).strip()]
-        right = right or [x for x, o in zip(LETTERS, options, strict=False) if fold(o) == fold(item["gt_answer"]) != ""]
-        expect(len(right) == 1, f"gt_answer fits {len(right)} options, expected one")
-        image, question, answer, source = item.get("image_path"), item.get("question"), right[0], item.get("dataset", stem)
-        name, modality = item.get("question_id"), item.get("modality_type", item.get("modality"))
-        task = str(item.get("question_type")).lower()
-        split = "test" if zlib.crc32(str(image).encode()) % 100 >= 100 * TRAIN_SHARE else split  # theirs has none
-    else:
-        talk = item.get("conversations")
-        if isinstance(talk, list) and len(talk) > 1 and all(isinstance(x, dict) for x in talk):
-            said, reply = (str(x.get("value")) for x in talk[:2])
-            reply = reply if "<answer>" in reply else f"<answer>{reply}</answer>"
-            item = {"problem": said.replace("<image>", ""), "solution": reply} | item
-        expect(all(isinstance(item.get(x), str) for x in ("image", "problem", "solution")),
-               "expected an object with the texts image, problem and solution")
-        parts = [item["problem"]]
-        for n, letter in enumerate(LETTERS, 1):  # a marker is the next letter, after a space or comma: "(H&E)" is no option E
-            if len(parts) == n:
-                parts += re.split(rf"(?<=[\s,;:?.]){letter}\)", parts.pop(), maxsplit=1)
-        image, (question, *options) = item["image"], (p.strip(" ,;\n") for p in parts)
-        answer = (re.findall(r"<answer>\s*([A-F])\s*</answer>", item["solution"]) or ["none"])[0]
-        task = next((t for t, rule in MED_R1_TASKS.items() if re.search(rule, question.lower())), "disease diagnosis")
-        modality = next((m for m in MODALITIES if m.lower().replace("-", "") in words), stem)
-        name, source, split = f"{stem}-{k}", "Med-R1", "test" if "test" in words else split
-    return {"id": name, "image": image, "modality": modality, "anatomy": "unknown", "task": task, "question": question,
-            "options": options, "answer": answer, "thought": None, "source": source, "group": image, "split": split}
+    form = omnimedvqa_record if "gt_answer" in item else med_r1_record
+    record = form(item, stem, k)
+    return {**record, "anatomy": "unknown", "thought": None, "group": record["image"]}
 
-def write_records(records, file):
-    """Write JSONL, without "path"; beside the file first, then renamed into place: no half-written file is ever seen."""
-    part = Path(f"{file}.{os.getpid()}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(part, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps({k: v for k, v in r.items() if k != "path"}, ensure_ascii=False) + "\n" for r in records)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+
+def omnimedvqa_record(item, stem, _):
+    def bare(text):
+        return re.sub(r"[\W_]+", "", text).casefold()
+
+    options = [item[f"option_{x}"] for x in LETTERS if item.get(f"option_{x}")]
+    truth, right = str(item["gt_answer"]), []
+    for fold in (str.strip, bare):  # exactly; else case, punctuation and spaces are forgiven
+        for letter, option in zip(LETTERS, options, strict=False):
+            if fold(str(option)) == fold(truth) != "":
+                right.append(letter)
+        if right:
+            break
+    expect(len(right) == 1, f"gt_answer fits {len(right)} options, expected one")
+    image = item.get("image_path")
+    in_train = zlib.crc32(str(image).encode()) % 100 < 100 * TRAIN_SHARE  # theirs has no split
+    return {"id": item.get("question_id"), "image": image, "question": item.get("question"),
+            "options": options, "answer": right[0], "source": item.get("dataset", stem),
+            "modality": item.get("modality_type", item.get("modality")),
+            "task": str(item.get("question_type")).lower(),
+            "split": "train" if in_train else "test"}
+
+
+def med_r1_record(item, stem, k):
+    talk = item.get("conversations")
+    if isinstance(talk, list) and len(talk) > 1 and all(isinstance(x, dict) for x in talk):
+        problem, solution = str(talk[0].get("value")), str(talk[1].get("value"))
+        if "<answer>" not in solution:
+            solution = f"<answer>{solution}</answer>"
+        item = {"problem": problem.replace("<image>", ""), "solution": solution, **item}
+    expect(all(isinstance(item.get(x), str) for x in ("image", "problem", "solution")),
+           "expected an object with the texts image, problem and solution")
+
+    parts = [item["problem"]]  # the question, then the options
+    for letter in LETTERS:  # a marker stands after a space or comma: "(H&E)" is no option E
+        found = re.split(rf"(?<=[\s,;:?.]){letter}\)", parts[-1], maxsplit=1)
+        if len(found) == 1:
+            break
+        parts[-1:] = found
+    question, *options = [x.strip(" ,;\n") for x in parts]
+    answer = re.search(r"<answer>\s*([A-F])\s*</answer>", item["solution"])
+    words = re.findall("[a-z]+", stem.lower())
+    tasks = [x for x, rule in MED_R1_TASKS.items() if re.search(rule, question.lower())]
+    modalities = [x for x in MODALITIES if x.lower().replace("-", "") in words]
+    return {"id": f"{stem}-{k}", "image": item["image"], "question": question, "options": options,
+            "answer": answer[1] if answer else "none", "source": "Med-R1",
+            "modality": (modalities or [stem])[0], "task": (tasks or ["disease diagnosis"])[0],
+            "split": "test" if "test" in words else "train"}
+
 
 def write_text(path, text):
     """Write beside, then rename into place: a crash leaves no half file."""
-    with open(f"{path}.writing", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(f"{path}.writing", path)
+    beside = Path(f"{path}.writing")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_records(records, file):
+    """Write JSONL, without "path"; no half-written file is ever seen."""
+    lines = []
+    for r in records:
+        r = {k: v for k, v in r.items() if k != "path"}
+        lines.append(json.dumps(r, ensure_ascii=False) + "\n")
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, "".join(lines))
+
 
 def move_aside(path):
-    """Rename what is there to the first free path.1, path.2, .. -> that, so that nothing is overwritten."""
-    aside = next(x for k in itertools.count(1) if not os.path.exists(x := f"{path}.{k}"))
-    os.rename(path, aside)
-    return aside
+    """Rename what is there to the first free path.1, path.2, .. -> that name."""
+    for k in itertools.count(1):
+        aside = f"{path}.{k}"
+        if not os.path.exists(aside):
+            os.rename(path, aside)
+            return aside
+
+
+@contextmanager
+def folder_beside(out):
+    """A new folder to fill, renamed to `out` at the end; after an error nothing is left of it."""
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        os.rename(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
 
 def digest(content):
     return hashlib.blake2b(content, digest_size=12).hexdigest()
 
-def load_image(record, grey=False):
-    """The record's image as PIL RGB (with grey an L stays L), upright by its EXIF tag; 16 bits and floats go from min to max.
 
-    DataError names record and file when it is missing, truncated, not an image, or has 0 or more than MAX_PIXELS pixels."""
+def load_image(record, grey=False):
+    """The record's image as PIL RGB (with grey an L stays L), upright by its EXIF tag; 16 bits and
+    floats go from min to max. DataError names record and file when it is missing, truncated, not
+    an image, or has 0 or more than MAX_PIXELS pixels."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is the lower one
-            file = Image.open(record["path"])  # reads the header alone
-        with file:
-            if file.width * file.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
+        with Image.open(record["path"]) as file:
             image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
             a = np.nan_to_num(np.asarray(image, dtype=np.float64))
-            image = Image.fromarray(((a - a.min()) * (255 / (np.ptp(a) or 1))).astype(np.uint8))
-        if grey and image.mode == "L":
-            return image
-        return image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
-    except Exception as e:  # Pillow's decoders raise anything (SyntaxError, struct.error, IndexError) on a damaged file
-        why = {FileNotFoundError: "is missing", Image.UnidentifiedImageError: "is not an image, or has no pixels",
-               Image.DecompressionBombError: f"has more than {MAX_PIXELS} pixels"}.get(type(e), f"is truncated or broken ({e})")
-        raise DataError(f"record {record['id']!r}: image {record['path']} {why}") from None
+            a = (a - a.min()) * (255 / (np.ptp(a) or 1))
+            image = Image.fromarray(a.astype(np.uint8))
+        if "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image if grey and image.mode == "L" else image.convert("RGB")
+    except FileNotFoundError:
+        why = "is missing"
+    except Image.UnidentifiedImageError:
+        why = "is not an image, or has no pixels"
+    except Image.DecompressionBombError:
+        why = f"has more than {MAX_PIXELS} pixels"
+    except Exception as e:  # on a damaged file Pillow's decoders raise anything
+        why = f"is truncated or broken ({e})"
+    raise DataError(f"record {record['id']!r}: image {record['path']} {why}")
 
-# ---- phantoms: knobs and words ----------------------------------------------------------------------------------------------
+
+# ---- phantoms: knobs and words -------------------------------------------------------------------
 SIZE = 112                # px, side of the square image
 LESION_RATE = 0.67        # share of images with a lesion
 LESION_RADIUS = (9, 13)   # px, smallest and largest
-LESION_CONTRAST = 0.38    # fraction of the grey range by which a lesion is brighter or darker than what lies under it
-SHOWN = 20                # images or volumes on a source's contact sheet
-SLICES = 4                # of a volume with the lesion, and as many without
-TRAIN_SHARE = 0.7         # of a source's pictures; the rest is the test split
-PHANTOM_SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # val is what a run may look at while it trains
-SIGNS = {"MRI": "Soft tissue and dark bone", "CT": "Grey tissue and white bone", "OCT": "Thin bright layers",
-         "Ultrasound": "Speckle and a fan", "Dermoscopy": "Hair and a pink surface", "CE-MRI": "Bright vessels and soft tissue",
-         "Endoscopy": "Shiny pink folds", "Fundus": "Red vessels and a bright disc", "X-ray": "White ribs and dark air",
-         "Microscopy": "Pink fibres and purple nuclei"}  # what tells a modality, for the thoughts
-# what a lesion of each style looks like, and what it is called in each region
-STYLES = {"solid": "a smooth blob", "cystic": "an empty disc", "ring": "a thick rim", "clustered": "a group of dots"}
-KINDS = {"Brain": ("glioma", "cyst", "abscess", "plaques"), "Liver": ("tumor", "cyst", "abscess", "metastases"),
-         "Retina": ("exudate", "edema", "hole", "drusen"), "Breast": ("tumor", "cyst", "abscess", "calcifications"),
-         "Skin": ("melanoma", "cyst", "ringworm", "warts"), "Lung": ("nodule", "bulla", "cavity", "infiltrates"),
-         "Thyroid": ("nodule", "cyst", "adenoma", "calcifications"), "Chest": ("nodule", "bulla", "cavity", "infiltrates"),
-         "Alimentary": ("polyp", "ulcer", "diverticulum", "erosions"),
-         "Lymph Node": ("lymphoma", "necrosis", "granuloma", "metastases")}
-CENTERS = {"Left Upper": (.28, .28), "Right Upper": (.72, .28), "Left Lower": (.28, .72), "Right Lower": (.72, .72),
-           "Center Region": (.5, .5)}  # x, y as fractions of the side; left is the image's left
-MODALITIES, ANATOMIES, LOCATIONS = tuple(SIGNS), tuple(KINDS), tuple(CENTERS)  # section 3.1's ten, ten, and five of Fig. 4
-PAIRS = (("MRI", "Brain"), ("CE-MRI", "Liver"), ("CT", "Liver"), ("CT", "Lung"), ("OCT", "Retina"), ("Ultrasound", "Breast"),
-         ("Ultrasound", "Thyroid"), ("Dermoscopy", "Skin"), ("Endoscopy", "Alimentary"), ("Fundus", "Retina"),
-         ("X-ray", "Chest"), ("Microscopy", "Lymph Node"), ("Microscopy", "Breast"))  # as in the paper's sources
+LESION_CONTRAST = 0.38    # of the grey range: how much brighter or darker a lesion is
+PHANTOM_SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # val: looked at during training
+SIGNS = {  # what tells a modality, for the thoughts
+    "MRI": "Soft tissue and dark bone", "CT": "Grey tissue and white bone",
+    "OCT": "Thin bright layers", "Ultrasound": "Speckle and a fan",
+    "Dermoscopy": "Hair and a pink surface", "CE-MRI": "Bright vessels and soft tissue",
+    "Endoscopy": "Shiny pink folds", "Fundus": "Red vessels and a bright disc",
+    "X-ray": "White ribs and dark air", "Microscopy": "Pink fibres and purple nuclei"}
+STYLES = {  # what a lesion looks like
+    "solid": "a smooth blob", "cystic": "an empty disc", "ring": "a thick rim",
+    "clustered": "a group of dots"}
+KINDS = {  # what a lesion of each style is called in each region
+    "Brain": ("glioma", "cyst", "abscess", "plaques"),
+    "Liver": ("tumor", "cyst", "abscess", "metastases"),
+    "Retina": ("exudate", "edema", "hole", "drusen"),
+    "Breast": ("tumor", "cyst", "abscess", "calcifications"),
+    "Skin": ("melanoma", "cyst", "ringworm", "warts"),
+    "Lung": ("nodule", "bulla", "cavity", "infiltrates"),
+    "Thyroid": ("nodule", "cyst", "adenoma", "calcifications"),
+    "Chest": ("nodule", "bulla", "cavity", "infiltrates"),
+    "Alimentary": ("polyp", "ulcer", "diverticulum", "erosions"),
+    "Lymph Node": ("lymphoma", "necrosis", "granuloma", "metastases")}
+CENTERS = {  # x, y as fractions of the side; left is the image's left
+    "Left Upper": (.28, .28), "Right Upper": (.72, .28), "Left Lower": (.28, .72),
+    "Right Lower": (.72, .72), "Center Region": (.5, .5)}
+MODALITIES, ANATOMIES, LOCATIONS = tuple(SIGNS), tuple(KINDS), tuple(CENTERS)  # section 3.1, Fig. 4
+PAIRS = (  # as in the paper's sources
+    ("MRI", "Brain"), ("CE-MRI", "Liver"), ("CT", "Liver"), ("CT", "Lung"), ("OCT", "Retina"),
+    ("Ultrasound", "Breast"), ("Ultrasound", "Thyroid"), ("Dermoscopy", "Skin"),
+    ("Endoscopy", "Alimentary"), ("Fundus", "Retina"), ("X-ray", "Chest"),
+    ("Microscopy", "Lymph Node"), ("Microscopy", "Breast"))
 STATES = ("Normal", "Abnormal", "Artifact", "Uncertain")  # the last two are never true
-FILLERS = ("foreign body", "surgical implant")  # beside the kinds of a real source with fewer than four
-# never offered against each other: both could be right
-ALIKE = ({"MRI", "CE-MRI"}, {"Lung", "Chest"}, {"tumor", "glioma"}, {"melanocytic nevus", "common nevus"}, {"nodule", "mass"},
-         {"melanocytic nevus", "atypical nevus"}, {"pneumonia", "consolidation"}, {"pneumonia", "infiltration"},
-         {"consolidation", "infiltration"})
-# what + of a lesion adds to RGB in a coloured image: darker on pale tissue
-TINT = {"Dermoscopy": (-.8, -1, -.9), "Microscopy": (-1, -1.2, -.5), "Fundus": (.9, 1.2, .5), "Endoscopy": (1, 1, 1)}
-ASKED = {"anatomy": "organ", "anomaly": "state of the image", "location": "place of the lesion", "modality": "kind of image",
-         "pathology": "kind of lesion"}
-PHRASES = ("What is the {}?", "What is the {} here?", "What is the {} shown?", "Which is the {}?", "Say what the {} is.",
-           "Name the {}.", "Name the {} shown here.", "Please name the {}.", "Look and name the {}.", "Can you name the {}?")
+ALIKE = (  # never offered against each other: both could be right
+    {"MRI", "CE-MRI"}, {"Lung", "Chest"}, {"tumor", "glioma"}, {"nodule", "mass"},
+    {"melanocytic nevus", "common nevus"}, {"melanocytic nevus", "atypical nevus"},
+    {"pneumonia", "consolidation"}, {"pneumonia", "infiltration"},
+    {"consolidation", "infiltration"})
+TINT = {  # what a bright lesion adds to R, G, B of a coloured image: on pale tissue it is darker
+    "Dermoscopy": (-.8, -1, -.9), "Microscopy": (-1, -1.2, -.5),
+    "Fundus": (.9, 1.2, .5), "Endoscopy": (1, 1, 1)}
+ASKED = {
+    "anatomy": "organ", "anomaly": "state of the image", "location": "place of the lesion",
+    "modality": "kind of image", "pathology": "kind of lesion"}
+PHRASES = (
+    "What is the {}?", "What is the {} here?", "What is the {} shown?", "Which is the {}?",
+    "Say what the {} is.", "Name the {}.", "Name the {} shown here.", "Please name the {}.",
+    "Look and name the {}.", "Can you name the {}?")
+
 
 # ---- phantoms: drawing ---------------------------------------------------------------------------
 # Greys and colours 0..1. u, v (SIZE, SIZE): where pixels lie, -1..1 from the left and from the top,
@@ -490,41 +603,58 @@ def draw_phantom(rng, modality, anatomy, lesion=None):
     return np.repeat(pixels, 3 // pixels.shape[2], 2), facts
 
 
-# ---- questions with their options -------------------------------------------------------------------------------------------
-def ask(image, task, truth, others, rng, decks):
-    """The record of a question; `image` has the keys that its questions share. The true answer stands among three of the others
-    at the letter that is next in decks[task, split]: A to D are equally frequent in every task and split."""
-    deck = decks[task, image["split"]]
-    deck += [] if deck else rng.permutation(list("ABCD")).tolist()
-    answer, options = deck.pop(), rng.permutation([x for x in others if x != truth and {x, truth} not in ALIKE])[:3].tolist()
+# ---- questions with their options ----------------------------------------------------------------
+def ask(image, task, truth, others, rng, rounds):
+    """The record of a question; `image` has the keys that its questions share. The true answer
+    stands among three of the others. Its letter comes from rounds[task, split], a shuffled A to D
+    that is refilled when used up, so that all are equally frequent in every task and split."""
+    letters = rounds[task, image["split"]]
+    if not letters:
+        letters += rng.permutation(list("ABCD")).tolist()
+    answer = letters.pop()
+    wrong = [x for x in others if x != truth and {x, truth} not in ALIKE]
+    options = rng.permutation(wrong)[:3].tolist()
     options.insert(LETTERS.index(answer), truth)
-    return {**image, "id": f"{image['id']}-{task}", "task": task, "question": str(rng.choice(PHRASES)).format(ASKED[task]),
+    question = str(rng.choice(PHRASES)).format(ASKED[task])
+    return {**image, "id": f"{image['id']}-{task}", "task": task, "question": question,
             "options": options, "answer": answer}
 
-# ---- phantoms: questions, thoughts, files -----------------------------------------------------------------------------------
-def phantom_records(facts, rng, group, image, split="train", decks=None, report=None):
+
+# ---- phantoms: questions, thoughts, files --------------------------------------------------------
+def phantom_records(facts, rng, group, image, split="train", rounds=None, report=None):
     """The records of one image: a healthy one has no true location or pathology. Every second
     image with a lesion isn't asked for its state, so that Normal and Abnormal are equally often
     the answer.
 
     The thoughts of an image are the same up to the last sentence, which names the right option's
     text, never a letter. They describe the lesion of `report` (facts; default: the true ones).
-    decks, a defaultdict(list) kept from image to image, deals the letters and those turns.
+    rounds, a defaultdict(list) kept from image to image, deals letters (see ask) and those turns.
     """
-    m, a, kind, style, place = (facts[k] for k in ("modality", "anatomy", "lesion", "style", "location"))
-    decks = defaultdict(list) if decks is None else decks
-    asked = {"anatomy": (a, ANATOMIES, "So the organ is"), "modality": (m, MODALITIES, "So this is")}
+    if rounds is None:
+        rounds = defaultdict(list)
+    modality, anatomy, kind = facts["modality"], facts["anatomy"], facts["lesion"]
+    asked = {  # task: true answer, answers, last sentence
+        "anatomy": (anatomy, ANATOMIES, "So the organ is"),
+        "modality": (modality, MODALITIES, "So this is")}
     if kind:
-        asked["location"] = place, LOCATIONS, "So the lesion lies in the"
-        asked["pathology"] = kind, KINDS[a], "So the finding is"
-    seen = f"{SIGNS[m]} suggest {m}. The region is {a}. {lesion_text(report or facts)} "
-    turns = decks["turns", split]
-    turns += [] if turns else rng.permutation(2).tolist()
+        asked["location"] = facts["location"], LOCATIONS, "So the lesion lies in the"
+        asked["pathology"] = kind, KINDS[anatomy], "So the finding is"
+    turns = rounds["state asked", split]
+    if not turns:
+        turns += rng.permutation(2).tolist()
     if not kind or turns.pop():
         asked["anomaly"] = "Abnormal" if kind else "Normal", STATES, "So the image is"
-    common = {"id": group, "image": image, "modality": m, "anatomy": a, "source": "phantom", "group": group, "split": split}
-    return [ask({**common, "thought": f"{seen}{so} {truth}."}, task, truth, names, rng, decks)
-            for task, (truth, names, so) in sorted(asked.items())]
+
+    seen = f"{SIGNS[modality]} suggest {modality}. The region is {anatomy}."
+    seen += f" {lesion_text(report or facts)}"
+    shared = {"id": group, "image": image, "modality": modality, "anatomy": anatomy,
+              "source": "phantom", "group": group, "split": split}
+    records = []
+    for task, (truth, names, so) in sorted(asked.items()):
+        thought = f"{seen} {so} {truth}."
+        records.append(ask({**shared, "thought": thought}, task, truth, names, rng, rounds))
+    return records
+
 
 def lesion_text(facts):
     if facts["lesion"] is None:
@@ -543,10 +673,15 @@ def careless_report(facts, rng):
 
 
 def made_before(out, knobs):
-    there = out.exists() and not (out.is_dir() and not os.listdir(out))
-    old = (out / "meta.json").read_text() if (out / "meta.json").is_file() else "no finished phantoms"
-    expect(not there or old == knobs, f"{out} is there already with {old}, expected {knobs}: remove it or name another folder")
-    return there
+    """Whether phantoms of these knobs are in folder `out`; DataError if something else is."""
+    if not out.exists() or (out.is_dir() and not os.listdir(out)):
+        return False
+    meta = out / "meta.json"
+    old = meta.read_text() if meta.is_file() else "no finished phantoms"
+    expect(old == knobs, f"{out} is there already with {old}, expected {knobs}:"
+                         " remove it or name another folder")
+    return True
+
 
 def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, careless=0.0):
     """Draw phantoms into folder `out` (images/, phantoms.jsonl, meta.json) -> the jsonl's path.
@@ -555,36 +690,29 @@ def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, care
     "thought": null: a hospital has the answers of all its images from their reports, and few
     chains of thought. A share `careless` of the thoughts misreports the lesion. Neither changes
     the images or the questions. Reused if already there with the same knobs, DataError if with
-    others. Drawn in a folder beside and renamed into place.
+    others.
     """
     expect(n_images > 0 and seed >= 0,
            f"{n_images} images with seed {seed}: expected 1 or more images, a seed of 0 or more")
-    expect(thoughts is None or thoughts >= 0, f"{thoughts} images with thoughts: expected 0 or more")
+    expect(thoughts is None or thoughts >= 0, f"{thoughts} with thoughts: expected 0 or more")
     expect(0 <= careless <= 1, f"a share {careless} of careless thoughts: expected 0 to 1")
     out = Path(out).absolute()
     knobs = json.dumps({
         "seed": seed, "n_images": n_images, "thoughts": thoughts, "careless": careless,
         "size": SIZE, "lesion_rate": LESION_RATE, "lesion_radius": LESION_RADIUS,
         "lesion_contrast": LESION_CONTRAST, "shares": PHANTOM_SHARES})
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
     if not made_before(out, knobs):
-        try:
-            (part / "images").mkdir(parents=True)
+        with folder_beside(out) as part:
+            (part / "images").mkdir()
             records = draw_phantoms(part, seed, n_images, thoughts, careless)
             write_records(records, part / "phantoms.jsonl")
             (part / "meta.json").write_text(knobs)
-            os.rename(part, out)
-        except OSError:
-            if not made_before(out, knobs):  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     return str(out / "phantoms.jsonl")
 
 
 def draw_phantoms(folder, seed, n_images, thoughts, careless):
     """The images of make_phantoms, written to `folder` -> their records."""
-    records, decks, in_train = [], defaultdict(list), 0
+    records, rounds, in_train = [], defaultdict(list), 0
     shuffled = np.random.default_rng(seed).permutation(n_images)
     for i in tqdm(range(n_images), desc="phantoms", unit="image"):
         split = phantom_split(shuffled[i] / n_images)
@@ -601,7 +729,7 @@ def draw_phantoms(folder, seed, n_images, thoughts, careless):
         if other.random() < careless:
             report = careless_report(facts, other)
         group = f"phantom-{seed}-{i:05d}"
-        made = phantom_records(facts, rng, group, name, split, decks, report)
+        made = phantom_records(facts, rng, group, name, split, rounds, report)
         in_train += split == "train"
         if split == "train" and thoughts is not None and in_train > thoughts:
             made = [{**r, "thought": None} for r in made]
@@ -618,392 +746,564 @@ def phantom_split(place):
     return split
 
 
-def sheet(cells, columns, file):  # (image, label) -> a PNG to look at
-    w = 2 * SIZE
-    page = Image.new("RGB", (columns * w, -(-len(cells) // columns) * (w + 14)), "white")
+def contact_sheet(cells, file):
+    """Pictures with labels, [(image, label)], five in a row -> a PNG to look at."""
+    side, columns = 2 * SIZE, 5
+    height = side + 14
+    page = Image.new("RGB", (columns * side, math.ceil(len(cells) / columns) * height), "white")
+    pen = ImageDraw.Draw(page)
     for k, (image, label) in enumerate(cells):
-        x, y = k % columns * w, k // columns * (w + 14)
-        image.thumbnail((w, w))
+        x, y = k % columns * side, k // columns * height
+        image.thumbnail((side, side))
         page.paste(image, (x, y + 14))
-        ImageDraw.Draw(page).text((x + 4, y + 1), label, fill="black")
+        pen.text((x + 4, y + 1), label, fill="black")
     page.save(file)
 
-def phantom_sheet(file, seed):  # a row a pair: normal, then the four styles
+
+def phantom_sheet(file, seed):
+    """A contact sheet with a row for each pair: without a lesion, then with the four styles."""
     cells = []
     for i, pair in enumerate(PAIRS):
         for j, style in enumerate((None, *STYLES)):
-            pixels, facts = draw_phantom(np.random.default_rng([seed, i, j]), *pair, style and (style, LOCATIONS[(i + j) % 5]))
-            label = f"{facts['lesion']}, {facts['location']}" if style else " ".join(pair)
+            place = LOCATIONS[(i + j) % len(LOCATIONS)]
+            lesion = (style, place) if style else None
+            pixels, facts = draw_phantom(np.random.default_rng([seed, i, j]), *pair, lesion)
+            label = f"{facts['lesion']}, {place}" if style else " ".join(pair)
             cells.append((Image.fromarray(pixels).resize((2 * SIZE, 2 * SIZE)), label))
-    sheet(cells, 5, file)
+    contact_sheet(cells, file)
 
-# ---- MedAD-38K: how the 17 sources lie on disk -------------------------------------------------------------------------------
-class Source(NamedTuple):
-    """A form of a source. Patterns are searched in the path below its folder; `id` (with `at`) pairs images, masks and rows."""
-    key: str
-    modality: str
-    anatomy: str
-    images: str              # pattern; may name `kind`, a key of kinds, and `group`: patient, volume or lesion (else the id)
-    kinds: object = None     # the lesion (name,) of all, or {kind: (name,) or () for healthy}; None: `labels` tells
-    masks: str = ""          # pattern; several masks of one id are one lesion
-    labels: tuple = ()       # what files tell, each (pattern of their paths, reader: file -> {id: names of the lesions})
-    groups: tuple = ()       # .. {id: group}
-    outlines: tuple = ()     # .. {id: polygons, px}
-    canvas: tuple = ()       # width and height the outlines refer to, px (else the image's)
-    least: int = 1           # value in a volume's mask from which on it is lesion; below it is the organ
-    window: tuple = ()       # HU shown as black and as white (else percentiles 1 and 99)
 
-def by(column, say):
-    """A reader of tables, their columns parted by commas or by PH2's double bars: file -> {cell of the column: say(row)}."""
+# ---- MedAD-38K: how the 17 sources lie on disk ---------------------------------------------------
+def rows_of(file):
+    """A table, its columns parted by commas or by PH2's double bars -> its rows as dicts."""
+    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    cells = [x.split("||") for x in lines if "||" in x]
+    cells = cells or [row for row in csv.reader(lines) if any(row)]
+    head, *body = [[cell.strip() for cell in row] for row in cells]
+    return [dict(zip(head, row, strict=False)) for row in body]
+
+
+def table(column, value):
+    """A reader of tables: file -> {cell of the column: value(row)}."""
     def read(file):
-        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-        cells = [x.split("||") for x in lines if "||" in x] or [x for x in csv.reader(lines) if any(x)]
-        head, *body = [[c.strip() for c in x] for x in cells] or [[]]
-        return {row[column]: say(row) for row in (dict(zip(head, x, strict=False)) for x in body)}
+        return {row[column]: value(row) for row in rows_of(file)}
     return read
+
 
 def chest_boxes(file):
     out = defaultdict(list)
-    for name, *box in list(csv.reader(file.read_text(encoding="utf-8-sig").splitlines()))[1:]:
-        x, y, w, h = map(float, box[1:5])  # after the finding
-        out[name].append([(x, y), (x + w, y), (x + w, y + h), (x, y + h)])
+    for row in rows_of(file):  # the comma of their head "Bbox [x,y,w,h]" parts columns
+        x, y, w, h = (float(row[k]) for k in ("Bbox [x", "y", "w", "h]"))
+        out[row["Image Index"]].append([(x, y), (x + w, y), (x + w, y + h), (x, y + h)])
     return out
 
-def ddti_outlines(file):  # XML with JSON in <svg>; [] for one that can't be read
+
+def ddti_outlines(file):
+    """XML with JSON in <svg>; an outline that can't be read is []."""
     out = defaultdict(list)
     for mark in ElementTree.parse(file).iter("mark"):
         try:
-            shapes = [[(p["x"], p["y"]) for p in s["points"]] for s in json.loads(mark.findtext("svg"))]
+            shapes = json.loads(mark.findtext("svg"))
+            outlines = [[(p["x"], p["y"]) for p in shape["points"]] for shape in shapes]
         except (ValueError, KeyError, TypeError):
-            shapes = [[]]
-        out[f"{file.stem}_{mark.findtext('image')}"] += shapes
+            outlines = [[]]
+        out[f"{file.stem}_{mark.findtext('image')}"] += outlines
     return out
 
-def via_outlines(file):  # the VGG annotator's JSON
-    out, t = {}, np.linspace(0, 2 * np.pi, 32)
+
+def via_outlines(file):
+    """The VGG annotator's JSON: polygons, circles and ellipses."""
+    out, t = defaultdict(list), np.linspace(0, 2 * np.pi, 32)
     for entry in json.loads(file.read_text()).values():
-        regions, shapes = entry["regions"], []
-        for s in (r["shape_attributes"] for r in (regions.values() if isinstance(regions, dict) else regions)):
+        regions, name = entry["regions"], Path(entry["filename"]).stem
+        for region in regions.values() if isinstance(regions, dict) else regions:
+            s = region["shape_attributes"]
             if s["name"] in ("ellipse", "circle"):
-                a, b, turn = s.get("rx", s.get("r")) * np.cos(t), s.get("ry", s.get("r")) * np.sin(t), s.get("theta", 0)
-                s = {"all_points_x": s["cx"] + a * np.cos(turn) - b * np.sin(turn),
-                     "all_points_y": s["cy"] + a * np.sin(turn) + b * np.cos(turn)}
-            shapes.append([*zip(map(float, s["all_points_x"]), map(float, s["all_points_y"]), strict=True)])
-        out[Path(entry["filename"]).stem] = shapes
+                a, b = s.get("rx", s.get("r")) * np.cos(t), s.get("ry", s.get("r")) * np.sin(t)
+                turn = s.get("theta", 0)
+                x = s["cx"] + a * np.cos(turn) - b * np.sin(turn)
+                y = s["cy"] + a * np.sin(turn) + b * np.cos(turn)
+            else:
+                x, y = s["all_points_x"], s["all_points_y"]
+            out[name].append(list(zip(map(float, x), map(float, y), strict=True)))
     return out
 
-SKIN = {"MEL": "melanoma", "NV": "melanocytic nevus", "BCC": "basal cell carcinoma", "AKIEC": "actinic keratosis",
-        "BKL": "benign keratosis", "DF": "dermatofibroma", "VASC": "vascular lesion"}
+
+SKIN = {"MEL": "melanoma", "NV": "melanocytic nevus", "BCC": "basal cell carcinoma",
+        "AKIEC": "actinic keratosis", "BKL": "benign keratosis", "DF": "dermatofibroma",
+        "VASC": "vascular lesion"}
 NEVI = ("common nevus", "atypical nevus", "melanoma")  # PH2's clinical diagnosis 0, 1, 2
-BMAD = dict(masks=r"(?P<at>train|valid|val|test)/.*(label|mask).*/(?P<id>[^/]+)\.\w+$", images=r"(?P<at>train|valid|val|test)"
-            r"/(?!.*(label|mask)).*?(?P<kind>good|Ungood)/(img/)?(?P<id>((?P<group>[^/]+)_)?[^/_]+)\.\w+$")
+TRAIN_SHARE = 0.7  # of a source's pictures; the rest is the test split
+SLICES = 4         # of a volume with the lesion, and as many without
+SHEET = 20         # pictures on a source's contact sheet
+DISTRACTORS = ("foreign body", "surgical implant")  # for regions with fewer than four kinds
+
+
+class Source(NamedTuple):
+    """A form of a source. Patterns are searched in the path below its folder; `id`, after `at`,
+    pairs images, masks and what tables tell."""
+    key: str
+    modality: str
+    anatomy: str
+    images: str           # pattern; `kind`: key of kinds; `group`: patient, volume, lesion (or id)
+    kinds: object = None  # lesions (name,) of all or per kind, () if healthy; None: labels tell
+    masks: str = ""       # pattern; several masks of one id are one lesion
+    labels: tuple = ()    # pattern of the files that tell, reader: file -> {id: lesions}
+    groups: tuple = ()    # the same, {id: group}
+    outlines: tuple = ()  # the same, {id: polygons, px}
+    canvas: tuple = ()    # width and height the outlines refer to, px (else the image's)
+    least: int = 1        # value in a volume's mask from which on it is lesion; below is the organ
+    window: tuple = ()    # HU shown as black and as white (else percentiles 1 and 99)
+
+
+BMAD = dict(
+    images=r"(?P<at>train|valid|val|test)/(?!.*(label|mask)).*?(?P<kind>good|Ungood)/(img/)?"
+           r"(?P<id>((?P<group>[^/]+)_)?[^/_]+)\.\w+$",
+    masks=r"(?P<at>train|valid|val|test)/.*(label|mask).*/(?P<id>[^/]+)\.\w+$")
 SOURCES = (
-    Source("brats2021", "MRI", "Brain", r"BraTS2021_(?P<id>\d+)_flair\.nii", ("glioma",), r"BraTS2021_(?P<id>\d+)_seg\.nii"),
-    Source("brats2021", "MRI", "Brain", **BMAD, kinds={"good": (), "ungood": ("glioma",)}),
-    Source("liverct", "CT", "Liver", r"(^|/)volume-(?P<id>\d+)\.nii", ("tumor",), r"segmentation-(?P<id>\d+)\.nii", least=2,
-           window=(-200, 250)),
-    Source("liverct", "CT", "Liver", **BMAD, kinds={"good": (), "ungood": ("tumor",)}),
-    Source("resc", "OCT", "Retina", **BMAD, kinds={"good": (), "ungood": ("edema",)}),
-    Source("busi", "Ultrasound", "Breast", r"(?P<kind>benign|malignant|normal)/(?P<id>[^/]*\))\.png$",
-           {"benign": ("benign tumor",), "malignant": ("malignant tumor",), "normal": ()}, r"/(?P<id>[^/]*\))_mask\w*\.png$"),
-    Source("isic2018", "Dermoscopy", "Skin", r"_Input/(?P<id>ISIC_\d+)\.jpg$", masks=r"(?P<id>ISIC_\d+)_segmentation\.png$",
-           labels=(r"Task3_\w+_GroundTruth\.csv$", by("image", lambda r: [v for k, v in SKIN.items() if float(r[k]) > .5])),
-           groups=(r"LesionGroupings\.csv$", by("image", lambda r: r["lesion_id"]))),
-    Source("mosmed", "CT", "Lung", r"(?P<kind>CT-\d)/(?P<id>study_\d+)\.nii", masks=r"(?P<id>study_\d+)_mask\.nii",
-           kinds={f"ct-{k}": ("COVID-19 pneumonia",) * (k > 0) for k in range(5)}, window=(-1000, 400)),
-    Source("atlas", "CE-MRI", "Liver", r"imagesTr/(?P<id>\w+?)(_0000)?\.nii", ("tumor",), r"labelsTr/(?P<id>\w+)\.", least=2),
+    Source("brats2021", "MRI", "Brain", r"BraTS2021_(?P<id>\d+)_flair\.nii", ("glioma",),
+           r"BraTS2021_(?P<id>\d+)_seg\.nii"),
+    Source("brats2021", "MRI", "Brain", kinds={"good": (), "ungood": ("glioma",)}, **BMAD),
+    Source("liverct", "CT", "Liver", r"(^|/)volume-(?P<id>\d+)\.nii", ("tumor",),
+           r"segmentation-(?P<id>\d+)\.nii", least=2, window=(-200, 250)),
+    Source("liverct", "CT", "Liver", kinds={"good": (), "ungood": ("tumor",)}, **BMAD),
+    Source("resc", "OCT", "Retina", kinds={"good": (), "ungood": ("edema",)}, **BMAD),
+    Source("busi", "Ultrasound", "Breast",
+           r"(?P<kind>benign|malignant|normal)/(?P<id>[^/]*\))\.png$",
+           {"benign": ("benign tumor",), "malignant": ("malignant tumor",), "normal": ()},
+           r"/(?P<id>[^/]*\))_mask\w*\.png$"),
+    Source("isic2018", "Dermoscopy", "Skin", r"_Input/(?P<id>ISIC_\d+)\.jpg$",
+           masks=r"(?P<id>ISIC_\d+)_segmentation\.png$",
+           labels=(r"Task3_\w+_GroundTruth\.csv$",
+                   table("image", lambda r: [SKIN[k] for k in SKIN if float(r[k]) > .5])),
+           groups=(r"LesionGroupings\.csv$", table("image", lambda r: r["lesion_id"]))),
+    Source("mosmed", "CT", "Lung", r"(?P<kind>CT-\d)/(?P<id>study_\d+)\.nii",
+           {"ct-0": (), **{f"ct-{k}": ("COVID-19 pneumonia",) for k in (1, 2, 3, 4)}},
+           r"(?P<id>study_\d+)_mask\.nii", window=(-1000, 400)),
+    Source("atlas", "CE-MRI", "Liver", r"imagesTr/(?P<id>\w+?)(_0000)?\.nii", ("tumor",),
+           r"labelsTr/(?P<id>\w+)\.", least=2),
     Source("ddti", "Ultrasound", "Thyroid", r"(^|/)(?P<id>(?P<group>\d+)_\d+)\.jpg$", ("nodule",),
            outlines=(r"\.xml$", ddti_outlines)),
-    Source("ddti", "Ultrasound", "Thyroid", r"1_or_data/image/(?P<id>\d+)\.png$", ("nodule",), r"1_or_data/mask/(?P<id>\d+)\."),
-    Source("kvasirseg", "Endoscopy", "Alimentary", r"images/(?P<id>[^/]+)\.jpg$", ("polyp",), r"masks/(?P<id>[^/]+)\.jpg$"),
-    Source("cvcclinicdb", "Endoscopy", "Alimentary", r"Original/(?P<id>(?P<group>\d*?)\d{1,2})\.(tif|png)$", ("polyp",),
-           r"Ground Truth/(?P<id>\d+)\.(tif|png)$",  # without the table a hundred frames are a group: neighbours are alike
-           groups=(r"metadata\.csv$", by("frame_id", lambda r: r["sequence_id"]))),
-    Source("ph2", "Dermoscopy", "Skin", r"_Dermoscopic_Image/(?P<id>IMD\d+)\.bmp$", masks=r"(?P<id>IMD\d+)_lesion\.bmp$",
-           labels=(r"PH2_dataset\.txt$", by("Name", lambda r: [NEVI[int(r["Clinical Diagnosis"])]]))),
-    Source("idrid", "Fundus", "Retina", r"images/(.*/)?(?P<id>IDRiD_\d\d)\.jpg$", ("diabetic retinopathy",),
-           r"(?P<id>IDRiD_\d\d)_(MA|HE|EX|SE)\.\w+$"),
+    Source("ddti", "Ultrasound", "Thyroid", r"1_or_data/image/(?P<id>\d+)\.png$", ("nodule",),
+           r"1_or_data/mask/(?P<id>\d+)\."),
+    Source("kvasirseg", "Endoscopy", "Alimentary", r"images/(?P<id>[^/]+)\.jpg$", ("polyp",),
+           r"masks/(?P<id>[^/]+)\.jpg$"),
+    Source("cvcclinicdb", "Endoscopy", "Alimentary",  # neighbours are alike: by hundreds at least
+           r"Original/(?P<id>(?P<group>\d*?)\d{1,2})\.(tif|png)$", ("polyp",),
+           r"Ground Truth/(?P<id>\d+)\.(tif|png)$",
+           groups=(r"metadata\.csv$", table("frame_id", lambda r: r["sequence_id"]))),
+    Source("ph2", "Dermoscopy", "Skin", r"_Dermoscopic_Image/(?P<id>IMD\d+)\.bmp$",
+           masks=r"(?P<id>IMD\d+)_lesion\.bmp$",
+           labels=(r"PH2_dataset\.txt$",
+                   table("Name", lambda r: [NEVI[int(r["Clinical Diagnosis"])]]))),
+    Source("idrid", "Fundus", "Retina", r"images/(.*/)?(?P<id>IDRiD_\d\d)\.jpg$",
+           ("diabetic retinopathy",), r"(?P<id>IDRiD_\d\d)_(MA|HE|EX|SE)\.\w+$"),
     Source("idrid", "Fundus", "Retina", r"(?P<at>Training|Testing) Set/(?P<id>IDRiD_\d{3})\.jpg$",
-           labels=(r"Grading_(?P<at>Training|Testing) Labels\.csv$",
-                   by("Image name", lambda r: ["diabetic retinopathy"] * (int(r["Retinopathy grade"]) > 0)))),
-    Source("pedidemi", "MRI", "Brain", r"^(?P<id>.+)/(?![^/]*(mask|seg|lesion|label|roi))[^/]*flair[^/]*\.nii",
+           labels=(r"Grading_(?P<at>Training|Testing) Labels\.csv$", table("Image name",
+                   lambda r: ["diabetic retinopathy"] if int(r["Retinopathy grade"]) else []))),
+    Source("pedidemi", "MRI", "Brain",
+           r"^(?P<id>.+)/(?![^/]*(mask|seg|lesion|label|roi))[^/]*flair[^/]*\.nii",
            ("demyelination",), r"^(?P<id>.+)/[^/]*(mask|seg|lesion|label|roi)[^/]*\.nii"),
-    Source("br35h", "MRI", "Brain", r"(^|/)(?P<kind>yes|no)/(?P<id>[^/]+)\.jpe?g$", {"yes": ("tumor",), "no": ()},
-           outlines=(r"annotations_\w+\.json$", via_outlines)),
-    Source("chestxray14", "X-ray", "Chest", r"images[^/]*/(?P<id>(?P<group>\d{8})_\d{3}\.png)$", canvas=(1024, 1024),
-           outlines=(r"BBox_List_2017\w*\.csv$", chest_boxes), labels=(r"Data_Entry_2017\w*\.csv$", by("Image Index",
-               lambda r: [x.replace("_", " ").lower() for x in r["Finding Labels"].split("|") if x != "No Finding"]))),
-    Source("malignantlymphoma", "Microscopy", "Lymph Node", r"(?P<kind>CLL|FL|MCL)/(?P<id>(?P<group>sj-\d+-\d+)[^/]*)\.tiff?$",
-           {"cll": ("chronic lymphocytic leukemia",), "fl": ("follicular lymphoma",), "mcl": ("mantle cell lymphoma",)}),
-    Source("bach", "Microscopy", "Breast", r"(?P<kind>Normal|Benign|InSitu|Invasive)/(?P<id>[^/]+)\.tiff?$",
-           {"normal": (), "benign": ("benign lesion",), "insitu": ("in situ carcinoma",), "invasive": ("invasive carcinoma",)}))
+    Source("br35h", "MRI", "Brain", r"(^|/)(?P<kind>yes|no)/(?P<id>[^/]+)\.jpe?g$",
+           {"yes": ("tumor",), "no": ()}, outlines=(r"annotations_\w+\.json$", via_outlines)),
+    Source("chestxray14", "X-ray", "Chest", r"images[^/]*/(?P<id>(?P<group>\d{8})_\d{3}\.png)$",
+           labels=(r"Data_Entry_2017\w*\.csv$", table("Image Index", lambda r: [
+               x.replace("_", " ").lower() for x in r["Finding Labels"].split("|")
+               if x != "No Finding"])),
+           outlines=(r"BBox_List_2017\w*\.csv$", chest_boxes), canvas=(1024, 1024)),
+    Source("malignantlymphoma", "Microscopy", "Lymph Node",
+           r"(?P<kind>CLL|FL|MCL)/(?P<id>(?P<group>sj-\d+-\d+)[^/]*)\.tiff?$",
+           {"cll": ("chronic lymphocytic leukemia",), "fl": ("follicular lymphoma",),
+            "mcl": ("mantle cell lymphoma",)}),
+    Source("bach", "Microscopy", "Breast",
+           r"(?P<kind>Normal|Benign|InSitu|Invasive)/(?P<id>[^/]+)\.tiff?$",
+           {"normal": (), "benign": ("benign lesion",), "insitu": ("in situ carcinoma",),
+            "invasive": ("invasive carcinoma",)}))
+
+
+def matches(pattern, files):
+    """The files whose path fits -> [(file, id, kind, group)]; none without a pattern."""
+    found = []
+    for file in files:
+        m = pattern and re.search(pattern, file, re.I)
+        if m:
+            named = {"at": "", "id": "", "kind": "", "group": None, **m.groupdict()}
+            name = named["at"].lower() + named["id"]
+            found.append((file, name, named["kind"].lower(), named["group"]))
+    return found
+
+
+def read_tables(folder, files, pattern="", reader=None):
+    """What the files of this pattern tell, {id: ..}."""
+    out = {}
+    for file, at, _, _ in matches(pattern, files):
+        try:
+            for name, value in reader(folder / file).items():
+                out[at + name] = value
+        except (ValueError, LookupError, TypeError, AttributeError, ElementTree.ParseError) as e:
+            why = f"{type(e).__name__} {e}"
+            raise DataError(f"{folder / file} isn't as expected: {why}") from None
+    return out
+
 
 def find(key, folder):
-    """The images and volumes of a source -> jobs for `examine`, by path. Of several files with one id the first is taken."""
+    """The images and volumes of a source -> jobs for `examine`, by path. Of several files with one
+    id the first is taken."""
     folder, jobs = Path(folder), {}
     expect(folder.is_dir(), f"{key}={folder}: expected a folder")
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    def matches(pattern):  # -> path, id, kind, group
-        for f in files if pattern else ():
-            if m := re.search(pattern, f, re.I):
-                g = {"at": "", "id": "", "kind": "", "group": None} | m.groupdict()
-                yield f, g["at"].lower() + g["id"], g["kind"].lower(), g["group"]
-    def told(pattern="", read=None):  # what such files tell, {id: ..}
-        out = {}
-        for f, at, *_ in matches(pattern):
-            try:
-                out |= {at + k: v for k, v in read(folder / f).items()}
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, ElementTree.ParseError) as e:
-                raise DataError(f"{folder / f} isn't as expected: {type(e).__name__} {e}") from None
-        return out
     for form, s in enumerate(SOURCES):
-        if s.key == key:
-            labels, groups, outlines, masks = told(*s.labels), told(*s.groups), told(*s.outlines), defaultdict(list)
-            for f, name, *_ in matches(s.masks):
-                masks[name].append(str(folder / f))
-            for f, name, kind, group in matches(s.images):
-                kinds = s.kinds.get(kind) if isinstance(s.kinds, dict) else s.kinds or labels.get(name)
-                group = groups.get(name, name if group is None else group)
-                job = dict(form=form, file=f, path=str(folder / f), masks=masks[name], outlines=outlines.get(name, []),
-                           kinds=kinds, group=f"{key} {group}")
-                old = jobs.setdefault((form, name), job)
-                same = Path(old["file"]).stem == Path(f).stem and old["kinds"] == kinds
-                expect(same, f"{key}={folder}: {old['file']} and {f} can't be told apart, expected one image of {name!r}")
-    patterns = " or ".join(s.images for s in SOURCES if s.key == key)
-    expect(jobs, f"{key}={folder}: no image of it, expected paths with {patterns}, found {', '.join(files[:3]) or 'no file'}")
-    shown = {*np.linspace(0, len(jobs) - 1, SHOWN).astype(int)}
-    return [dict(job, n=n, show=n in shown) for n, job in enumerate(jobs.values())]
+        if s.key != key:
+            continue
+        labels = read_tables(folder, files, *s.labels)
+        groups = read_tables(folder, files, *s.groups)
+        outlines = read_tables(folder, files, *s.outlines)
+        masks = defaultdict(list)
+        for file, name, _, _ in matches(s.masks, files):
+            masks[name].append(str(folder / file))
+        for file, name, kind, group in matches(s.images, files):
+            kinds = s.kinds or labels.get(name)
+            if isinstance(s.kinds, dict):
+                kinds = s.kinds.get(kind)
+            group = groups.get(name, name if group is None else group)
+            job = dict(
+                form=form, file=file, path=str(folder / file), kinds=kinds, masks=masks[name],
+                outlines=outlines.get(name, []), group=f"{key} {group}")
+            old = jobs.setdefault((form, name), job)
+            same = Path(old["file"]).stem == Path(file).stem and old["kinds"] == kinds
+            expect(same, f"{key}={folder}: {old['file']} and {file} can't be told apart,"
+                         f" expected one image of {name!r}")
+    expected = " or ".join(s.images for s in SOURCES if s.key == key)
+    found = ", ".join(files[:3]) or "no file"
+    expect(jobs, f"{key}={folder}: no image of it, expected paths with {expected}, found {found}")
+    return [{**job, "n": n} for n, job in enumerate(jobs.values())]
 
-# ---- MedAD-38K: from image and mask to facts ---------------------------------------------------------------------------------
+
+# ---- MedAD-38K: from image and mask to facts -----------------------------------------------------
 def location_of(mask):
-    """The one of Fig. 4's regions in which a lesion lies; mask (H, W) bool. Center Region is the middle third of both axes, the
-    others are the quarters around it. It is the centroid's, if two of three pixels lie there too; else the lesion spreads,
-    or there are several, and more than one region would be right: None."""
+    """The one of Fig. 4's regions in which a lesion lies; mask (H, W) bool.
+
+    Center Region is the middle third of both axes, the others are the quarters around it. It is
+    the centroid's, if two of three pixels lie there too; else the lesion spreads, or there are
+    several, and more than one region would be right: None.
+    """
     def region(y, x):  # fractions -> index into LOCATIONS
-        return np.where((abs(x - .5) < 1 / 6) & (abs(y - .5) < 1 / 6), 4, (x >= .5) + 2 * (y >= .5))
-    y, x = ((p + .5) / n for p, n in zip(mask.nonzero(), mask.shape, strict=True))
+        central = (abs(x - .5) < 1 / 6) & (abs(y - .5) < 1 / 6)
+        return np.where(central, 4, (x >= .5) + 2 * (y >= .5))
+
+    (y, x), (h, w) = mask.nonzero(), mask.shape
+    y, x = (y + .5) / h, (x + .5) / w
     home = region(y.mean(), x.mean())
-    return LOCATIONS[int(home)] if (region(y, x) == home).mean() > 2 / 3 else None
+    if (region(y, x) == home).mean() > 2 / 3:
+        return LOCATIONS[int(home)]
+    return None
+
 
 def lesion_of(job, size):
-    """The mask (H, W) bool of an image's lesion, None without mask file or outline. In a JPEG it counts from 128 on, elsewhere
-    from 1 on: masks are 0 and 1, 0 and 255, red, or grey through a colour map."""
-    mask = Image.new("L", size := SOURCES[job["form"]].canvas or size)
+    """The mask (H, W) bool of an image's lesion, None without mask file or outline. In a JPEG it
+    counts from 128 on, elsewhere from 1 on: masks are 0 and 1, 0 and 255, red, or grey through a
+    colour map."""
+    if not job["masks"] and not job["outlines"]:
+        return None
+    size = SOURCES[job["form"]].canvas or size
+    mask = Image.new("L", size)
     for path in job["masks"]:
         one = load_image({"id": job["file"], "path": path}, grey=True)
-        bands = (one if one.size == size else one.resize(size, Image.Resampling.NEAREST)).split()
-        levels = [255 * (v >= (128 if path.lower().endswith(("jpg", "jpeg")) else 1)) for v in range(256)]
-        mask = ImageChops.lighter(mask, reduce(ImageChops.lighter, bands).point(levels))
+        if one.size != size:
+            one = one.resize(size, Image.Resampling.NEAREST)
+        least = 128 if path.lower().endswith(("jpg", "jpeg")) else 1
+        levels = [255 if level >= least else 0 for level in range(256)]
+        for band in one.split():
+            mask = ImageChops.lighter(mask, band.point(levels))
+    pen = ImageDraw.Draw(mask)
     for polygon in job["outlines"]:
         if len(polygon) < 3:  # one that can't be read: the lesion isn't known
             return None
-        ImageDraw.Draw(mask).polygon(polygon, fill=255)
-    return np.asarray(mask) > 0 if job["masks"] or job["outlines"] else None
+        pen.polygon(polygon, fill=255)
+    return np.asarray(mask) > 0
+
+
+def spread(items, n):
+    """Up to n of the items, evenly spaced."""
+    return [items[k] for k in np.linspace(0, len(items) - 1, min(n, len(items))).astype(int)]
+
 
 def slices(job):
-    """NIfTI volume -> (image, mask, suffix) of up to SLICES slices with the lesion and as many without, evenly spaced, shown as
-    radiologists do (the patient's right is on the left). Those without: of the middle half, or with the organ if marked."""
+    """NIfTI volume -> [(image, mask or None, suffix)]: up to SLICES slices with the lesion and as
+    many without, evenly spaced, shown as radiologists do (the patient's right is on the left).
+    Those without: with the organ if it is marked, else of the middle half."""
     try:
         import nibabel
     except ImportError:
         raise DataError("volumes (.nii, .nii.gz) need nibabel: pip install nibabel") from None
-    s = SOURCES[job["form"]]
+
+    def load(path):
+        file = nibabel.as_closest_canonical(nibabel.load(path))
+        return np.asarray(file.dataobj)[::-1, ::-1].T
+
+    s, out = SOURCES[job["form"]], []
     try:
-        files = (job["path"], *job["masks"][:1])
-        volume, *masks = (np.asarray(nibabel.as_closest_canonical(nibabel.load(f)).dataobj) for f in files)
-        mask = masks[0] if masks else np.zeros(volume.shape, np.uint8)
-        area, organ = (mask >= s.least).mean((0, 1)), (mask > 0).mean((0, 1)) > .02  # (Z,)
-        middle = abs(np.arange(len(area)) / len(area) - .5) < .25
-        sick, well = (area > .001).nonzero()[0], ((area == 0) & (organ if s.least > 1 else middle)).nonzero()[0]
-        well = middle.nonzero()[0] if not masks else well
-        for z in sorted(x[i] for x in (sick, well) if len(x) for i in {*np.linspace(0, len(x) - 1, SLICES).astype(int)}):
-            a = volume[::-1, ::-1, z].T.astype(np.float32)
+        volume, mask = load(job["path"]), None  # (Z, Y, X)
+        well = abs(np.arange(len(volume)) / len(volume) - .5) < .25  # (Z,)
+        chosen = []
+        if job["masks"]:
+            mask = load(job["masks"][0])
+            area = (mask >= s.least).mean((1, 2))  # (Z,)
+            if s.least > 1:
+                well = (mask > 0).mean((1, 2)) > .02
+            well = well & (area == 0)
+            chosen += spread(np.flatnonzero(area > .001), SLICES)
+        chosen += spread(np.flatnonzero(well), SLICES)
+        for z in sorted(chosen):
+            a = volume[z].astype(np.float32)
             low, high = s.window or np.percentile(a, (1, 99))
-            yield (Image.fromarray((np.clip((a - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)),
-                   (mask[::-1, ::-1, z] >= s.least).T if masks else None, f"-{z:03d}")
+            a = np.clip((a - low) / max(high - low, 1e-9), 0, 1) * 255
+            lesion = None if mask is None else mask[z] >= s.least
+            out.append((Image.fromarray(a.astype(np.uint8)), lesion, f"-{z:03d}"))
     except Exception as e:  # nibabel and damaged files raise anything
         raise DataError(f"{job['file']} can't be read as a volume with its mask ({e})") from None
+    return out
 
-def fit_as_it_is(path, max_side):
-    """Whether a file can be kept: an unbroken PNG or JPEG, grey or RGB, 8 bits, upright, at most max_side px -> bool, size."""
-    try:
-        with Image.open(path) as f:
-            fit = f.format in ("PNG", "JPEG") and f.mode in ("L", "RGB") and "exif" not in f.info and max(f.size) <= max_side
-            if fit:
-                f.verify() if f.format == "PNG" else f.load()  # check sums tell a broken PNG, faster than decoding it
-            return fit, f.size
-    except Exception:  # load_image will say what is wrong
-        return False, None
 
 def examine(job, folder, max_side):
-    """One image or volume -> facts, a dict for each picture. The pictures are written into `folder`, at most max_side px a side
-    (a file that is fit as it is, as it is). "kinds": lesions, () if healthy, None if not told or if the mask says otherwise."""
-    s, facts, volume = SOURCES[job["form"]], [], ".nii" in job["file"]
-    try:
-        fit, size = (False, None) if volume else fit_as_it_is(job["path"], max_side)
-        whole = None if volume or fit else load_image({"id": job["file"], "path": job["path"]})
-        for image, mask, suffix in slices(job) if volume else [(whole, lesion_of(job, size or whole.size), "")]:
-            drawn = mask is not None and bool(mask.any())
-            kinds = job["kinds"] if not volume or drawn else () if mask is not None or not job["kinds"] else None
-            agree = mask is None or kinds is None or drawn == bool(kinds)
-            name = f"{job['n']:06d}-{re.sub('[^A-Za-z0-9]+', '-', Path(job['file']).stem)}{suffix}"
-            file = f"images/{s.key}/{name}{Path(job['file']).suffix.lower() if fit else '.png'}"
-            if not fit:
-                image.thumbnail((max_side, max_side))
-                image.save(png := io.BytesIO(), "PNG", compress_level=1)
-            content = Path(job["path"]).read_bytes() if fit else png.getvalue()
-            (folder / file).write_bytes(content)
-            dots = np.argwhere(mask)[::max(1, int(mask.sum()) // 99)] / mask.shape if drawn and job["show"] else []
-            facts.append({"source": s.key, "image": file, "modality": s.modality, "anatomy": s.anatomy, "group": job["group"],
-                          "kinds": kinds if agree else None, "drawn": drawn, "agree": agree, "digest": digest(content),
-                          "location": location_of(mask) if drawn and agree else None,
-                          "show": job["show"], "dots": np.round(dots, 3).tolist()})
-    except DataError as e:
-        return [{"source": s.key, "why": str(e)}]
-    return facts or [{"source": s.key, "why": f"{job['file']}: no slice of which it is known whether it shows a lesion"}]
+    """One image or volume -> facts, a dict for each picture; the pictures are written into
+    `folder`, at most max_side px a side. What can't be used has a "why" instead.
 
-# ---- MedAD-38K: from facts to questions --------------------------------------------------------------------------------------
+    "kinds": lesions, () if healthy, None if not told or if the mask says otherwise ("agree" is
+    False); "box": where the lesion lies if that is known: left, top, right, bottom, as fractions.
+    """
+    s, facts = SOURCES[job["form"]], []
+    why = f"{job['file']}: no slice of which it is known whether it shows a lesion"
+    volume, stem = ".nii" in job["file"], re.sub("[^A-Za-z0-9]+", "-", Path(job["file"]).stem)
+    try:
+        if volume:
+            pictures = slices(job)
+        else:
+            image = load_image({"id": job["file"], "path": job["path"]}, grey=True)
+            pictures = [(image, lesion_of(job, image.size), "")]
+    except DataError as e:
+        pictures, why = [], str(e)
+    for image, mask, suffix in pictures:
+        kinds, box, location = job["kinds"], None, None
+        drawn = mask is not None and bool(mask.any())
+        if volume and not drawn:
+            if mask is not None:  # a slice beside the lesion
+                kinds = ()
+            elif kinds:  # a lesion, not known in which slices
+                kinds = None
+        agree = mask is None or kinds is None or drawn == bool(kinds)
+        if drawn:
+            (y, x), (h, w) = mask.nonzero(), mask.shape
+            box = x.min() / w, y.min() / h, (x.max() + 1) / w, (y.max() + 1) / h
+            if agree:
+                location = location_of(mask)
+        file = f"images/{s.key}/{job['n']:06d}-{stem}{suffix}.png"
+        image.thumbnail((max_side, max_side))
+        image.save(folder / file, compress_level=1)
+        facts.append({
+            "source": s.key, "image": file, "modality": s.modality, "anatomy": s.anatomy,
+            "group": job["group"], "kinds": kinds if agree else None, "agree": agree, "box": box,
+            "location": location, "digest": digest(image.tobytes())})
+    return facts or [{"source": s.key, "why": why}]
+
+
+# ---- MedAD-38K: from facts to questions ----------------------------------------------------------
+def usable(facts, folder, left_out):
+    """The facts without those that have a "why" and without copies of an earlier picture, which are
+    removed. Counts both in left_out[source, reason]."""
+    seen, kept = set(), []
+    for f in facts:
+        if "why" in f:
+            left_out[f["source"], f["why"]] += 1
+        elif f["digest"] in seen:
+            left_out[f["source"], "the same picture as another"] += 1
+            (folder / f["image"]).unlink()
+        else:
+            seen.add(f["digest"])
+            kept.append(f)
+    return kept
+
+
 def split_by_group(facts, seed):
-    """Sets "group" and "split": groups that share a picture are one, 70 % of a source's pictures are for training."""
-    parent, first, members = {}, {}, defaultdict(lambda: defaultdict(list))
-    def root(g):
-        while parent.setdefault(g, g) != g:
-            g = parent[g]
-        return g
+    """Sets "split": TRAIN_SHARE of a source's pictures are for training; a group stays whole."""
+    sources = defaultdict(lambda: defaultdict(list))  # source: group: facts
     for f in facts:
-        a, b = sorted((root(f["group"]), root(first.setdefault(f["digest"], f["group"]))))
-        parent[b] = a
-    for f in facts:
-        f["group"] = root(f["group"])
-        members[f["group"].split()[0]][f["group"]].append(f)
-    for source, groups in members.items():
-        rng, n, total = np.random.default_rng([seed, *source.encode()]), 0, sum(map(len, groups.values()))
-        for g in rng.permutation(sorted(groups)):
-            for f in groups[g]:  # a group that straddles the border goes to the side of its larger part
-                f["split"] = "train" if n + len(groups[g]) / 2 <= TRAIN_SHARE * total else "test"
-            n += len(groups[g])
+        sources[f["source"]][f["group"]].append(f)
+    for source, groups in sources.items():
+        rng = np.random.default_rng([seed, *source.encode()])
+        total, before = sum(map(len, groups.values())), 0
+        for group in rng.permutation(sorted(groups)):
+            members = groups[group]
+            middle = before + len(members) / 2  # of a group that straddles the border
+            for f in members:
+                f["split"] = "train" if middle <= TRAIN_SHARE * total else "test"
+            before += len(members)
+
 
 def true_answer(f, task):
     """What is true of a picture -> (answer, None), or (None, why the task can't be asked of it)."""
-    if task == "location" and len(f["kinds"] or ()) > 1:  # an outline may be of one of them
-        return None, "several kinds of lesion"
-    if task in ("anatomy", "modality", "location") and f[task]:
+    kinds = f["kinds"]
+    if task in ("anatomy", "modality"):
         return f[task], None
-    if f["kinds"] is not None and not f["kinds"]:
-        return ("Normal", None) if task == "anomaly" else (None, "healthy")
     if not f["agree"]:
         return None, "label and mask disagree"
-    if task == "location":
-        return None, "in several regions" if f["drawn"] else "no mask or outline"
-    if f["kinds"] is None:
-        return None, "no label"
-    if task == "anomaly":
+    if kinds is not None and not kinds:
+        return ("Normal", None) if task == "anomaly" else (None, "healthy")
+    if task == "anomaly" and kinds:
         return "Abnormal", None
-    return (f["kinds"][0], None) if len(f["kinds"]) == 1 else (None, "several kinds of lesion")
+    if kinds and len(kinds) > 1:  # an outline may be of one of them
+        return None, "several kinds of lesion"
+    if task == "location":
+        if f["location"]:
+            return f["location"], None
+        return None, "in several regions" if f["box"] else "no mask or outline"
+    if kinds is None:
+        return None, "no label"
+    return kinds[0], None
 
-def deals(pool, rng):
-    """{answer: pictures} -> (picture, answer, answers to choose from), so that who knows these alone knows nothing: each set of
-    (up to four) answers is dealt once with each of them being the right one. Ends when an answer to set beside is lacking."""
-    pool, size = {k: [v[i] for i in rng.permutation(len(v))] for k, v in sorted(pool.items())}, 0
+
+def balanced(pool, rng):
+    """{answer: pictures} -> (picture, its answer, the answers to choose from), so that the answers
+    to choose from tell nothing: in each round the (up to four) answers with most pictures left get
+    a picture each and are offered together. Ends when a round has fewer answers than the first."""
+    left = {}
+    for answer, pictures in sorted(pool.items()):
+        left[answer] = [pictures[i] for i in rng.permutation(len(pictures))]
+    size = None
     while True:
-        hand = []
-        for k in sorted(pool, key=lambda k: -len(pool[k])):
-            if pool[k] and len(hand) < 4 and not any({k, h} in ALIKE for h in hand):
-                hand.append(k)
-        size = size or max(2, len(hand))
-        if len(hand) < size:
+        offered = []
+        for answer in sorted(left, key=lambda x: -len(left[x])):
+            alike = any({answer, other} in ALIKE for other in offered)
+            if left[answer] and len(offered) < 4 and not alike:
+                offered.append(answer)
+        if size is None:
+            size = max(2, len(offered))
+        if len(offered) < size:
             return
-        yield from ((pool[k].pop(), k, hand) for k in hand)
+        for answer in offered:
+            yield left[answer].pop(), answer, offered
+
 
 def medad_records(facts, seed, left_out):
-    """The records of pictures that have a split. Counts in left_out[source, reason] what isn't asked."""
-    rng, decks, pools = np.random.default_rng(seed), defaultdict(list), defaultdict(lambda: defaultdict(list))
-    def record(f, task, truth, others):
+    """The records of pictures that have a split. Counts in left_out[source, reason] what isn't
+    asked."""
+    rng, rounds = np.random.default_rng(seed), defaultdict(list)
+    records = []
+
+    def add(f, task, truth, others):
         image = {k: f[k] for k in ("image", "modality", "anatomy", "source", "group", "split")}
-        return ask({"id": f"{f['source']}-{Path(f['image']).stem}", **image, "thought": None}, task, truth, others, rng, decks)
+        image["id"], image["thought"] = f"{f['source']}-{Path(f['image']).stem}", None
+        records.append(ask(image, task, truth, others, rng, rounds))
+
+    pools = defaultdict(lambda: defaultdict(list))  # to be balanced: {answer: facts}
     for f in facts:
         for task in TASKS:
             truth, why = true_answer(f, task)
             if why:
                 left_out[f["source"], f"{task}: {why}"] += 1
-            elif task in ("anatomy", "modality"):
-                yield record(f, task, truth, ANATOMIES if task == "anatomy" else MODALITIES)
+            elif task == "anatomy":
+                add(f, task, truth, ANATOMIES)
+            elif task == "modality":
+                add(f, task, truth, MODALITIES)
+            elif task == "location":
+                pools[task, f["split"], "", ""][truth].append(f)
             else:
-                pools[task, f["split"], *(() if task == "location" else (f["modality"], f["anatomy"]))][truth].append(f)
+                pools[task, f["split"], f["modality"], f["anatomy"]][truth].append(f)
+
+    fill = {"anomaly": STATES, "pathology": DISTRACTORS, "location": LOCATIONS}
     for (task, *_), pool in sorted(pools.items()):
-        fill = {"anomaly": STATES, "pathology": FILLERS, "location": LOCATIONS}[task]
-        rest = Counter(f["source"] for v in pool.values() for f in v)
-        for f, truth, hand in deals(pool, rng):
+        rest = Counter(f["source"] for pictures in pool.values() for f in pictures)
+        for f, truth, offered in balanced(pool, rng):
             rest[f["source"]] -= 1
-            yield record(f, task, truth, [*hand, *(x for x in fill if x not in hand)][:4])
+            others = offered + [x for x in fill[task] if x not in offered]
+            add(f, task, truth, others[:4])
         for source, n in rest.items():
             left_out[source, f"{task}: no picture with another answer to balance it"] += n
+    return records
 
+
+# ---- MedAD-38K: build ----------------------------------------------------------------------------
 def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
-    """{key: folder} -> `out`: medad38k.jsonl, images/, dataset.md, a contact sheet a source. A killed run is taken up again."""
+    """{key: folder} -> `out`: medad38k.jsonl, images/, dataset.md, a contact sheet per source."""
     out = Path(out).absolute()
-    part = out.with_name(f"{out.name}.part")
     expect(not out.exists(), f"{out} is there already: remove it, or name another --out")
-    fine = max_side > 0 and seed >= 0 and (workers is None or workers > 0)
-    expect(fine, f"max_side {max_side}, seed {seed}, workers {workers}: expected 1 or more px, a seed of 0 or more, 1 or more")
+    expect(max_side > 0 and seed >= 0 and (workers is None or workers > 0),
+           f"max_side {max_side}, seed {seed}, workers {workers}: expected 1 or more px, a seed of"
+           " 0 or more, 1 or more processes")
     known = {s.key for s in SOURCES}
-    for key in sources:
+    jobs = []
+    for key, folder in sorted(sources.items()):
         expect(key in known, f"{key}: no such source, expected some of {', '.join(sorted(known))}")
-    jobs = [job for key, folder in sorted(sources.items()) for job in find(key, folder)]
-    knobs = json.dumps([max_side, seed, digest(repr(jobs).encode())]) + "\n"
-    for key in sources:
-        (part / "images" / key).mkdir(parents=True, exist_ok=True)
-    log = part / "facts.jsonl"
-    lines = [x for x in log.read_text().splitlines(True) if x.endswith("\n")] if log.exists() else []  # without a torn last one
-    expect(not lines or lines[0] == knobs, f"{part} is the start of another build, of other files or knobs: remove it")
-    log.write_text("".join(lines or [knobs]))
-    with open(log, "a", buffering=1) as f, multiprocessing.Pool(workers) as pool:
-        todo = pool.imap(partial(examine, folder=part, max_side=max_side), jobs[max(0, len(lines) - 1):], chunksize=4)
-        for facts in tqdm(todo, desc="build", unit="file", initial=max(0, len(lines) - 1), total=len(jobs)):
-            f.write(json.dumps(facts) + "\n")
-    with open(log) as f:
-        facts = [x for line in itertools.islice(f, 1, None) for x in json.loads(line)]
-    left_out, counts = Counter((f["source"], f["why"]) for f in facts if "why" in f), Counter()
-    facts = [f for f in facts if "why" not in f]
-    split_by_group(facts, seed)
-    def counted():
-        for r in medad_records(facts, seed, left_out):
-            counts.update((k, r[k]) for k in ("source", "modality", "anatomy", "task", "answer", "split"))
-            yield r
-    write_records(counted(), part / "medad38k.jsonl")
-    (part / "dataset.md").write_text(about(facts, counts, left_out, f"--max_side {max_side} --seed {seed}"))
-    for key in sources:
-        if cells := [with_lesion(part, f) for f in facts if f["source"] == key and f["show"]]:
-            sheet(cells, 5, part / f"{key}.png")
-    log.unlink()
-    os.rename(part, out)
+        jobs += find(key, folder)
+
+    with folder_beside(out) as part:
+        for key in sources:
+            (part / "images" / key).mkdir(parents=True)
+        facts, left_out = [], Counter()
+        work = partial(examine, folder=part, max_side=max_side)
+        with multiprocessing.Pool(workers) as pool:
+            done = pool.imap(work, jobs, chunksize=4)
+            for made in tqdm(done, desc="build", unit="file", total=len(jobs)):
+                facts += made
+        facts = usable(facts, part, left_out)
+        split_by_group(facts, seed)
+        records = medad_records(facts, seed, left_out)
+        write_records(records, part / "medad38k.jsonl")
+        command = f"python data.py build --max_side {max_side} --seed {seed}"
+        write_text(part / "dataset.md", about(command, facts, records, left_out))
+        for key in sources:
+            source_sheet(part, key, [f for f in facts if f["source"] == key])
     return str(out / "medad38k.jsonl")
 
-def with_lesion(folder, f):  # a picture of a source's contact sheet: the five regions, some of the lesion's pixels, what it is
-    image = Image.open(folder / f["image"]).convert("RGB")
-    image.thumbnail((2 * SIZE, 2 * SIZE))
-    draw, (w, h) = ImageDraw.Draw(image), image.size
-    for box in ((w / 2, -1, w, h / 2), (-1, h / 2, w / 2, h), (w / 3, h / 3, 2 * w / 3, 2 * h / 3)):
-        draw.rectangle(box, outline="gray")
-    for y, x in f["dots"]:
-        draw.ellipse((x * w - 1, y * h - 1, x * w + 1, y * h + 1), fill="cyan")
-    said = "not told" if f["kinds"] is None else ", ".join(f["kinds"]) or "healthy"
-    return image, f"{said}, {f['location']}" if f["location"] else said
 
-def about(facts, counts, left_out, knobs):
+def source_sheet(folder, key, facts):
+    """SHEET pictures of a source, evenly spaced: the five regions, a box around the lesion, what
+    it is and where."""
+    cells = []
+    for f in spread(facts, SHEET):
+        image = Image.open(folder / f["image"]).convert("RGB")
+        image.thumbnail((2 * SIZE, 2 * SIZE))
+        pen, (w, h) = ImageDraw.Draw(image), image.size
+        pen.line((w / 2, 0, w / 2, h), fill="gray")
+        pen.line((0, h / 2, w, h / 2), fill="gray")
+        pen.rectangle((w / 3, h / 3, 2 * w / 3, 2 * h / 3), outline="gray")
+        if f["box"]:
+            left, top, right, bottom = f["box"]
+            pen.rectangle((left * w, top * h, right * w, bottom * h), outline="cyan")
+        what = "not told" if f["kinds"] is None else ", ".join(f["kinds"]) or "healthy"
+        where = f", {f['location']}" if f["location"] else ""
+        cells.append((image, what + where))
+    if cells:
+        contact_sheet(cells, folder / f"{key}.png")
+
+
+def about(command, facts, records, left_out):
     """dataset.md: what was built, what was left out and why."""
-    pictures, groups = Counter((f["source"], f["split"]) for f in facts), {(f["source"], f["group"]) for f in facts}
-    text = f"# MedAD-38K, built from public sources\n\n`python data.py build {knobs}`: {len(facts)} pictures.\n\n" \
-           "| source | pictures | groups | train | test | questions |\n|---|---|---|---|---|---|\n"
-    for s in sorted({f["source"] for f in facts}):
-        n, m = pictures[s, "train"], pictures[s, "test"]
-        text += f"| {s} | {n + m} | {sum(g[0] == s for g in groups)} | {n} | {m} | {counts['source', s]} |\n"
+    text = f"# MedAD-38K, built from public sources\n\n`{command}`: {len(facts)} pictures.\n\n"
+    text += "| source | pictures | groups | train | test | questions |\n|---|---|---|---|---|---|\n"
+    questions = Counter(r["source"] for r in records)
+    for source in sorted({f["source"] for f in facts}):
+        own = [f for f in facts if f["source"] == source]
+        groups, train = {f["group"] for f in own}, sum(f["split"] == "train" for f in own)
+        text += f"| {source} | {len(own)} | {len(groups)} | {train} | {len(own) - train} "
+        text += f"| {questions[source]} |\n"
     for key in ("modality", "anatomy", "task", "answer", "split"):
-        text += f"\nQuestions by {key}: " + ", ".join(f"{x} {n}" for (k, x), n in sorted(counts.items()) if k == key) + ".\n"
-    return text + "\nLeft out:\n\n" + "".join(f"- {s}, {why}: {n}\n" for (s, why), n in sorted(left_out.items()) if n)
+        text += f"\nQuestions by {key}: {counted(records, key)}.\n"
+    text += "\nLeft out:\n\n"
+    for (source, why), n in sorted(left_out.items()):
+        if n:
+            text += f"- {source}, {why}: {n}\n"
+    return text
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def counted(records, key):
+    """How many records have each value of a key, as text."""
+    return ", ".join(f"{x} {n}" for x, n in sorted(Counter(r[key] for r in records).items()))
+
+
+# ---- command line --------------------------------------------------------------------------------
+def parse_args():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     shown = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p = commands.add_parser("phantoms", help="draw phantoms", **shown)
@@ -1016,28 +1316,39 @@ def main():
                    help="share of the images whose thoughts misreport the lesion")
     p.add_argument("--show", metavar="PNG", help="draw a contact sheet too")
     p = commands.add_parser("build", help="make MedAD-38K of public sources", **shown)
-    p.add_argument("sources", nargs="+", metavar="KEY=DIR", help=", ".join(sorted({s.key for s in SOURCES})))
+    keys = ", ".join(sorted({s.key for s in SOURCES}))
+    p.add_argument("sources", nargs="+", metavar="KEY=DIR", help=keys)
     p.add_argument("--out", default="medad38k", help="folder")
     p.add_argument("--max_side", type=int, default=512, help="px above which a picture is shrunk")
     p.add_argument("--seed", type=int, default=0, help="of split, options and wording")
-    p.add_argument("--workers", type=int, help="processes (default: a core each)")
-    commands.add_parser("check", help="validate and count questions").add_argument("files", nargs="+")
-    args = parser.parse_args()
+    p.add_argument("--workers", type=int, help="processes (default: one per core)")
+    p = commands.add_parser("check", help="validate and count questions")
+    p.add_argument("files", nargs="+")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     if args.command == "phantoms":
         print(make_phantoms(args.out, args.seed, args.n, args.thoughts, args.careless))
-        return args.show and phantom_sheet(args.show, args.seed)
-    if args.command == "build":
-        named = {}
-        for key, _, folder in (x.partition("=") for x in args.sources):
-            name = re.sub(r"[^a-z0-9]", "", key.lower())
-            expect(folder and name not in named, f"{key}={folder}: expected KEY=DIR, each key once")
-            named[name] = folder
-        return print(build(named, args.out, args.max_side, args.seed, args.workers))
-    records = read_records(args.files)
-    images = {r["path"] for r in records}
-    print(f"{len(records)} questions on {len(images)} images, {sum(not os.path.isfile(x) for x in images)} of them missing")
-    for key in ("task", "split", "answer", "modality"):
-        print(f"{key}: " + ", ".join(f"{k} {n}" for k, n in sorted(Counter(r[key] for r in records).items())))
+        if args.show:
+            phantom_sheet(args.show, args.seed)
+    elif args.command == "build":
+        sources = {}
+        for text in args.sources:
+            key, _, folder = text.partition("=")
+            key = re.sub(r"[^a-z0-9]", "", key.lower())
+            expect(folder and key not in sources, f"{text}: expected KEY=DIR, each key once")
+            sources[key] = folder
+        print(build(sources, args.out, args.max_side, args.seed, args.workers))
+    else:
+        records = read_records(args.files)
+        images = {r["path"] for r in records}
+        missing = sum(not os.path.isfile(path) for path in images)
+        print(f"{len(records)} questions on {len(images)} images, {missing} of them missing")
+        for key in ("task", "split", "answer", "modality"):
+            print(f"{key}: {counted(records, key)}")
+
 
 if __name__ == "__main__":
     cli(main)

@@ -478,7 +478,7 @@ def test_command_line(tmp_path):
     assert Image.open(tmp_path / "sheet.png").width == 10 * data.SIZE
     code, out, _ = run("check", "ph/phantoms.jsonl", cwd=tmp_path)
     assert code == 0 and "on 13 images, 0 of them missing" in out and "task: anatomy 13, anomaly 8" in out
-    for args in (("check", "no.jsonl"), ("phantoms", "--n", 14, "--out", "ph")):
+    for args in (("check", "no.jsonl"), ("phantoms", "--n", 14, "--out", "ph"), ("phantoms", "--n", "many"), ("paint",), ()):
         code, out, err = run(*args, cwd=tmp_path)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
 
