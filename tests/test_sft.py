@@ -135,7 +135,7 @@ def test_what_is_given_is_used(table):
     args = used(table, "--preset", "paper", "--lora", "0", "--weight_decay", "0.1", "--warmup", "0", "--save_every", "0",
                 "--data", "a.jsonl", "b.jsonl", "--seed", "3")
     assert (args.lora, args.weight_decay, args.warmup, args.save_every, args.seed) == (0, 0.1, 0, 0, 3)
-    assert list(args.data) == ["a.jsonl", "b.jsonl"] and args.lr == table["lr"][1] and args.resume is False
+    assert list(args.data) == ["a.jsonl", "b.jsonl"] and args.lr == table["lr"].paper and args.resume is False
     if "beta" in table:
         args = used(table, "--preset", "paper", "--beta", "0", "--weights", "0.8", "0.1", "0.1", "--mask_truncated")
         assert args.beta == 0 and tuple(args.weights) == (0.8, 0.1, 0.1) and args.mask_truncated is True
@@ -204,8 +204,8 @@ def test_records_without_thoughts_are_counted_and_left_out(world, tmp_path, monk
 
 def test_the_base_is_made_of_phantoms_of_its_own():
     """None of its images is one of those drawn to train or test on, and it needs no thoughts of theirs."""
-    sft_images, labels, captions, records = sft.base_phantoms(0)
-    assert len(sft_images) == len(labels) == len(captions) == sft.BASE_IMAGES
+    sft_images, facts, records = sft.base_phantoms(0)
+    assert len(sft_images) == len(facts) == sft.BASE_IMAGES
     assert {r["task"] for r in records} == set(data.TASKS) and all(r["thought"] for r in records)
     for i in (0, 1, 2):
         rng = np.random.default_rng([0, i])
