@@ -1,8 +1,7 @@
 """Stage 1, Cognitive Injection: supervised fine-tuning on think-then-answer targets, Eq. (1).
 
-With no model named it starts from nothing: it draws the phantoms (data.py), makes a tiny base
-model of them (`make_base`, kept in ROOT/tiny-base) and fine-tunes that. With --model and --data
-it is the real thing.
+Without --model it starts from nothing: it draws the phantoms (data.py), makes a tiny base model
+of them (`make_base`, kept in ROOT/tiny-base) and fine-tunes that.
 
     python sft.py                                  # out/phantoms, out/tiny-base, out/sft
     python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data medad38k/medad38k.jsonl
@@ -35,16 +34,16 @@ BETAS = (0.9, 0.98)  # of AdamW in every stage
 
 class Knob(NamedTuple):
     """A flag of the command line. Numbers are finite and at least 0."""
-    type: type                # of the value; bool: a flag with --no- to switch it off
-    tiny: object              # value in the preset `tiny`; of several values a tuple
-    paper: object             # value in the preset `paper`
+    type: type                # bool: a flag that --no-.. switches off
+    tiny: object              # default in either preset; a tuple: several values
+    paper: object
     meaning: str              # and unit
     choices: tuple = None
     positive: bool = False    # 0 is refused
     may_change: bool = False  # when a run is resumed
 
 
-# The values of `paper` are those of the paper's section 4.1.
+# The values of `paper` are those of the paper's section 4.1, where it gives them.
 KNOBS = dict(
     model=Knob(str, None, None, "folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL "
                "(default: ROOT/tiny-base, made here)", may_change=True),
@@ -58,28 +57,24 @@ KNOBS = dict(
     seed=Knob(int, 0, 0, "seed of phantoms, base, LoRA and the order of the questions"),
     images=Knob(int, 1400, 1400, "phantoms to draw, 70 %% of them to train on"),
     thoughts=Knob(int, 60, 60, "train images that have chains of thought, others answers alone"),
-    epochs=Knob(float, 12.0, 2.0, "passes over the training questions that have a thought "
-                "(paper: 2)", positive=True),
-    batch=Knob(int, 32, 64, "questions per optimiser step over all processes "
-               "(paper: global batch 64)", positive=True),
+    epochs=Knob(float, 12.0, 2.0, "passes over the questions that have a thought", positive=True),
+    batch=Knob(int, 32, 64, "questions per optimiser step over all processes", positive=True),
     micro_batch=Knob(int, 32, 8, "questions per forward pass on one device; memory, not the "
                      "result, depends on it", positive=True),
-    checkpointing=Knob(bool, False, True, "compute layers again in the backward pass instead of "
-                       "keeping what they computed: less memory, more time"),
-    lr=Knob(float, 1e-3, 1e-4, "peak learning rate of AdamW (paper: 1e-4)", positive=True),
-    warmup=Knob(float, 0.03, 0.03, "share of the steps in which the learning rate rises; "
-                "a cosine to 0 follows"),
+    checkpointing=Knob(bool, False, True, "compute layers again in the backward pass; less "
+                       "memory, more time"),
+    lr=Knob(float, 1e-3, 1e-4, "peak learning rate of AdamW", positive=True),
+    warmup=Knob(float, 0.03, 0.03, "share of the steps in which lr rises; a cosine to 0 follows"),
     weight_decay=Knob(float, 0.0, 0.0, "AdamW's decoupled weight decay"),
     clip=Knob(float, 1.0, 1.0, "gradient norm above which the gradient is scaled down"),
     lora=Knob(int, 0, 64, "rank of LoRA on the language model; 0 trains every parameter"),
     max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk",
                     positive=True),
-    max_steps=Knob(int, 0, 0, "stop after so many optimiser steps of the whole run's schedule, "
-                   "0 = as many as epochs say", may_change=True),
+    max_steps=Knob(int, 0, 0, "optimiser steps after which to stop, 0 = as many as epochs say; "
+                   "the schedule is that of the whole run", may_change=True),
     eval_every=Knob(int, 0, 0, "optimiser steps between evaluations on held-out questions, "
                     "0 = never; nothing is selected by them", may_change=True),
-    eval_questions=Knob(int, 200, 200, "held-out questions of such an evaluation",
-                        may_change=True),
+    eval_questions=Knob(int, 200, 200, "held-out questions per evaluation", may_change=True),
     save_every=Knob(int, 0, 200, "optimiser steps between checkpoints, 0 = at the end alone",
                     may_change=True),
     resume=Knob(bool, False, False, "continue the run in --out from its last checkpoint",
@@ -89,7 +84,7 @@ KNOBS = dict(
 # ---- knobs and runs, for both stages -------------------------------------------------------------
 
 def add_knob(parser, name, knob):
-    """Give the parser a knob's flag. Without it on the command line its value is None."""
+    """Give the parser a knob's flag. Where it is not on the command line its value is None."""
     kind = dict(type=knob.type, choices=knob.choices)
     if knob.type is bool:
         kind = dict(action=argparse.BooleanOptionalAction)
@@ -101,24 +96,28 @@ def add_knob(parser, name, knob):
     parser.add_argument(f"--{name}", help=f"{knob.meaning} [{default}]", **kind)
 
 
-def check_number(name, value, positive):
-    """DataError where a number is negative, nan or infinite, or 0 and has to be positive."""
-    fine = 0 <= value < math.inf and not (positive and value == 0)
-    least = "more than" if positive else "of at least"
-    data.expect(fine, f"--{name} {value}: expected a number {least} 0")
+def check_knob(name, value, knob):
+    """DataError for a number or numbers out of range."""
+    if isinstance(value, int | float):
+        least = "more than" if knob.positive else "of at least"
+        fine = 0 <= value < math.inf and not (knob.positive and value == 0)
+        data.expect(fine, f"--{name} {value}: expected a number {least} 0")
+    if name == "top_p":
+        data.expect(value <= 1, "--top_p: expected more than 0, at most 1")
+    if name == "weights":
+        fine = len(value) == 3 and min(value) >= 0 and sum(value) > 0
+        data.expect(fine, f"--weights {' '.join(map(str, value))}: expected three numbers of at "
+                          "least 0, not all of them 0")
 
 
 def knobs(table, doc, argv=None):
-    """The command line of a stage -> Namespace: the value of each knob of `table`, `preset`, and
-    `fixed`, the names of those that a resumed run must leave as they are.
-
-    The preset is `tiny` where no model is named, or one as small as make_base's. DataError for
-    anything that can't be used; --print and --help end the program."""
+    """The command line of a stage -> Namespace: each knob's value, the preset, and `fixed`, the
+    names of the knobs that a resumed run must leave as they are. DataError for bad values."""
     parser = data.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, knob in table.items():
         add_knob(parser, name, knob)
-    parser.add_argument("--preset", choices=["tiny", "paper"],
-                        help="which defaults to take (chosen by the model if not given)")
+    parser.add_argument("--preset", choices=["tiny", "paper"], help="which defaults to take "
+                        "(default: tiny if no model is named or a tiny one, else paper)")
     parser.add_argument("--print", action="store_true",
                         help="print the knobs as they would be used, and stop")
     args = parser.parse_args(argv)
@@ -128,15 +127,7 @@ def knobs(table, doc, argv=None):
     for name, knob in table.items():
         if getattr(args, name) is None:
             setattr(args, name, getattr(knob, args.preset))
-        value = getattr(args, name)
-        if isinstance(value, int | float):
-            check_number(name, value, knob.positive)
-    if "top_p" in table:
-        data.expect(args.top_p <= 1, "--top_p: expected more than 0, at most 1")
-    if "weights" in table:
-        fine = len(args.weights) == 3 and sum(args.weights) > 0 and min(args.weights) >= 0
-        data.expect(fine, f"--weights {' '.join(map(str, args.weights))}: expected three numbers "
-                          "of at least 0, not all of them 0")
+        check_knob(name, getattr(args, name), knob)
     if args.print:
         print(json.dumps(vars(args), indent=2))
         raise SystemExit(0)
@@ -164,22 +155,19 @@ def log(folder, **figures):
 
 
 def save_state(args, policy, optimizer, step):
-    """What a resumed run needs beside the model's files. The order of the questions and the
-    sampling are functions of seed and step, so there is no random state."""
+    """Write what a resumed run needs. There is no random state: the order of the questions and
+    the sampling are functions of seed and step."""
     path = os.path.join(args.out, "state.pt")
     fixed = {name: getattr(args, name) for name in args.fixed}
     state = dict(trained=trained(policy), optimizer=optimizer.state_dict(), step=step, knobs=fixed)
-    try:
-        torch.save(state, f"{path}.writing")
-    except RuntimeError as e:  # an OSError in disguise
-        why = str(e).splitlines()[0]
-        raise data.DataError(f"{path}.writing can't be written: {why}") from e
+    with open(f"{path}.writing", "wb") as f:  # given a name, torch hides that the disk is full
+        torch.save(state, f)
     os.replace(f"{path}.writing", path)
 
 
 def load_state(args, policy, optimizer, rank):
     """Put a checkpoint's weights and optimiser state back -> the step after which it was saved.
-    The log's later lines are dropped: they will be written again."""
+    The logs' later lines are dropped: they will be written again."""
     path = os.path.join(args.out, "state.pt")
     data.expect(os.path.exists(path), f"{args.out}: nothing to resume: there is no state.pt")
     state = torch.load(path, weights_only=True)
@@ -197,14 +185,11 @@ def load_state(args, policy, optimizer, rank):
 
 def drop_lines_after(step, path):
     """Keep the lines of a log up to a step; a last line that was cut short goes too."""
-    if not os.path.exists(path):
-        return
-    kept = ""
-    with open(path) as f:
-        for line in f:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept += line
-    data.write_text(path, kept)
+    if os.path.exists(path):
+        with open(path) as f:
+            whole = [line for line in f if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        data.write_text(path, "".join(kept))
 
 
 def trained(policy):
@@ -213,7 +198,7 @@ def trained(policy):
 
 
 def trainable(policy, args):
-    """Let LoRA of rank --lora, or every parameter, be trained -> policy, those parameters, AdamW."""
+    """Make LoRA of rank --lora, or every parameter, trainable -> policy, those, AdamW."""
     if args.lora:
         policy = M.add_lora(policy, args.lora, args.seed)
     else:
@@ -246,8 +231,8 @@ def held_out_questions(args):
     if not args.eval_every:
         return []
     records = data.read_records(args.data, None, args.only, args.thinking)
-    held_out = [r for r in records if r["split"] == "val"]
-    held_out = held_out or [r for r in records if r["split"] == "test"]
+    validation = [r for r in records if r["split"] == "val"]
+    held_out = validation or [r for r in records if r["split"] == "test"]
     data.expect(held_out, f"--eval_every: no held-out questions in {args.data}")
     return evaluation.subset(held_out, args.eval_questions)
 
@@ -256,75 +241,69 @@ def held_out_questions(args):
 def sft_loss(logp, mask, tokens_in_batch):
     """Eq. (1): L_SFT = - sum over (I, Q, Y*) of log pi_theta(Y* | I, Q), Y* = (T*, A*).
 
-    logp (N, 1, T) float32 log-probabilities of the target's tokens, mask (N, 1, T). The sum is
-    divided by the global batch's tokens, so that lr does not depend on the batch; the question,
-    the image and the padding bear no loss.
-    """
+    logp (N, 1, T) float32 log-probabilities of the target's tokens, mask (N, 1, T). Divided by
+    the global batch's tokens, so that lr does not depend on the batch."""
     return -(logp * mask).sum() / tokens_in_batch
 
 # ---- the tiny base -------------------------------------------------------------------------------
 
 # From think-then-answer targets alone a random network learns neither to name an option by its
 # letter nor to see: the few tokens that matter drown among the others. Real base models can do
-# both; the tiny base is taught to, by half: letters first, then eyes, then reading.
+# both; the tiny base is taught letters, then some seeing.
 
-# Stages of learning letters: how many names to choose from, and how many positions at most are
-# left free between prompt and answer.
-LETTER_STAGES = ((4, 0), (8, 0), (16, 0), (32, 0), (100, 0),
-                 (100, 8), (100, 16), (100, 32), (100, 64), (100, 0))
+LETTER_STAGES = (        # names to choose from, positions left free before the answers at most
+    (4, 0), (8, 0), (16, 0), (32, 0), (100, 0), (100, 8), (100, 16), (100, 32), (100, 64), (100, 0))
 LETTER_OWN = 16          # names from which on half of the prompts have a record's own options
 LETTER_SOLVED = 0.75     # mean probability of the right letter at which the next stage begins
-LETTER_FULL = 0.95       # at which the last stage, in full prompts, ends
+LETTER_FULL = 0.95       # and at which the last, in full prompts, ends
 LETTER_BATCH = 16        # prompts per step
 LETTER_STEPS = 3000      # at most, of all stages
 WORDING_EVERY = 4        # steps of letters between batches of how thoughts are worded
 EYE_STEPS = 300
 EYE_BATCH = 48           # images per step
-READ_STEPS = 400         # the more of them, the better the base sees
+READ_STEPS = 400         # the more, the better the base sees
 READ_BATCH = 32          # images per step
-BLIND_BATCH = 8          # records per batch of how thoughts are worded
 BASE_IMAGES = 1500       # phantoms to learn from
 BASE_LR = 1e-3
 LIKENESS = 1.5           # factor on the first keys and queries, see attend_to_the_same
 
 
 def groups_of_four(processor, texts, letter):
-    """4n texts -> tokens, mask (n, 4, T), and the mask of each text's token number `letter`,
-    counted from its end."""
+    """4n texts -> tokens, mask (n, 4, T), mask of each text's `letter`-th token from its end."""
     tokens, mask = M.encode_completions(processor, texts)                # (4n, 1, T)
-    tokens, mask = tokens.view(-1, 4, tokens.shape[-1]), mask.view(-1, 4, mask.shape[-1])
+    shape = -1, 4, tokens.shape[-1]
+    tokens, mask = tokens.view(shape), mask.view(shape)
     place = mask.sum(-1, keepdim=True) - letter                          # (n, 4, 1)
     return tokens, mask, torch.zeros_like(mask).scatter(-1, place, True)
 
 
 def letter_question(names, records, full, rng):
-    """A question that asks for letters -> its prompt, what its answers open with, and its four
-    answers: an option's name, then its letter.
+    """Four options -> a prompt, what its answers open with, and the answers: an option's name,
+    then its letter.
 
-    The options are four of `names`, or by turns, if those are many, a record's own. Not `full`:
-    the prompt is the options, and the answers are "cystB" or "cyst.</think><answer>B" by turns,
-    as the way from name to letter is easier to find the shorter it is. `full`: the prompt is a
-    record's question, and the answers open with its thought, or the end of it."""
+    The options are any of `names` or, if those are many, by turns a record's own. The answers are
+    "cystB" or "cyst.</think><answer>B" by turns: the shorter the way from name to letter, the
+    easier it is found. `full`: the prompt is the record's question, and the answers end its
+    thought."""
     record = rng.choice(records)
     own = len(names) >= LETTER_OWN and rng.random() < 0.5
     options = record["options"] if own else rng.choice(names, 4, replace=False).tolist()
     prompt, opening = rewards.options_text(options).rstrip(), ""
     between = rng.choice(["", ".</think><answer>"])
     if full:
-        between = ".</think><answer>"
         prompt = rewards.question_text(dict(record, options=options))
-        conclusion = f" {rewards.right_option(record)}."
-        sentences = record["thought"].removesuffix(conclusion).split(". ")
+        thought = record["thought"].removesuffix(f" {rewards.right_option(record)}.")
+        sentences = thought.split(". ")
         opening = "<think>" + ". ".join(sentences[rng.integers(len(sentences)):])
-    answers = [f" {x}{between}{data.LETTERS[i]}" for i, x in enumerate(options)]
+        between = ".</think><answer>"
+    answers = [f" {x}{between}{letter}" for x, letter in zip(options, "ABCD", strict=True)]
     return prompt, opening, answers
 
 
 def letter_batch(processor, names, skip, records, full, rng, n):
-    """n questions of letters with a group of four completions each -> batch, tokens (n, 4, T),
-    mask of the letters alone.
+    """n such prompts with their answers -> batch, tokens (n, 4, T), mask of the letters alone.
 
-    The four don't see each other, so no letter can be guessed by elimination. Up to `skip`
+    A prompt's answers don't see each other, so no letter is guessed by elimination. Up to `skip`
     positions before them are left free, so that the distance doesn't matter."""
     prompts, openings, completions = [], [], []
     for _ in range(n):
@@ -338,16 +317,16 @@ def letter_batch(processor, names, skip, records, full, rng, n):
     return batch, tokens, letters
 
 
-def blind_batch(processor, records, images, rng, n):
-    """n records behind the image of another (or none), with four gold completions each, one for
-    each option. They teach how thoughts are worded and what letters follow, nothing of images.
+def blind_batch(processor, records, images, rng, n=8):
+    """n records behind another's image (or none), each with four gold completions, one for each
+    option: they teach how thoughts are worded and which letter follows, but nothing of images.
     -> batch, tokens (n, 4, T), mask, mask of the letters alone."""
     chosen = [records[i] for i in rng.choice(len(records), n)]
     completions = []
     for r in chosen:
         thought = r["thought"].removesuffix(f"{rewards.right_option(r)}.")
-        for i, x in enumerate(r["options"]):
-            variant = dict(r, thought=f"{thought}{x}.", answer=data.LETTERS[i])
+        for x, letter in zip(r["options"], "ABCD", strict=True):
+            variant = dict(r, thought=f"{thought}{x}.", answer=letter)
             completions.append(rewards.answer_text(variant))
     tokens, mask, letters = groups_of_four(processor, completions, 3)    # letter, </answer>, stop
     others = [None] * n
@@ -410,31 +389,27 @@ def learn_letters(net, processor, names, records, rng):
     bar = tqdm(range(LETTER_STEPS), desc="base: letters", unit="step")
     for k in bar:
         n, skip = LETTER_STAGES[stage]
-        last = stage == len(LETTER_STAGES) - 1
-        batch, tokens, letters = letter_batch(processor, names[:n], skip, records, last, rng,
+        full = stage == len(LETTER_STAGES) - 1
+        batch, tokens, letters = letter_batch(processor, names[:n], skip, records, full, rng,
                                               LETTER_BATCH)
         logp = M.token_logprobs(net, batch, tokens, letters)[letters]
         loss = -logp.mean()
         if k % WORDING_EVERY == 0:
-            batch, tokens, mask, _ = blind_batch(processor, records, None, rng, BLIND_BATCH)
-            wording = -M.token_logprobs(net, batch, tokens, mask)[mask].mean()
-            loss = loss + wording
+            batch, tokens, mask, _ = blind_batch(processor, records, None, rng)
+            loss = loss - M.token_logprobs(net, batch, tokens, mask)[mask].mean()
         descend(optimizer, loss, k)
-        right += 0.1 * (logp.detach().exp().mean().item() - right)  # a running mean
-        bar.set_postfix(stage=f"{stage + 1}/{len(LETTER_STAGES)}", right=f"{right:.2f}",
-                        wording=f"{wording.item():.2f}")
-        solved = right > (LETTER_FULL if last else LETTER_SOLVED)
-        if solved and last:
-            break
-        if solved:
+        right += 0.1 * (logp.detach().exp().mean().item() - right)       # a running mean
+        bar.set_postfix(stage=f"{stage + 1}/{len(LETTER_STAGES)}", right=f"{right:.2f}")
+        if right > (LETTER_FULL if full else LETTER_SOLVED):
             stage, right = stage + 1, 0.25
+        if stage == len(LETTER_STAGES):
+            break
     bar.close()
 
 
 def open_eyes(net, images, facts, rng):
     """Train the vision tower alone, under linear heads that are thrown away: the mean of its
-    tokens tells modality and organ, and each token the style of the lesion it shows, if any. One
-    head for all places: a lesion looks alike wherever it lies."""
+    tokens tells modality and organ, each token the style of the lesion it shows, if any."""
     vision = net.config.vision_config
     side = data.SIZE // (vision.patch_size * vision.spatial_merge_size)  # tokens
     styles = torch.stack([style_of_tokens(f, side) for f in facts])      # (images, side * side)
@@ -469,21 +444,19 @@ def learn_to_read(net, processor, records, images, facts, rng):
         batch = M.tensors(processor, ["See."] * READ_BATCH, [images[i] for i in chosen])
         seen = -M.token_logprobs(net, batch, tokens, mask)[mask].mean()
         loss = 3 * seen
-        if k % 2:
-            batch, tokens, mask, letters = blind_batch(processor, records, images, rng,
-                                                       BLIND_BATCH)
+        if k % 2 == 1:
+            batch, tokens, mask, letters = blind_batch(processor, records, images, rng)
             logp = M.token_logprobs(net, batch, tokens, mask)
             loss = loss - logp[letters].mean() - logp[mask].mean()
-            bar.set_postfix(letters=f"{logp[letters].exp().mean().item():.2f}",
-                            wording=f"{-logp[mask].mean().item():.2f}", seen=f"{seen.item():.2f}")
         descend(optimizer, loss, k)
+        bar.set_postfix(seen=f"{seen.item():.2f}", loss=f"{loss.item():.2f}")
 
 
 def attend_to_the_same(net):
     """Start the language model's queries equal to its keys, and both larger: a token then attends
-    to earlier tokens like itself, which is half of finding an option's name among the options.
-    From the usual start some seeds need three times the steps or never get there (compare
-    Trockman and Kolter 2023, Mimetic Initialization of Self-Attention Layers)."""
+    to earlier tokens like itself, half of finding an option's name among the options. From the
+    usual start some seeds need three times the steps or never get there (compare Trockman and
+    Kolter 2023, Mimetic Initialization of Self-Attention Layers)."""
     for layer in net.model.language_model.layers:
         attention = layer.self_attn
         heads_per_key = attention.num_key_value_groups

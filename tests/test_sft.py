@@ -142,6 +142,14 @@ def test_what_is_given_is_used(table):
         assert tuple(used(table).weights) == pytest.approx((1 / 3, 1 / 3, 1 / 3)) and used(table).mask_truncated is False
 
 
+@pytest.mark.parametrize("table", [sft.KNOBS, grpo.KNOBS], ids=["sft", "grpo"])
+def test_a_flag_that_a_preset_has_on_can_be_switched_off(table):
+    """--checkpointing is on in the `paper` preset, off in `tiny`; either can be had in both."""
+    assert used(table, "--preset", "paper").checkpointing is True
+    assert used(table, "--preset", "paper", "--no-checkpointing").checkpointing is False
+    assert used(table, "--preset", "tiny", "--checkpointing").checkpointing is True
+
+
 @pytest.mark.parametrize("stage", [sft, grpo], ids=["sft", "grpo"])
 def test_print_shows_every_knob_and_runs_nothing(stage, capsys, tmp_path, monkeypatch):
     """--print writes the knobs as JSON and ends with exit code 0, leaving no file; --help names each with its meaning."""
@@ -269,6 +277,22 @@ def test_training_on_from_the_folder_itself(world, tmp_path):
         assert (out / "model.safetensors").read_bytes() == weights
     else:
         assert (tmp_path / "sft.1" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_resumed_run_may_go_on_longer_but_not_otherwise(world, tmp_path):
+    """What the weights depend on is as it was, or the run is refused; how long it goes on, and
+    when it saves and is looked at, may change."""
+    flags = ["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--batch", "2",
+             "--out", str(tmp_path / "run")]
+    sft.main([*flags, "--max_steps", "1"])
+    for change in (["--lr", "0.5"], ["--seed", "1"], ["--checkpointing"], ["--only", "task=anomaly"]):
+        name = change[0].removeprefix("--")
+        with pytest.raises(data.DataError, match=f"the run to resume had --{name}"):
+            sft.main([*flags, "--max_steps", "2", "--resume", *change])
+    sft.main([*flags, "--max_steps", "2", "--resume", "--save_every", "1", "--eval_every", "2"])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert "held_out_accuracy" in json.loads(lines[1])
 
 
 def test_a_step_learns_and_micro_batches_change_nothing(world, tmp_path):
