@@ -57,7 +57,7 @@ KNOBS = dict(
     seed=Knob(int, 0, 0, "seed of phantoms, base, LoRA and the order of the questions"),
     images=Knob(int, 1400, 1400, "phantoms to draw, 70 %% of them to train on"),
     thoughts=Knob(int, 60, 60, "train images that have chains of thought, others answers alone"),
-    epochs=Knob(float, 12.0, 2.0, "passes over the questions that have a thought", positive=True),
+    epochs=Knob(float, 18.0, 2.0, "passes over the questions that have a thought", positive=True),
     batch=Knob(int, 32, 64, "questions per optimiser step over all processes", positive=True),
     micro_batch=Knob(int, 32, 8, "questions per forward pass on one device; memory, not the "
                      "result, depends on it", positive=True),

@@ -285,7 +285,7 @@ def toy_score(texts, items, judge):
     gold = [t.startswith(("<think>", "<answer>")) for t in texts]
     acc = torch.tensor([float(g or len(t) % 2) for g, t in zip(gold, texts, strict=True)])
     con = torch.tensor([float(g or sum(map(ord, t)) % 3 == 0) for g, t in zip(gold, texts, strict=True)])
-    return torch.tensor(gold).float(), acc, con
+    return torch.stack([torch.tensor(gold).float(), acc, con])
 
 
 def train(world, monkeypatch, out, *flags, stage=grpo):
@@ -331,13 +331,13 @@ def test_a_run_logs_everything_and_moves_the_weights(world, monkeypatch, tmp_pat
     """Two steps: a line a step with every figure a person needs, all finite; completions with their scores; weights moved."""
     after, lines, _ = train(world, monkeypatch, tmp_path / "run", "--max_steps", "2", "--show_every", "1")
     wanted = {"step", "reward", "format", "accuracy", "consistency", "judge_failed", "no_spread", "kl", "clip_low", "clip_high",
-              "entropy", "length", "truncated", "grad_norm", "seconds_rollout", "seconds_judge", "seconds_update",
+              "sampled_nll", "length", "truncated", "grad_norm", "seconds_rollout", "seconds_judge", "seconds_update",
               "tokens_per_second", "loss", "lr", "peak_mb_rollout", "peak_mb_reference", "peak_mb_update"}
     assert [line["step"] for line in lines] == [1, 2] and all(wanted <= line.keys() for line in lines)
     assert all(math.isfinite(v) for line in lines for v in line.values())
     first = lines[0]
     assert first["grad_norm"] > 0 and 0 < first["accuracy"] < 1 and first["length"] <= 6 and first["truncated"] > 0.5
-    assert first["entropy"] > 3 and abs(first["kl"]) < 1e-6 and first["clip_low"] == first["clip_high"] == 0
+    assert first["sampled_nll"] > 3 and abs(first["kl"]) < 1e-6 and first["clip_low"] == first["clip_high"] == 0
     assert first["reward"] == pytest.approx((first["format"] + first["accuracy"] + first["consistency"]) / 3, abs=1e-5)
     assert not same(after, weights(world.folder))
     groups = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
@@ -373,13 +373,12 @@ def test_groups_without_spread_change_nothing_but_the_kl(world, monkeypatch, tmp
     def half(texts, items, judge):  # every second question's group is all right, so without spread
         n, acc = len(texts), torch.tensor([float(len(t) % 2) for t in texts])
         alike = torch.tensor([int(r["group"][-1]) % 2 == 0 for r in items])
-        return torch.ones(n), torch.where(alike, 1.0, acc), torch.ones(n)
+        return torch.stack([torch.ones(n), torch.where(alike, 1.0, acc), torch.ones(n)])
     for name, flags in (("all", []), ("some", ["--drop_no_spread"])):
         gradients = []
         monkeypatch.setattr(M, "sum_gradients", lambda ps, into=gradients: into.append(
             torch.cat([p.grad.flatten() for p in ps if p.grad is not None])))
         out = tmp_path / name
-        monkeypatch.setattr(grpo, "score", toy_score)
         flags = ("--batch", "24", "--G", "4", "--max_new_tokens", "6", "--max_steps", "1", "--beta", "0", *flags)
         monkeypatch.setattr(grpo, "check_gold", lambda *_: None)
         monkeypatch.setattr(grpo, "score", half)
@@ -394,7 +393,7 @@ def test_groups_without_spread_change_nothing_but_the_kl(world, monkeypatch, tmp
 def test_a_step_in_which_no_group_has_spread_moves_nothing(world, monkeypatch, tmp_path):
     """With --drop_no_spread there is then nothing to learn from, and no nan."""
     monkeypatch.setattr(grpo, "check_gold", lambda *_: None)
-    monkeypatch.setattr(grpo, "score", lambda texts, *_: (torch.ones(len(texts)),) * 3)
+    monkeypatch.setattr(grpo, "score", lambda texts, *_: torch.ones(3, len(texts)))
     grpo.main(["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--out", str(tmp_path / "x"),
                "--batch", "8", "--G", "4", "--max_new_tokens", "6", "--max_steps", "2", "--drop_no_spread", "--lora", "0"])
     assert same(weights(tmp_path / "x"), weights(world.folder))
