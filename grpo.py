@@ -38,59 +38,95 @@ import rewards
 from data import DataError
 from judge import failures, make_judge, parse_spec
 from rewards import parse_completion, total_reward, visible_thought
-from sft import epoch_order, held_out_questions, knobs, load_state, log, open_run, save_state, trainable
+from sft import (
+    Knob,
+    epoch_order,
+    held_out_questions,
+    knobs,
+    load_state,
+    log,
+    open_run,
+    save_state,
+    trainable,
+)
 
-# name: (tiny preset, paper preset, unit and meaning [, choices])
+# The values of `paper` are those of the paper's section 4.1, where it gives them.
 KNOBS = dict(
-    model=(None, None, "folder of pi_SFT, policy and reference alike (default: ROOT/sft)"),
-    data=((), (), "files of records, .jsonl or Med-R1's .json (default: ROOT/phantoms)"),
-    only=((), (), "train on those of their records with KEY=VALUE, say modality=CT task=anatomy"),
-    thinking=("before", "before", "where the thought is, before or after the answer, or none (Med-R1)",
-              [*rewards.INSTRUCTIONS]),
-    root=("out", "out", "folder under which everything is written"),
-    out=(None, None, "folder of this run (default: ROOT/grpo)"),
-    seed=(0, 0, "seed of the sampling, of LoRA and of the order of the questions"),
-    epochs=(1.0, 1.0, "passes over the training questions (paper: 1)"),
-    batch=(128, 64, "completions an optimiser step over all processes (paper: global batch 64)"),
-    drop_no_spread=(False, False, "leave groups whose rewards are all alike out of reference and update (see group_spread)"),
-    oversample=(1.0, 1.0, "questions sampled for each that is trained on, where groups may be dropped"),
-    G=(8, 8, "completions a question: the group (paper: G = 8)"),
-    max_new_tokens=(80, 512, "tokens at which a completion is cut off"),
-    temperature=(1.0, 1.0, "of the sampling; log-probabilities are those of the same distribution"),
-    top_p=(1.0, 1.0, "sample from the most likely tokens that hold this much probability; under 1 biases the ratio"),
-    lr=(1e-3, 1e-6, "peak learning rate of AdamW (paper: 1e-6)"),
-    schedule=("linear", "constant", "the learning rate after the warm-up: constant, or falling to 0", ["constant", "linear"]),
-    warmup=(10, 10, "optimiser steps in which the learning rate rises"),
-    weight_decay=(0.0, 0.0, "AdamW's decoupled weight decay"),
-    clip=(1.0, 1.0, "gradient norm above which the gradient is scaled down"),
-    ratio=("old", "sft", "below the line of Eq. (8)'s ratio: pi_SFT as printed, or the policy that sampled", ["sft", "old"]),
-    eps=(0.2, 0.2, "clip range of the ratio, epsilon of Eq. (8)"),
-    eps_high=(0.0, 0.0, "upper clip range if it shall differ (clip-higher), 0 = eps"),
-    beta=(0.01, 0.04, "weight of the KL penalty, beta of Eq. (8) (paper: 0.04)"),
-    kl=("k3", "k3", "estimator of the KL divergence on the sampled tokens", ["k1", "k2", "k3"]),
-    scale=("none", "none", "divide the advantages by the group's standard deviation (Shao et al.) or not (Eq. 7)",
-           ["none", "std"]),
-    loss_norm=("sum", "sum", "over a completion's tokens: Eq. (8)'s sum, or another normalisation",
-               ["sum", "sequence", "token", "constant"]),
-    mu=(1, 1, "optimiser steps on the same completions (inner epochs)"),
-    mask_truncated=(False, False, "leave completions that were cut off out of the loss"),
-    weights=((1 / 3, 1 / 3, 1 / 3), (1 / 3, 1 / 3, 1 / 3), "lambda of format, accuracy, consistency in Eq. (3)"),
-    judge=("lexical", "lexical", "the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH, hf:reference or openai:BASE_URL#MODEL"),
-    judge_sees=("cut", "cut", "the thought with letters and answer statements cut, or raw as printed", ["cut", "raw"]),
-    judge_concurrency=(32, 32, "requests to an openai: judge at a time, of each process"),
-    judge_timeout=(60.0, 60.0, "seconds a request to it may take; replies are kept in ROOT/replies.jsonl"),
-    judge_failures=(0.5, 0.5, "share of thoughts on which F failed past which the run saves and stops, over judge_window"),
-    judge_window=(20, 20, "rollouts over which that share is taken"),
-    micro_tokens=(8192, 8192, "tokens a forward pass on one device: whole groups, each a prompt and its G completions"),
-    checkpointing=(False, True, "compute layers again in the backward pass rather than keep what they made: memory for time"),
-    lora=(16, 64, "rank of LoRA on the language model; 0 trains every parameter against a frozen copy"),
-    max_pixels=(M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk"),
-    max_steps=(0, 0, "stop after so many optimiser steps, 0 = as many as epochs say (the schedule is the whole run's)"),
-    eval_every=(0, 0, "optimiser steps between evaluations on held-out questions, 0 = never; nothing is selected by them"),
-    eval_questions=(200, 200, "held-out questions of such an evaluation"),
-    show_every=(10, 10, "optimiser steps between samples of completions in completions.jsonl, for eyes"),
-    save_every=(0, 50, "optimiser steps between checkpoints, 0 = at the end alone"),
-    resume=(False, False, "continue the run in --out from its last checkpoint"),
+    model=Knob(str, None, None, "folder of pi_SFT, policy and reference alike (default: ROOT/sft)",
+               may_change=True),
+    data=Knob(str, (), (), "files of records, .jsonl or Med-R1's .json (default: ROOT/phantoms)",
+              may_change=True),
+    only=Knob(str, (), (), "train on records with KEY=VALUE, say modality=CT task=anatomy"),
+    thinking=Knob(str, "before", "before", "where the thought is, before or after the answer, "
+                  "or none (Med-R1)", choices=tuple(rewards.INSTRUCTIONS)),
+    root=Knob(str, "out", "out", "folder under which everything is written", may_change=True),
+    out=Knob(str, None, None, "folder of this run (default: ROOT/grpo)", may_change=True),
+    seed=Knob(int, 0, 0, "seed of the sampling, of LoRA and of the order of the questions"),
+    epochs=Knob(float, 1.0, 1.0, "passes over the training questions (paper: 1)", positive=True),
+    batch=Knob(int, 128, 64, "completions per optimiser step over all processes "
+               "(paper: global batch 64)", positive=True),
+    drop_no_spread=Knob(bool, True, False, "leave groups whose rewards are all alike out of "
+                        "reference and update (see group_spread)"),
+    oversample=Knob(float, 1.0, 1.0, "questions sampled for each that is trained on, where "
+                    "groups may be dropped"),
+    G=Knob(int, 8, 8, "completions per question: the group (paper: G = 8)", positive=True),
+    max_new_tokens=Knob(int, 80, 512, "tokens at which a completion is cut off", positive=True),
+    temperature=Knob(float, 1.0, 1.0, "of the sampling; log-probabilities are those of the same "
+                     "distribution", positive=True),
+    top_p=Knob(float, 1.0, 1.0, "sample from the most likely tokens that hold this much "
+               "probability; under 1 biases the ratio", positive=True),
+    lr=Knob(float, 1e-3, 1e-6, "peak learning rate of AdamW (paper: 1e-6)", positive=True),
+    schedule=Knob(str, "linear", "constant", "the learning rate after the warm-up: constant, or "
+                  "falling to 0", choices=("constant", "linear")),
+    warmup=Knob(int, 10, 10, "optimiser steps in which the learning rate rises"),
+    weight_decay=Knob(float, 0.0, 0.0, "AdamW's decoupled weight decay"),
+    clip=Knob(float, 1.0, 1.0, "gradient norm above which the gradient is scaled down"),
+    ratio=Knob(str, "old", "sft", "denominator of Eq. (8)'s ratio: pi_SFT as printed, or the "
+               "policy that sampled", choices=("sft", "old")),
+    eps=Knob(float, 0.2, 0.2, "clip range of the ratio, epsilon of Eq. (8)"),
+    eps_high=Knob(float, 0.0, 0.0, "upper clip range if another (clip-higher), 0 = eps"),
+    beta=Knob(float, 0.01, 0.04, "weight of the KL penalty, beta of Eq. (8) (paper: 0.04)"),
+    kl=Knob(str, "k3", "k3", "estimator of the KL divergence on the sampled tokens",
+            choices=("k1", "k2", "k3")),
+    scale=Knob(str, "none", "none", "divide the advantages by the group's standard deviation "
+               "(Shao et al.) or not (Eq. 7)", choices=("none", "std")),
+    loss_norm=Knob(str, "sum", "sum", "over a completion's tokens: Eq. (8)'s sum, or another "
+                   "normalisation", choices=("sum", "sequence", "token", "constant")),
+    mu=Knob(int, 1, 1, "optimiser steps on the same completions (inner epochs)", positive=True),
+    mask_truncated=Knob(bool, False, False, "leave completions that were cut off out of the loss"),
+    weights=Knob(float, rewards.WEIGHTS, rewards.WEIGHTS,
+                 "lambda of format, accuracy, consistency in Eq. (3)"),
+    judge=Knob(str, "lexical", "lexical", "the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH, "
+               "hf:reference or openai:BASE_URL#MODEL"),
+    judge_sees=Knob(str, "cut", "cut", "the thought with letters and answer statements cut, or "
+                    "raw as printed", choices=("cut", "raw")),
+    judge_concurrency=Knob(int, 32, 32, "requests to an openai: judge at a time, per process",
+                           positive=True, may_change=True),
+    judge_timeout=Knob(float, 60.0, 60.0, "seconds a request to it may take; replies are kept in "
+                       "ROOT/replies.jsonl", positive=True, may_change=True),
+    judge_failures=Knob(float, 0.5, 0.5, "share of thoughts on which F failed past which the run "
+                        "saves and stops, over judge_window", may_change=True),
+    judge_window=Knob(int, 20, 20, "rollouts over which that share is taken", positive=True,
+                      may_change=True),
+    micro_tokens=Knob(int, 8192, 8192, "tokens per forward pass on one device: whole groups, each "
+                      "a prompt and its G completions", positive=True),
+    checkpointing=Knob(bool, False, True, "compute layers again in the backward pass, for memory; "
+                       "slower"),
+    lora=Knob(int, 16, 64, "rank of LoRA on the language model; 0 trains every parameter against "
+              "a frozen copy"),
+    max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk",
+                    positive=True),
+    max_steps=Knob(int, 0, 0, "stop after so many optimiser steps of the whole run's schedule, "
+                   "0 = at its end", may_change=True),
+    eval_every=Knob(int, 0, 0, "optimiser steps between evaluations on held-out questions, "
+                    "0 = never; nothing is selected by them", may_change=True),
+    eval_questions=Knob(int, 200, 200, "held-out questions per evaluation", may_change=True),
+    show_every=Knob(int, 10, 10, "optimiser steps between samples of completions in "
+                    "completions.jsonl, for eyes", may_change=True),
+    save_every=Knob(int, 0, 50, "optimiser steps between checkpoints, 0 = at the end alone",
+                    may_change=True),
+    resume=Knob(bool, False, False, "continue the run in --out from its last checkpoint",
+                may_change=True),
 )
 
 GOLD_ASKED = 32  # gold thoughts that F, if it is a model, is asked about before the first step

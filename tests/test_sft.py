@@ -135,11 +135,19 @@ def test_what_is_given_is_used(table):
     args = used(table, "--preset", "paper", "--lora", "0", "--weight_decay", "0.1", "--warmup", "0", "--save_every", "0",
                 "--data", "a.jsonl", "b.jsonl", "--seed", "3")
     assert (args.lora, args.weight_decay, args.warmup, args.save_every, args.seed) == (0, 0.1, 0, 0, 3)
-    assert list(args.data) == ["a.jsonl", "b.jsonl"] and args.lr == table["lr"][1] and args.resume is False
+    assert list(args.data) == ["a.jsonl", "b.jsonl"] and args.lr == table["lr"].paper and args.resume is False
     if "beta" in table:
         args = used(table, "--preset", "paper", "--beta", "0", "--weights", "0.8", "0.1", "0.1", "--mask_truncated")
         assert args.beta == 0 and tuple(args.weights) == (0.8, 0.1, 0.1) and args.mask_truncated is True
         assert tuple(used(table).weights) == pytest.approx((1 / 3, 1 / 3, 1 / 3)) and used(table).mask_truncated is False
+
+
+@pytest.mark.parametrize("table", [sft.KNOBS, grpo.KNOBS], ids=["sft", "grpo"])
+def test_a_flag_that_a_preset_has_on_can_be_switched_off(table):
+    """--checkpointing is on in the `paper` preset, off in `tiny`; either can be had in both."""
+    assert used(table, "--preset", "paper").checkpointing is True
+    assert used(table, "--preset", "paper", "--no-checkpointing").checkpointing is False
+    assert used(table, "--preset", "tiny", "--checkpointing").checkpointing is True
 
 
 @pytest.mark.parametrize("stage", [sft, grpo], ids=["sft", "grpo"])
@@ -204,8 +212,8 @@ def test_records_without_thoughts_are_counted_and_left_out(world, tmp_path, monk
 
 def test_the_base_is_made_of_phantoms_of_its_own():
     """None of its images is one of those drawn to train or test on, and it needs no thoughts of theirs."""
-    sft_images, labels, captions, records = sft.base_phantoms(0)
-    assert len(sft_images) == len(labels) == len(captions) == sft.BASE_IMAGES
+    sft_images, facts, records = sft.base_phantoms(0)
+    assert len(sft_images) == len(facts) == sft.BASE_IMAGES
     assert {r["task"] for r in records} == set(data.TASKS) and all(r["thought"] for r in records)
     for i in (0, 1, 2):
         rng = np.random.default_rng([0, i])
@@ -269,6 +277,22 @@ def test_training_on_from_the_folder_itself(world, tmp_path):
         assert (out / "model.safetensors").read_bytes() == weights
     else:
         assert (tmp_path / "sft.1" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_resumed_run_may_go_on_longer_but_not_otherwise(world, tmp_path):
+    """What the weights depend on is as it was, or the run is refused; how long it goes on, and
+    when it saves and is looked at, may change."""
+    flags = ["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--batch", "2",
+             "--out", str(tmp_path / "run")]
+    sft.main([*flags, "--max_steps", "1"])
+    for change in (["--lr", "0.5"], ["--seed", "1"], ["--checkpointing"], ["--only", "task=anomaly"]):
+        name = change[0].removeprefix("--")
+        with pytest.raises(data.DataError, match=f"the run to resume had --{name}"):
+            sft.main([*flags, "--max_steps", "2", "--resume", *change])
+    sft.main([*flags, "--max_steps", "2", "--resume", "--save_every", "1", "--eval_every", "2"])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert "held_out_accuracy" in json.loads(lines[1])
 
 
 def test_a_step_learns_and_micro_batches_change_nothing(world, tmp_path):
