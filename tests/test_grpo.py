@@ -374,7 +374,7 @@ def test_groups_without_spread_change_nothing_but_the_kl(world, monkeypatch, tmp
         n, acc = len(texts), torch.tensor([float(len(t) % 2) for t in texts])
         alike = torch.tensor([int(r["group"][-1]) % 2 == 0 for r in items])
         return torch.stack([torch.ones(n), torch.where(alike, 1.0, acc), torch.ones(n)])
-    for name, flags in (("all", []), ("some", ["--drop_no_spread"])):
+    for name, flags in (("all", ["--no-drop_no_spread"]), ("some", [])):
         gradients = []
         monkeypatch.setattr(M, "sum_gradients", lambda ps, into=gradients: into.append(
             torch.cat([p.grad.flatten() for p in ps if p.grad is not None])))
@@ -527,7 +527,8 @@ grpo.score, grpo.policy_loss = toy_score, watched
 common = ["--preset", "tiny", "--model", folder]
 sft.main([*common, "--data", jsonl, "--out", out + "/sft", "--batch", "6", "--micro_batch", "2", "--max_steps", "2"])
 grpo.main([*common, "--data", jsonl, "--out", out + "/grpo", "--batch", "12", "--G", "4", "--micro_tokens", "1",
-           "--max_new_tokens", "5", "--mu", "2", "--max_steps", "2", "--lr", "0.01", "--warmup", "1", "--beta", "1"])
+           "--max_new_tokens", "5", "--mu", "2", "--max_steps", "2", "--lr", "0.01", "--warmup", "1", "--beta", "1",
+           "--no-drop_no_spread"])
 torch.save(kept[len(kept) // 2:], f"{out}/loss-{rank}.pt")
 
 # 3. A run in which the second rank finds its image missing, while the first waits for its gradients.

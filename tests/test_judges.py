@@ -431,7 +431,8 @@ def think(world, monkeypatch):
 
 def train(world, root, spec, *flags):
     grpo.main(["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--root", str(root), "--judge", spec,
-               "--batch", "16", "--G", "4", "--max_new_tokens", "4", "--judge_timeout", "0.4", "--epochs", "4", *flags])
+               "--batch", "16", "--G", "4", "--max_new_tokens", "4", "--judge_timeout", "0.4", "--epochs", "4",
+               "--no-drop_no_spread", *flags])
     return [json.loads(line) for line in (Path(root) / "grpo" / "metrics.jsonl").read_text().splitlines()]
 
 
