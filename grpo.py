@@ -25,7 +25,6 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 import torch
@@ -36,7 +35,7 @@ import eval as evaluation
 import model as M
 import rewards
 from data import DataError
-from judge import failures, make_judge, parse_spec
+from judge import daemon_threads, failures, make_judge, parse_spec
 from rewards import parse_completion, total_reward, visible_thought
 from sft import (
     Knob,
@@ -528,7 +527,7 @@ def main(argv=None):
     start = load_state(args, policy, optimizer, rank) if args.resume else 0
     end = math.ceil(min(steps, args.max_steps or steps) / args.mu) * args.mu  # whole rollouts
     generator = torch.Generator(device)
-    threads = ThreadPool(asked)  # in which F is asked; daemons: Ctrl-C doesn't wait for a server
+    threads = daemon_threads(asked)  # in which F is asked
     failed = deque(maxlen=args.judge_window)  # the share of thoughts on which F failed
 
     bar = tqdm(range(start, end, args.mu), initial=start // args.mu, total=end // args.mu,

@@ -21,6 +21,7 @@ proxies, redirects, streaming.
 """
 
 import argparse
+import atexit
 import base64
 import contextlib
 import io
@@ -197,6 +198,13 @@ SPENT = ("calls", "prompt_tokens", "completion_tokens")  # in a Counter that has
 counting = threading.Lock()  # a Counter's update takes several steps
 
 
+def daemon_threads(size):
+    """A pool of threads that Ctrl-C doesn't wait for, and that is gone before Python is."""
+    threads = ThreadPool(size)
+    atexit.register(threads.terminate)
+    return threads
+
+
 def failures(usage):
     """Why requests failed, in words."""
     whys = [f"{why} ({n} times)" for why, n in usage.most_common() if why not in SPENT]
@@ -266,7 +274,7 @@ class Server:
         self.url = f"{url.rstrip('/')}/chat/completions"
         self.knobs = dict(model=model, temperature=0, max_tokens=max_tokens)
         # Requests run in threads that can be given up: a socket's limit begins anew with each byte.
-        self.threads = ThreadPool(concurrency)
+        self.threads = daemon_threads(concurrency)
 
     def ask(self, content, read):
         """A user's message -> read(the reply), or nan where none came."""
@@ -323,7 +331,7 @@ def openai_evaluator(server, concurrency):
         letters = LETTERS[:len(pair[1]["options"])]
         return server.ask(judge_prompt(*pair), partial(read_letter, letters))
 
-    threads = ThreadPool(concurrency)  # shared by all groups that grpo.py asks about at a time
+    threads = daemon_threads(concurrency)  # shared by all groups that grpo.py asks about at a time
     return partial(threads.map, ask, chunksize=1)
 
 
@@ -529,7 +537,7 @@ def annotate(args):
     write = make_annotator(args.writer, usage["writer"], replies, *limits)
     judge = make_judge(args.judge, cache=replies.file, timeout=args.timeout,
                        concurrency=args.concurrency)
-    threads = ThreadPool(args.concurrency)
+    threads = daemon_threads(args.concurrency)
 
     def each(call, todo, what):
         return list(tqdm(threads.imap(call, todo), desc=what, total=len(todo)))
