@@ -119,7 +119,8 @@ def ours(a):
     network, M.load, grpo.log = None, loading, logging
     M.save = grpo.save_state = lambda *args, **kwargs: None
     grpo.main(["--model", a.folder, "--data", f"{a.folder}/records.jsonl", "--out", f"{a.folder}/run-{os.getpid()}", "--preset",
-               "tiny", "--no-drop_no_spread", "--batch", str(a.questions * a.G), "--G", str(a.G), "--max_new_tokens", str(a.tokens), "--beta", "0.04",
+               "tiny", "--no-drop_no_spread",
+               "--batch", str(a.questions * a.G), "--G", str(a.G), "--max_new_tokens", str(a.tokens), "--beta", "0.04",
                "--lora", str(a.lora), "--lr", "1e-5", "--epochs", "1", "--micro_tokens", str(a.micro_tokens),
                "--show_every", "100", *["--checkpointing"] * a.checkpointing])
     kept = [figures for _, figures in ends][a.warmup:]
