@@ -40,6 +40,7 @@ from rewards import parse_completion, total_reward, visible_thought
 from sft import (
     Knob,
     epoch_order,
+    held_out_accuracy,
     held_out_questions,
     knobs,
     load_state,
@@ -473,14 +474,6 @@ def figures_of(texts, ended, scores, R, sampled, trained, logp, sums, args):
     return figures
 
 
-def held_out_accuracy(policy, processor, records, judge, args):
-    """Greedy accuracy on this process's share of the held-out questions, over all processes."""
-    rows = evaluation.evaluate(policy, processor, records, judge,
-                               max_new_tokens=args.max_new_tokens, progress=False)
-    right = M.sum_over_ranks(sum(row["acc"] for row in rows))
-    return right / max(1, M.sum_over_ranks(len(rows)))
-
-
 def show(folder, step, records, texts, rewards):
     """Append some groups to completions.jsonl, for eyes. rewards (n, G, 4): fmt, acc, con, R."""
     with open(os.path.join(folder, "completions.jsonl"), "a") as f:
@@ -580,8 +573,8 @@ def main(argv=None):
         failure = sum(failed) / len(failed)
         stop = len(failed) == args.judge_window and failure > args.judge_failures
         if passes(step, args.mu, args.eval_every):
-            figures["held_out_accuracy"] = held_out_accuracy(policy, processor,
-                                                             held_out[rank::world], judge, args)
+            figures["held_out_accuracy"] = held_out_accuracy(
+                policy, processor, held_out[rank::world], judge, args.max_new_tokens)
         bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("reward", "accuracy", "kl")})
         if rank == 0:
             sampled = figures["length"] * asked * args.G

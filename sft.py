@@ -594,13 +594,12 @@ def with_thoughts(records, rank):
     return usable
 
 
-def held_out_accuracy(policy, processor, records, args):
+def held_out_accuracy(policy, processor, records, judge, max_new_tokens):
     """Greedy accuracy on this process's share of the held-out questions, over all processes."""
-    limit = 80 if args.preset == "tiny" else 512  # tokens
-    rows = evaluation.evaluate(policy, processor, records, make_judge(), max_new_tokens=limit,
+    rows = evaluation.evaluate(policy, processor, records, judge, max_new_tokens=max_new_tokens,
                                progress=False)
     right = M.sum_over_ranks(sum(row["acc"] for row in rows))
-    return right / M.sum_over_ranks(len(rows))
+    return right / max(1, M.sum_over_ranks(len(rows)))
 
 
 def main(argv=None):
@@ -664,7 +663,9 @@ def main(argv=None):
         figures = dict(loss=M.sum_over_ranks(loss_sum), lr=lr, grad_norm=norm, tokens=int(total),
                        seconds=time.perf_counter() - began)
         if args.eval_every and done % args.eval_every == 0:
-            figures["held_out_accuracy"] = held_out_accuracy(policy, processor, held_out, args)
+            limit = 80 if args.preset == "tiny" else 512  # tokens
+            figures["held_out_accuracy"] = held_out_accuracy(policy, processor, held_out,
+                                                             make_judge(), limit)
         bar.set_postfix(loss=f"{figures['loss']:.3f}")
         if rank == 0:
             log(args.out, step=done, **figures)
