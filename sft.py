@@ -45,31 +45,19 @@ class Knob(NamedTuple):
     may_change: bool = False  # when a run is resumed
 
 
-# The values of `paper` are those of the paper's section 4.1, where it gives them.
-KNOBS = dict(
-    model=Knob(str, None, None, "folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL "
-               "(default: ROOT/tiny-base, made here)", may_change=True),
+# The knobs of both stages.
+SHARED = dict(
     data=Knob(str, (), (), "files of records, .jsonl or Med-R1's .json "
-              "(default: ROOT/phantoms, drawn here)", may_change=True),
+              "(default: ROOT/phantoms, which sft.py draws)", may_change=True),
     only=Knob(str, (), (), "train on records with KEY=VALUE, say modality=CT task=anatomy"),
     thinking=Knob(str, "before", "before", "where the thought is, before or after the answer, "
                   "or none (Med-R1)", choices=tuple(rewards.INSTRUCTIONS)),
     root=Knob(str, "out", "out", "folder under which everything is written", may_change=True),
-    out=Knob(str, None, None, "folder of this run (default: ROOT/sft)", may_change=True),
-    seed=Knob(int, 0, 0, "seed of phantoms, base, LoRA and the order of the questions"),
-    images=Knob(int, 1400, 1400, "phantoms to draw, 70 %% of them to train on"),
-    thoughts=Knob(int, 60, 60, "train images that have chains of thought, others answers alone"),
-    epochs=Knob(float, 18.0, 2.0, "passes over the questions that have a thought", positive=True),
-    batch=Knob(int, 32, 64, "questions per optimiser step over all processes", positive=True),
-    micro_batch=Knob(int, 32, 8, "questions per forward pass on one device; memory, not the "
-                     "result, depends on it", positive=True),
-    checkpointing=Knob(bool, False, True, "compute layers again in the backward pass; less "
-                       "memory, more time"),
-    lr=Knob(float, 1e-3, 1e-4, "peak learning rate of AdamW", positive=True),
-    warmup=Knob(float, 0.03, 0.03, "share of the steps in which lr rises; a cosine to 0 follows"),
+    seed=Knob(int, 0, 0, "of phantoms, base, LoRA, the order of the questions and the sampling"),
     weight_decay=Knob(float, 0.0, 0.0, "AdamW's decoupled weight decay"),
     clip=Knob(float, 1.0, 1.0, "gradient norm above which the gradient is scaled down"),
-    lora=Knob(int, 0, 64, "rank of LoRA on the language model; 0 trains every parameter"),
+    checkpointing=Knob(bool, False, True, "compute layers again in the backward pass; less "
+                       "memory, more time"),
     max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk",
                     positive=True),
     max_steps=Knob(int, 0, 0, "optimiser steps after which to stop, 0 = as many as epochs say; "
@@ -77,11 +65,26 @@ KNOBS = dict(
     eval_every=Knob(int, 0, 0, "optimiser steps between evaluations on held-out questions, "
                     "0 = never; nothing is selected by them", may_change=True),
     eval_questions=Knob(int, 200, 200, "held-out questions per evaluation", may_change=True),
-    save_every=Knob(int, 0, 200, "optimiser steps between checkpoints, 0 = at the end alone",
-                    may_change=True),
     resume=Knob(bool, False, False, "continue the run in --out from its last checkpoint",
                 may_change=True),
 )
+# The values of `paper` are those of the paper's section 4.1, where it gives them.
+KNOBS = dict(
+    model=Knob(str, None, None, "folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL "
+               "(default: ROOT/tiny-base, made here)", may_change=True),
+    out=Knob(str, None, None, "folder of this run (default: ROOT/sft)", may_change=True),
+    images=Knob(int, 2000, 2000, "phantoms to draw, 70 %% of them to train on"),
+    thoughts=Knob(int, 60, 60, "train images that have chains of thought, others answers alone"),
+    epochs=Knob(float, 40.0, 2.0, "passes over the questions that have a thought", positive=True),
+    batch=Knob(int, 32, 64, "questions per optimiser step over all processes", positive=True),
+    micro_batch=Knob(int, 32, 8, "questions per forward pass on one device; memory, not the "
+                     "result, depends on it", positive=True),
+    lr=Knob(float, 1e-3, 1e-4, "peak learning rate of AdamW", positive=True),
+    warmup=Knob(float, 0.03, 0.03, "share of the steps in which lr rises; a cosine to 0 follows"),
+    lora=Knob(int, 0, 64, "rank of LoRA on the language model; 0 trains every parameter"),
+    save_every=Knob(int, 0, 200, "optimiser steps between checkpoints, 0 = at the end alone",
+                    may_change=True),
+    **SHARED)
 
 # ---- knobs and runs, for both stages -------------------------------------------------------------
 

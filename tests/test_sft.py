@@ -137,9 +137,9 @@ def test_what_is_given_is_used(table):
     assert (args.lora, args.weight_decay, args.warmup, args.save_every, args.seed) == (0, 0.1, 0, 0, 3)
     assert list(args.data) == ["a.jsonl", "b.jsonl"] and args.lr == table["lr"].paper and args.resume is False
     if "beta" in table:
-        args = used(table, "--preset", "paper", "--beta", "0", "--weights", "0.8", "0.1", "0.1", "--mask_truncated")
-        assert args.beta == 0 and tuple(args.weights) == (0.8, 0.1, 0.1) and args.mask_truncated is True
-        assert tuple(used(table).weights) == pytest.approx((1 / 3, 1 / 3, 1 / 3)) and used(table).mask_truncated is False
+        args = used(table, "--preset", "paper", "--beta", "0", "--weights", "0.8", "0.1", "0.1", "--drop_no_spread")
+        assert args.beta == 0 and tuple(args.weights) == (0.8, 0.1, 0.1) and args.drop_no_spread is True
+        assert tuple(used(table).weights) == pytest.approx((1 / 3, 1 / 3, 1 / 3)) and used(table).drop_no_spread is True
 
 
 @pytest.mark.parametrize("table", [sft.KNOBS, grpo.KNOBS], ids=["sft", "grpo"])
