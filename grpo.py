@@ -253,44 +253,27 @@ class Groups(NamedTuple):
         return Groups(M.rows_of(self.batch, rows), *(x[rows] for x in self[1:]))
 
 
-def rollout(policy, processor, records, scoring, generator, args):
+def rollout(policy, processor, records, generator, args):
     """Eq. (2): G completions for each of N questions, from the current policy -> Groups, texts
-    (N lists of G), ended (N, G) bool: not cut off. Scoring begins while others are still sampled."""
+    (N lists of G), ended (N, G) bool: not cut off."""
     batch = M.encode(processor, records, generator.device)
     if args.lora:  # the vision tower is frozen: it serves sampling, reference and update at once
         batch = M.with_image_features(policy, batch)
     tokens, mask = M.sample(policy, batch, group_size=args.G, max_new_tokens=args.max_new_tokens,
-                            temperature=args.temperature, top_p=args.top_p, generator=generator,
-                            when_done=scoring.group_ended if scoring.early else None)
+                            temperature=args.temperature, top_p=args.top_p, generator=generator)
     texts = M.decode(processor, tokens, mask)
     ended = M.finished(batch, tokens, mask)                                                # (N, G)
     counted = mask & ended[..., None] if args.mask_truncated else mask                     # (N, G, T)
     return Groups(batch, tokens, mask, counted), texts, ended
 
 
-class Scoring:
-    """The rewards of a rollout, computed in threads: F works while the device does something else."""
-
-    def __init__(self, judge, threads, records, processor, G):
-        self.judge, self.threads, self.processor = judge, threads, processor
-        self.records, self.G, self.early, self.parts = records, G, judge.early, {}
-
-    def group_ended(self, n, tokens, mask):
-        """A server is asked about question n's group (1, G, ..) as soon as it is complete."""
-        texts = M.decode(self.processor, tokens, mask)[0]
-        self.parts[n] = self.threads.apply_async(score, (texts, [self.records[n]] * self.G, self.judge))
-
-    def all_ended(self, texts):
-        """Any other F is asked about all groups at once."""
-        if not self.early:
-            items = [record for record in self.records for _ in range(self.G)]
-            flat = [text for group in texts for text in group]
-            self.parts[0] = self.threads.apply_async(score, (flat, items, self.judge))
-
-    def wait(self):
-        """-> fmt, acc, con, each (N, G) float32; con is nan where F failed."""
-        scores = torch.cat([self.parts[n].get() for n in sorted(self.parts)], 1)           # (3, N*G)
-        return scores.view(3, len(self.records), self.G)
+def score_groups(texts, records, judge):
+    """Eqs. (4) to (6) for N lists of G texts and their N records -> fmt, acc, con, each (N, G)
+    float32; con is nan where F failed."""
+    G = len(texts[0])
+    items = [record for record in records for _ in range(G)]
+    scores = score(sum(texts, []), items, judge)                                           # (3, N*G)
+    return scores.view(3, len(records), G)
 
 
 def score(texts, items, judge):
@@ -520,7 +503,7 @@ def main(argv=None):
     start = load_state(args, policy, optimizer, rank) if args.resume else 0
     end = math.ceil(min(steps, args.max_steps or steps) / args.mu) * args.mu  # whole rollouts
     generator = torch.Generator(device)
-    threads = daemon_threads(asked)  # in which F is asked
+    threads = daemon_threads(1)  # in which F is asked
     failed = deque(maxlen=args.judge_window)  # the share of thoughts on which F failed
 
     bar = tqdm(range(start, end, args.mu), initial=start // args.mu, total=end // args.mu,
@@ -533,18 +516,17 @@ def main(argv=None):
         order = epoch_order(len(records), epoch, args.seed)[place * asked:][:asked]
         mine = [records[i] for i in order[rank::world]]
         generator.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)  # a resumed run's too
-        scoring = Scoring(judge, threads, mine, processor, args.G)
-        groups, texts, ended = rollout(policy, processor, mine, scoring, generator, args)
+        groups, texts, ended = rollout(policy, processor, mine, generator, args)
         clock.tick("rollout")
 
         # log pi_SFT of the sampled tokens. Meanwhile F reads: Eqs. (4) to (6).
-        scoring.all_ended(texts)
+        scoring = threads.apply_async(score_groups, (texts, mine, judge))
         if not args.drop_no_spread:
             ref_logp = reference_logprobs(policy, sft_copy, groups, args)                  # (N, G, T)
         clock.tick("reference")
 
         # Eq. (3): the rewards. Eq. (7): the advantages.
-        fmt, acc, con = scores = scoring.wait()                                            # (N, G)
+        fmt, acc, con = scores = scoring.get()                                             # (N, G)
         R = total_reward(fmt, acc, without_failures(con), args.weights)                    # (N, G)
         A = group_advantages(R, args.scale)                                                # (N, G)
         clock.tick("judge")
