@@ -331,7 +331,7 @@ def openai_evaluator(server, concurrency):
         letters = LETTERS[:len(pair[1]["options"])]
         return server.ask(judge_prompt(*pair), partial(read_letter, letters))
 
-    threads = daemon_threads(concurrency)  # shared by all groups that grpo.py asks about at a time
+    threads = daemon_threads(concurrency)
     return partial(threads.map, ask, chunksize=1)
 
 
@@ -343,8 +343,7 @@ def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cach
     items: their records (`options` and `question` are read). sees: "cut", F reads what
     `rewards.visible_thought` leaves; "raw", the thought whole, as the paper prints it. nan comes
     from openai: alone. DataError for an unknown spec or `sees` and a model that can't be loaded.
-    judge.usage: a server's calls, tokens and failures. judge.early: F runs elsewhere, so it may be
-    asked about one group while others are sampled.
+    judge.usage: a server's calls, tokens and failures.
 
     openai: at most `concurrency` requests at a time, each of at most `timeout` s; cache: the file
     of its replies (hf: keeps none: a folder's weights may change). reference: see `hf_evaluator`.
@@ -371,7 +370,7 @@ def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cach
                 pairs[text, id(item)] = text, item
         verdicts = dict(zip(pairs, ask(list(pairs.values())), strict=True))
         return [verdicts.get(key) for key in keys]
-    judge.usage, judge.early = usage, kind == "openai"
+    judge.usage = usage
     return judge
 
 

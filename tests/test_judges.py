@@ -451,23 +451,21 @@ def test_a_run_beside_a_failing_server(serve, world, monkeypatch, tmp_path):
     its consistency part without the failures; verdicts that came are those of a sound server; the share is logged."""
     think(world, monkeypatch)
     monkeypatch.setattr(J, "TRIES", 1)
-    seen, asked, steps, score, loss, encode = [], {}, [], rewards.score, grpo.policy_loss, M.encode
+    seen, asked, score, loss = [], [], rewards.score, grpo.policy_loss
     sound = J.make_judge()
 
     def scored(texts, items, judge):
         rows = score(texts, items, judge)
-        if steps:  # else the gold answers
-            assert len({item["id"] for item in items}) == 1 and len(items) == 4  # F is asked about a group at a time
-            asked[len(steps), items[0]["id"]] = rows, sound([row["thought"] for row in rows], items)
+        asked.append((rows, sound([row["thought"] for row in rows], items)))
         return rows
     monkeypatch.setattr(rewards, "score", scored)
-    monkeypatch.setattr(M, "encode", lambda processor, mine, *args: steps.append(mine) or encode(processor, mine, *args))
     monkeypatch.setattr(grpo, "policy_loss", lambda *args, **kw: seen.append(args[3]) or loss(*args, **kw))
     lines = train(world, tmp_path, serve(fault=some(None)).spec, "--max_steps", "3")
+    assert len(asked) == 5  # twice about the gold answers, once per rollout
+    asked = asked[2:]
     assert len(lines) == 3 and len(seen) == 3
     failures = 0
-    for k, (line, A, mine) in enumerate(zip(lines, seen, steps, strict=True)):
-        rows, expected = (sum(part, []) for part in zip(*(asked[k + 1, r["id"]] for r in mine), strict=True))
+    for line, A, (rows, expected) in zip(lines, seen, asked, strict=True):
         assert len(rows) == 16 and all(r["verdict"] == e for r, e in zip(rows, expected, strict=True)
                                        if r["verdict"] == r["verdict"])
         con = by_hand([(r["given"], r["verdict"]) for r in rows])
@@ -523,35 +521,6 @@ def test_a_repeated_run_asks_nothing_and_the_wait_is_logged(serve, world, monkey
     assert same[0] == same[1]
 
 
-def test_f_is_asked_about_a_group_while_others_are_sampled(serve, world, monkeypatch, tmp_path):
-    """The first group to end is asked about before the last token of the others is drawn; each group once, with its own."""
-    think(world, monkeypatch)
-    server, draw, sample, seen = serve(), M.draw, M.sample, []
-
-    def drawn(*args):
-        y = draw(*args)
-        if len(seen) < 3:
-            y[:] = world.processor.tokenizer.convert_tokens_to_ids("a")  # nothing ends in the first three tokens
-        if len(seen) == 3:
-            y[:4] = world.processor.tokenizer.eos_token_id  # then the first group does
-        if len(seen) == 6:
-            time.sleep(0.5)
-        seen.append(len(server.calls))
-        return y
-
-    def sampled(*args, when_done, **kwargs):
-        def watched(n, y, m):
-            ended.append((n, len(seen), m.sum(-1).tolist()))
-            when_done(n, y, m)
-        return sample(*args, **kwargs, when_done=watched)
-    ended = []
-    monkeypatch.setattr(M, "draw", drawn)
-    monkeypatch.setattr(M, "sample", sampled)
-    train(world, tmp_path, server.spec, "--max_steps", "1", "--max_new_tokens", "12")
-    assert sorted(n for n, _, _ in ended) == [0, 1, 2, 3] and ended[0] == (0, 4, [[4] * 4]) and ended[-1][1] == len(seen) > 8
-    assert seen[7] > seen[3]  # requests came in while tokens were drawn
-
-
 @pytest.mark.parametrize("lora", ["0", "2"])
 def test_the_reference_as_f(lora, world, monkeypatch, tmp_path):
     """--judge hf:reference: F is pi_SFT, not the policy in training, with LoRA (the adapter off) as with a frozen copy."""
@@ -564,7 +533,7 @@ def test_the_reference_as_f(lora, world, monkeypatch, tmp_path):
         def both(thoughts, items):
             kept.append((thoughts, items, judge(thoughts, items)))
             return kept[-1][2]
-        both.usage, both.early = judge.usage, judge.early
+        both.usage = judge.usage
         return both
     monkeypatch.setattr(grpo, "make_judge", watched)
     lines = train(world, tmp_path, "hf:reference", "--max_steps", "3", "--lora", lora, "--lr", "0.01", "--warmup", "1")
