@@ -461,8 +461,8 @@ def test_a_run_beside_a_failing_server(serve, world, monkeypatch, tmp_path):
     monkeypatch.setattr(rewards, "score", scored)
     monkeypatch.setattr(grpo, "policy_loss", lambda *args, **kw: seen.append(args[3]) or loss(*args, **kw))
     lines = train(world, tmp_path, serve(fault=some(None)).spec, "--max_steps", "3")
-    assert len(asked) == 5  # twice about the gold answers, once per rollout
-    asked = asked[2:]
+    assert len(asked) == 4  # about the gold answers, and once per rollout
+    asked = asked[1:]
     assert len(lines) == 3 and len(seen) == 3
     failures = 0
     for line, A, (rows, expected) in zip(lines, seen, asked, strict=True):
@@ -478,13 +478,14 @@ def test_a_run_beside_a_failing_server(serve, world, monkeypatch, tmp_path):
 
 
 def test_f_gone_for_good_saves_and_stops(serve, world, monkeypatch, tmp_path, capsys):
-    """Past --judge_failures over --judge_window rollouts the run saves and ends with one sentence and exit code 2, and can be
+    """Past --judge_failures over JUDGE_WINDOW rollouts the run saves and ends with one sentence and exit code 2, and can be
     resumed; if F never answered it ends before the first step, and nothing is written."""
     think(world, monkeypatch)
     monkeypatch.setattr(J, "TRIES", 1)
     monkeypatch.setattr(grpo, "GOLD_ASKED", 8)
+    monkeypatch.setattr(grpo, "JUDGE_WINDOW", 2)
     server = serve(fault=lambda prompt, n: "500" if len(server.calls) > 24 else None)
-    flags = ("--judge_window", "2", "--judge_failures", "0.7")
+    flags = ("--judge_failures", "0.7")
     with pytest.raises(SystemExit) as stopped:
         data.cli(lambda: train(world, tmp_path, server.spec, *flags, "--epochs", "10"))
     said = capsys.readouterr().err.strip().splitlines()[-1]
