@@ -224,15 +224,16 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Evaluation</title>
 <style>
   body { font: 15px/1.45 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
-  p { margin: .3em 0 }
+  p { margin: .3em 0; overflow-wrap: anywhere }
+  table { margin: 1em 0 }
   th, td { padding: 2px 9px; text-align: right }
   th:first-child, td:first-child { min-width: 8em; text-align: left; overflow-wrap: anywhere }
   section { display: flex; gap: 1.2em; border-top: 1px solid #ccc; padding: 1em 0 }
-  section div { flex: 1; min-width: 0; overflow-wrap: anywhere }
+  section div { flex: 1; min-width: 0 }
   img { width: 160px; height: max-content }
   .yes { color: #176b2c }
   .no { color: #b3261e }
-  .what { color: #666; font-size: 13px; overflow-wrap: anywhere }
+  .what { color: #666; font-size: 13px }
   .raw { white-space: pre-wrap }
 </style>
 
@@ -275,9 +276,9 @@ PAGE = """<!doctype html>
 
 
 def page(results, rows, what):
-    """The self-contained HTML page -> str. Shown are questions that the last name answers wrong,
-    then right, beside the answers of all names that were asked the same, each by its first
-    checkpoint and seed. Whatever a model or a file says is escaped."""
+    """The self-contained HTML page -> str. results: {name: entry}, rows: {name: its rows}. Shown
+    are questions that the last name answers wrong, then right, beside all names' answers to them,
+    by the first checkpoint and seed of each. Whatever a model or a file says is escaped."""
     import jinja2  # comes with torch
 
     first = {}
@@ -289,9 +290,8 @@ def page(results, rows, what):
     right = [question for question in shuffled if last[question]["acc"]]
     shown = []
     for question in wrong[:SHOWN] + right[:SHOWN]:
-        image = data_url(last[question], THUMBNAIL)
         answers = [(name, first[name][question]) for name in first if question in first[name]]
-        shown.append((image, last[question], answers))
+        shown.append((data_url(last[question], THUMBNAIL), last[question], answers))
     template = jinja2.Template(PAGE, autoescape=True, undefined=jinja2.StrictUndefined)
     return template.render(what=what, tables=tables(results), shown=shown,
                            remarks=remarks(results, rows), letters=data.LETTERS)
