@@ -1,18 +1,21 @@
-"""Tables 1-3: accuracy by task, format and consistency rates, and a report that a person looks at.
+"""Tables 1-3: accuracy by task, format and consistency rates, and a page that a person looks at.
 
 Every question of the test split is answered once (greedy; with --temperature once per seed), then
 scored by the code that gives the rewards: rewards.score, with an F of judge.py. Written beside the
 checkpoints are:
 
     results.json              figures as fractions; checkpoints evaluated earlier stay in it
-    report.md, eval.html      the tables; the page also shows some questions with image, thought
-                              and answer
+    report.md, eval.html      the tables; on the page also some questions with image and answers
     completions-NAME.jsonl    every completion with its scores
 
     python eval.py --ckpt out/tiny-base out/sft out/grpo         # on out/phantoms
     python eval.py --ckpt out/grpo --temperature 1 --seeds 0 1 2 # mean and deviation over seeds
     python eval.py --ckpt SFT=out/sft,out1/sft GRPO=out/grpo,out1/grpo    # over checkpoints
     python eval.py --ckpt out/grpo --image scan.png --question "What is this?" --options MRI CT
+
+The columns are named by task. Those of the paper's Table 1 are anatomy ("Anatomy ID." there),
+anomaly ("Anomaly Det."), location ("Lesion Loc."), modality ("Modality Class.") and pathology
+("Pathology Char."); other tasks, say Med-R1's, follow.
 
 Left out on purpose: partial credit, majority votes, significance tests, several processes. Greedy
 results do not depend on --batch except for rounding; those at a temperature do, since a batch
@@ -24,7 +27,7 @@ import math
 import os
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from statistics import fmean, stdev
 
 import torch
@@ -33,57 +36,41 @@ from tqdm import tqdm
 import data
 import model as M
 import rewards
-from data import DataError, expect
+from data import expect
 from judge import data_url, make_judge
 
-# What argparse takes for each, and `least`: the smallest number that makes sense.
-KNOBS = dict(
-    ckpt=dict(nargs="+", default=["out/grpo"],
-              help="checkpoints to evaluate: folders, names on the hub, or NAME=A,B,..: one line "
-              "of the tables, mean and standard deviation over A, B, .. [out/grpo]"),
+KNOBS = dict(  # the flags, as argparse takes them
+    ckpt=dict(nargs="+", default=["out/grpo"], help="checkpoints, folders or names on the hub, or "
+              "NAME=A,B,..: one row with mean and standard deviation over A, B, .. [out/grpo]"),
     data=dict(nargs="+", default=[], help="files of records, .jsonl or Med-R1's .json (default: "
               "phantoms/phantoms.jsonl beside each checkpoint)"),
-    split=dict(choices=data.SPLITS, default="test",
-               help="which records of these files [%(default)s]"),
-    only=dict(nargs="+", default=[],
-              help="of them those with KEY=VALUE, say modality=CT task=anatomy"),
-    thinking=dict(choices=list(rewards.INSTRUCTIONS), default="before", help="where the "
-                  "completion has its thought: before the answer, after it, or none [%(default)s]"),
-    questions=dict(type=int, least=0, default=0, help="evaluate the first so many of a fixed "
-                   "shuffled order of the records, 0 = all [%(default)s]"),
-    batch=dict(type=int, least=1, default=64, help="questions sampled at a time; greedy, memory "
-               "and speed, not the result, depend on it [%(default)s]"),
-    max_new_tokens=dict(type=int, least=0, default=0, help="tokens at which a completion is cut "
-                        "off, 0 = 80 for a tiny checkpoint, else 512 [%(default)s]"),
-    max_pixels=dict(type=int, least=1, default=M.MAX_PIXELS,
+    split=dict(choices=data.SPLITS, default="test", help="which of their records [%(default)s]"),
+    only=dict(nargs="+", default=[], help="KEY=VALUE they have, say modality=CT task=anatomy"),
+    questions=dict(type=int, default=0, help="so many of them, the same each time, 0 = all [0]"),
+    thinking=dict(choices=list(rewards.INSTRUCTIONS), default="before",
+                  help="where the thought stands, or none [%(default)s]"),
+    temperature=dict(type=float, default=0.0, help="of the sampling, 0 = greedy [%(default)s]"),
+    seeds=dict(nargs="+", type=int, default=[0], help="at a temperature every question is "
+               "answered once for each: mean and standard deviation over them [0]"),
+    batch=dict(type=int, default=64, help="questions sampled at a time [%(default)s]"),
+    max_new_tokens=dict(type=int, default=0, help="tokens at which a completion is cut off, "
+                        "0 = 80 for a tiny checkpoint, else 512 [%(default)s]"),
+    max_pixels=dict(type=int, default=M.MAX_PIXELS,
                     help="pixels above which an image is shrunk [%(default)s]"),
-    temperature=dict(type=float, least=0, default=0.0,
-                     help="of the sampling, 0 = greedy [%(default)s]"),
-    seeds=dict(nargs="+", type=int, default=[0], help="answer every question once for each: mean "
-               "and standard deviation over them (needs a temperature) [0]"),
     judge=dict(default="lexical", help="the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH or "
-               "openai:BASE_URL#MODEL [%(default)s]"),
+               "openai:BASE_URL#MODEL, whose replies are kept in OUT/replies.jsonl [%(default)s]"),
     judge_sees=dict(choices=["cut", "raw"], default="cut", help="the thought with letters and "
                     "answer statements cut, or raw as printed [%(default)s]"),
-    judge_concurrency=dict(type=int, least=1, default=32, help="requests to an openai: judge at a "
-                           "time; replies are kept in OUT/replies.jsonl [%(default)s]"),
-    judge_timeout=dict(type=float, least=0.1, default=60.0,
-                       help="seconds a request to it may take [%(default)s]"),
     out=dict(help="folder of the results (default: that in which the first checkpoint lies)"),
-    image=dict(help="answer one question about this image file instead: print thought and answer"),
+    image=dict(help="answer one question about this image file instead"),
     question=dict(help="that question"),
     options=dict(nargs="+", default=[], help="its options, 2 to 6 texts"),
 )
-# Table 1's columns. Other tasks (Med-R1's) get columns under their own names.
-COLUMNS = dict(anatomy="Anatomy ID.", anomaly="Anomaly Det.", location="Lesion Loc.",
-               modality="Modality Class.", pathology="Pathology Char.")
-PAGE_QUESTIONS = 40  # on the page, half of them answered wrong by the last checkpoint
-THUMBNAIL = 224      # px, longer side of an image on the page
-COMMON = 8           # different answers per task whose shares are told
-
+LEAST = dict(questions=0, temperature=0, batch=1, max_new_tokens=0, max_pixels=1)
+SHOWN = 20       # on the page, questions answered wrong at most, and as many answered right
+THUMBNAIL = 224  # px, longer side of an image on the page
 
 # ---- the measurement -----------------------------------------------------------------------------
-
 
 def evaluate(policy, processor, records, judge, *, max_new_tokens, temperature=0.0, seed=0,
              batch=64, progress="eval"):
@@ -96,138 +83,100 @@ def evaluate(policy, processor, records, judge, *, max_new_tokens, temperature=0
     device = next(policy.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     rows = []
-    with tqdm(total=len(records), desc=progress, unit="question", disable=not progress) as bar:
-        for first in range(0, len(records), batch):
-            items = records[first:first + batch]
-            inputs = M.encode(processor, items, device)
-            tokens, mask = M.sample(
-                policy, inputs, group_size=1, max_new_tokens=max_new_tokens,
-                temperature=temperature, generator=generator)       # (n, 1, T)
-            texts = [group[0] for group in M.decode(processor, tokens, mask)]
-            ended = M.finished(inputs, tokens, mask)[:, 0].tolist()  # n
-            scored = rewards.score(texts, items, judge)
-            for item, row, end in zip(items, scored, ended, strict=True):
-                rows.append(row | dict(path=item["path"], seed=seed, cut_off=not end))
-            bar.update(len(items))
+    starts = range(0, len(records), batch)
+    for start in tqdm(starts, desc=progress, unit="batch", disable=not progress):
+        items = records[start:start + batch]
+        inputs = M.encode(processor, items, device)
+        tokens, mask = M.sample(policy, inputs, group_size=1, max_new_tokens=max_new_tokens,
+                                temperature=temperature, generator=generator)  # (n, 1, T)
+        texts = [group[0] for group in M.decode(processor, tokens, mask)]
+        ended = M.finished(inputs, tokens, mask)[:, 0].tolist()                # n
+        scored = rewards.score(texts, items, judge)
+        for item, row, end in zip(items, scored, ended, strict=True):
+            rows.append(row | dict(path=item["path"], seed=seed, cut_off=not end))
     return rows
 
 
-def is_nan(value):
-    """Whether it is the number that stands for a failure of F."""
-    return isinstance(value, float) and math.isnan(value)
-
-
-def spread(rows, key="acc"):
-    """Rows of one or several runs -> mean of `key` over the runs (None without a number), "std"
-    over them (n - 1 in the denominator; 0 for one run), "n" questions. nan is left out.
-
-    A run is a checkpoint where there are several, else a seed of the sampling. A checkpoint that
-    was sampled with several seeds is one run: the mean over its answers.
-    """
-    several = len({row.get("ckpt") for row in rows}) > 1
-    runs = defaultdict(list)
-    for row in rows:
-        runs[row.get("ckpt") if several else row["seed"]].append(row[key])
-    means = []
-    for values in runs.values():
-        kept = [v for v in values if not math.isnan(v)]
-        if kept:
-            means.append(fmean(kept))
-    mean = fmean(means) if means else None
-    std = stdev(means) if len(means) > 1 else 0.0
-    seeds = len({row["seed"] for row in rows})
-    return {"mean": mean, "std": std, "n": len(rows) // seeds}
-
-
-def grouped(rows, key, order):
-    """Rows -> {value of `key`: its rows}: the values of `order` first, others sorted behind."""
-    groups = {name: [] for name in order}
-    for row in sorted(rows, key=lambda row: row[key]):
-        groups.setdefault(row[key], []).append(row)
-    return {name: members for name, members in groups.items() if members}
-
-
-def summary(rows):
-    """Rows of one checkpoint -> its entry in results.json: fractions, as section 4.1 defines them.
-
-    A task's accuracy is its right answers / its questions; overall is all right answers / all
-    questions, not the mean of the tasks. A completion without a readable answer is wrong.
-    judge_failed: completions on which F failed, left out of consistency (None if it failed on
-    all). answers: `answers_given` of each task's options, and of the letters.
-    """
-    tasks = grouped(rows, "task", data.TASKS)
-    modalities = grouped(rows, "modality", data.MODALITIES)
-    fmt, con = spread(rows, "fmt"), spread(rows, "con")
-    answers = {task: answers_given(members) for task, members in tasks.items()}
-    answers["letter"] = answers_given([row | {"options": data.LETTERS} for row in rows])
-    return {
-        "overall": spread(rows),
-        "tasks": {task: spread(members) for task, members in tasks.items()},
-        "modality": {modality: spread(members) for modality, members in modalities.items()},
-        "format": fmt["mean"],
-        "format_std": fmt["std"],
-        "consistency": con["mean"],
-        "consistency_std": con["std"],
-        "seeds": sorted({row["seed"] for row in rows}),
-        "checkpoints": list(dict.fromkeys(row.get("ckpt") for row in rows)),
-        "judge_failed": sum(is_nan(row["verdict"]) for row in rows),
-        "cut_off": spread(rows, "cut_off")["mean"],
-        "answers": answers,
-    }
-
-
-def answers_given(rows):
-    """Rows -> {option: [share of the answers given, share of the right answers]}, of the COMMON
-    most given."""
-    given, right = Counter(), Counter()
-    for row in rows:
-        texts = dict(zip(data.LETTERS, row["options"], strict=False))
-        given[texts.get(row["given"], "unreadable")] += 1
-        right[texts[row["answer"]]] += 1
-    common = sorted(given | right, key=lambda x: (-given[x], -right[x], x))[:COMMON]
-    return {x: [given[x] / len(rows), right[x] / len(rows)] for x in common}
-
-
 def subset(records, n):
-    """The first n of a fixed shuffled order (0: all), in the file's order: the first 100 are among
-    the first 200."""
+    """The first n (0: all) of a fixed shuffled order, in the file's order: 100 are among 200."""
     order = random.Random(0).sample(range(len(records)), len(records))
     return [records[i] for i in sorted(order[:n or None])]
 
 
+def grouped(rows, key, order=()):
+    """Rows -> {value of `key`: its rows}: the values of `order` first, others sorted behind."""
+    groups = {value: [] for value in order}
+    for row in sorted(rows, key=lambda row: row[key]):
+        groups.setdefault(row[key], []).append(row)
+    return {value: members for value, members in groups.items() if members}
+
+
+def spread(rows, key="acc"):
+    """Rows of one or several runs -> a figure: "mean" of `key` over the runs (None without a
+    number), "std" over them (n - 1 in the denominator; 0 for one run), "n" questions.
+
+    A run is a checkpoint where there are several, else a seed of the sampling. A checkpoint that
+    was sampled with several seeds is one run: the mean over its answers. nan is left out.
+    """
+    several = len({row["ckpt"] for row in rows}) > 1
+    runs, means = grouped(rows, "ckpt" if several else "seed"), []
+    for members in runs.values():
+        values = [row[key] for row in members if not rewards.failed(row[key])]
+        if values:
+            means.append(fmean(values))
+    mean = fmean(means) if means else None
+    std = stdev(means) if len(means) > 1 else 0.0
+    return {"mean": mean, "std": std, "n": len(rows) // len({row["seed"] for row in rows})}
+
+
+def summary(rows):
+    """Rows of one name -> its entry in results.json: fractions, as section 4.1 defines them.
+
+    A task's accuracy is its right answers / its questions; overall is all right answers / all
+    questions, not the mean of the tasks. A completion without a readable answer is wrong.
+    judge_failed: completions on which F failed, left out of consistency (None if it failed on all).
+    """
+    tasks = grouped(rows, "task", data.TASKS)
+    modalities = grouped(rows, "modality", data.MODALITIES)
+    return {
+        "overall": spread(rows),
+        "tasks": {task: spread(members) for task, members in tasks.items()},
+        "modality": {modality: spread(members) for modality, members in modalities.items()},
+        "format": spread(rows, "fmt"),
+        "consistency": spread(rows, "con"),
+        "seeds": sorted({row["seed"] for row in rows}),
+        "checkpoints": list(dict.fromkeys(row["ckpt"] for row in rows)),
+        "judge_failed": sum(rewards.failed(row["verdict"]) for row in rows),
+        "cut_off": spread(rows, "cut_off")["mean"],
+    }
+
 # ---- the report ----------------------------------------------------------------------------------
 
-
-def percent(figure, runs):
-    """{"mean", "std"} as a cell of a table, "-" where there is no number."""
+def percent(figure, several):
+    """A figure -> a cell of a table, with its deviation if it is of several runs; "-" for none."""
     if figure is None or figure["mean"] is None:
         return "-"
-    deviation = f" ± {100 * figure['std']:.2f}" if runs > 1 else ""
-    return f"{100 * figure['mean']:.2f}{deviation}"
+    mean, std = 100 * figure["mean"], 100 * figure["std"]
+    return f"{mean:.1f} ± {std:.1f}" if several else f"{mean:.1f}"
 
 
 def tables(results):
-    """{name: entry} -> Table 1 and accuracy by modality, each [header, line, ...] of texts, in
-    percent."""
-    tasks = dict.fromkeys(COLUMNS)  # a dict keeps the order in which they came
+    """{name: entry} -> Table 1 and accuracy by modality, [header, line, ...] of texts, in %."""
+    tasks = dict.fromkeys(data.TASKS)  # a dict keeps the order in which they came
     modalities = {}
     for entry in results.values():
         tasks |= entry["tasks"]
         modalities |= entry["modality"]
-    titles = [COLUMNS.get(task, task) for task in tasks]
-    by_task = [["Model", "Params", *titles, "Overall", "Format", "Consistency", "n"]]
-    by_modality = [["Model", *modalities]]
+    by_task = [["model", "params, M", *tasks, "overall", "format", "consistency", "n"]]
+    by_modality = [["model", *modalities]]
     for name, entry in results.items():
-        runs = max(len(entry["seeds"]), len(entry["checkpoints"]))
-        figures = [entry["tasks"].get(task) for task in tasks] + [entry["overall"]]
-        for key in ("format", "consistency"):
-            figures.append({"mean": entry[key], "std": entry[f"{key}_std"]})
-        cells = [percent(figure, runs) for figure in figures]
-        params = f"{entry['params'] / 1e6:.1f}M"
-        if entry["params"] >= 1e8:
-            params = f"{entry['params'] / 1e9:.1f}B"
-        by_task.append([name, params, *cells, str(entry["overall"]["n"])])
-        cells = [percent(entry["modality"].get(modality), runs) for modality in modalities]
+        several = len(entry["checkpoints"]) > 1 or len(entry["seeds"]) > 1
+        figures = [entry["tasks"].get(task) for task in tasks]
+        figures += [entry["overall"], entry["format"], entry["consistency"]]
+        cells = [percent(figure, several) for figure in figures]
+        params, n = f"{entry['params'] / 1e6:.1f}", str(entry["overall"]["n"])
+        by_task.append([name, params, *cells, n])
+        cells = [percent(entry["modality"].get(modality), several) for modality in modalities]
         by_modality.append([name, *cells])
     return by_task, by_modality
 
@@ -242,22 +191,32 @@ def markdown(table):
     return text
 
 
-def remarks(results):
-    """Lines under the tables: the answers given, so that a collapse to the commoner one is seen;
-    what was left out or cut."""
+def given_option(row):
+    """The text of the option that a row's completion answers."""
+    if row["given"] is None:
+        return "unreadable"
+    return row["options"][data.LETTERS.index(row["given"])]
+
+
+def commonest(answers):
+    """The three answers given most, as "Normal 80 %, Abnormal 20 %"."""
+    shares = [f"{x} {100 * n / len(answers):.0f} %" for x, n in Counter(answers).most_common(3)]
+    return ", ".join(shares)
+
+
+def remarks(results, rows):
+    """Lines under the tables. By the commonest answers a collapse to one of them is seen."""
     lines = []
     for name, entry in results.items():
-        for task, shares in entry["answers"].items():
-            said = [f"{answer} {100 * given:.0f} ({100 * right:.0f})"
-                    for answer, (given, right) in shares.items()]
-            lines.append(f"{name}, {task}, answers given in % (and right answers): "
-                         + ", ".join(said))
+        for task, members in grouped(rows[name], "task", data.TASKS).items():
+            said = commonest([given_option(row) for row in members])
+            lines.append(f"{name}, {task}, answers given: {said}")
+        letters = commonest([row["given"] or "unreadable" for row in rows[name]])
+        lines.append(f"{name}, letters given: {letters}")
         if entry["judge_failed"]:
-            lines.append(f"{name}: the evaluator F failed on {entry['judge_failed']} completions, "
-                         "left out of consistency")
+            lines.append(f"{name}, left out of consistency, F failed: {entry['judge_failed']}")
         if entry["cut_off"]:
-            lines.append(f"{name}: {100 * entry['cut_off']:.2f} % of the completions were cut off "
-                         "at the limit of tokens")
+            lines.append(f"{name}, completions cut off at the limit: {entry['cut_off']:.2%}")
     return lines
 
 
@@ -265,16 +224,16 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Evaluation</title>
 <style>
   body { font: 15px/1.45 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
-  p { margin: .3em 0 }
+  p { margin: .3em 0; overflow-wrap: anywhere }
   table { margin: 1em 0 }
   th, td { padding: 2px 9px; text-align: right }
   th:first-child, td:first-child { min-width: 8em; text-align: left; overflow-wrap: anywhere }
   section { display: flex; gap: 1.2em; border-top: 1px solid #ccc; padding: 1em 0 }
-  section div { flex: 1; min-width: 0; overflow-wrap: anywhere }
+  section div { flex: 1; min-width: 0 }
   img { width: 160px; height: max-content }
   .yes { color: #176b2c }
   .no { color: #b3261e }
-  .what { color: #666; font-size: 13px; overflow-wrap: anywhere }
+  .what { color: #666; font-size: 13px }
   .raw { white-space: pre-wrap }
 </style>
 
@@ -288,11 +247,9 @@ PAGE = """<!doctype html>
     {% endfor %}
   </table>
 {% endfor %}
-{% for line in remarks %}
-  <p class="what">{{ line }}</p>
-{% endfor %}
+{% for line in remarks %}<p class="what">{{ line }}</p>{% endfor %}
 
-<h2>Some questions, about half of them answered wrong by the last checkpoint</h2>
+<h2>Questions that the last checkpoint answers wrong, then such that it answers right</h2>
 {% for image, asked, answers in shown %}
   <section>
     <img src="{{ image }}" alt="">
@@ -307,19 +264,9 @@ PAGE = """<!doctype html>
     {% for name, row in answers %}
       <div>
         <p class="what">{{ name }}</p>
-        {% if row.fmt and row.given %}
-          <p class="raw">{{ row.thought }}</p>
-          <p><b>{{ row.given }}</b></p>
-        {% else %}
-          <p class="raw">{{ row.completion }}</p>
-        {% endif %}
-        <p class="what">
-          {% for reward, key in [("format", "fmt"), ("accuracy", "acc"), ("consistency", "con")] %}
-            {% set mark = {1: "✓", 0: "✗"}.get(row[key], "?") %}
-            <span class="{{ "yes" if row[key] == 1 else "no" }}">{{ mark }} {{ reward }}</span>
-          {% endfor %}
-          F: {{ row.verdict if row.verdict is string else "-" }}
-        </p>
+        <p class="raw">{{ row.completion }}</p>
+        <p class="{{ "yes" if row.acc else "no" }}">accuracy {{ row.acc }}</p>
+        <p class="what">format {{ row.fmt }}, consistency {{ row.con }}, F: {{ row.verdict }}</p>
       </div>
     {% endfor %}
   </section>
@@ -328,111 +275,72 @@ PAGE = """<!doctype html>
 """
 
 
-def by_question(items):
-    """Rows or records -> {(path, id): the first of them}; two files may have the same ids."""
-    first = {}
-    for item in items:
-        first.setdefault((item["path"], item["id"]), item)
-    return first
-
-
-def some_of(answers):
-    """{question: row} -> PAGE_QUESTIONS of the questions in their order, half of them answered
-    wrong where there are enough of both."""
-    right, wrong = [], []
-    for question in random.Random(0).sample(list(answers), len(answers)):
-        side = right if answers[question]["acc"] else wrong
-        side.append(question)
-    wrong = wrong[:max(PAGE_QUESTIONS // 2, PAGE_QUESTIONS - len(right))]
-    chosen = {*wrong, *right[:PAGE_QUESTIONS - len(wrong)]}
-    return [question for question in answers if question in chosen]
-
-
 def page(results, rows, what):
-    """The self-contained HTML page -> str. rows: {name: its rows}. The questions shown are some of
-    the last name's; beside each other stand the answers of all names that were asked the same, each
-    by its first checkpoint and seed. Whatever a model or a file says is escaped."""
+    """The self-contained HTML page -> str. results: {name: entry}, rows: {name: its rows}. Shown
+    are questions that the last name answers wrong, then right, beside all names' answers to them,
+    by the first checkpoint and seed of each. Whatever a model or a file says is escaped."""
     import jinja2  # comes with torch
 
-    first = {name: by_question(answers) for name, answers in rows.items()}
+    first = {}
+    for name, answers in rows.items():  # backwards: the first of several answers is the one kept
+        first[name] = {(row["path"], row["id"]): row for row in reversed(answers)}
     last = list(first.values())[-1]
+    shuffled = random.Random(0).sample(list(last), len(last))
+    wrong = [question for question in shuffled if not last[question]["acc"]]
+    right = [question for question in shuffled if last[question]["acc"]]
     shown = []
-    for question in some_of(last):
-        image = data_url(last[question], THUMBNAIL)
+    for question in wrong[:SHOWN] + right[:SHOWN]:
         answers = [(name, first[name][question]) for name in first if question in first[name]]
-        shown.append((image, last[question], answers))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined,
-                                     trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(PAGE).render(
-        what=what, tables=tables(results), remarks=remarks(results), shown=shown,
-        letters=data.LETTERS)
+        shown.append((data_url(last[question], THUMBNAIL), last[question], answers))
+    template = jinja2.Template(PAGE, autoescape=True, undefined=jinja2.StrictUndefined)
+    return template.render(what=what, tables=tables(results), shown=shown,
+                           remarks=remarks(results, rows), letters=data.LETTERS)
+
+
+def write_report(out, results, rows, what):
+    """report.md, which is printed too, and eval.html."""
+    lines = [f"{what}\n", *map(markdown, tables(results))]
+    lines += [f"- {line}" for line in remarks(results, rows)]
+    text = "\n".join(lines) + "\n"
+    data.write_text(os.path.join(out, "report.md"), text)
+    data.write_text(os.path.join(out, "eval.html"), page(results, rows, what))
+    print(f"\n{text}\n{out}: results.json, report.md, eval.html, completions-*.jsonl")
 
 
 def earlier_results(path):
     """What results.json holds already, {} if there is none; DataError for anything else."""
-    if not os.path.exists(path):
-        return {}
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f) | {}
-    except (ValueError, TypeError):
-        raise DataError(f"{path}: not a JSON object, expected earlier results: remove it, or name "
-                        "another --out") from None
+            results = json.load(f)
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        results = None
+    expect(isinstance(results, dict), f"{path}: not a JSON object, expected earlier results: "
+                                      "remove it, or name another --out")
+    return results
 
 
 def without_nan(row):
-    """JSON has no nan: null it is. con null says that F failed, verdict null alone that F was
-    undecided."""
-    return {key: None if is_nan(value) else value for key, value in row.items()}
-
+    """JSON has no nan: null it is."""
+    return {key: None if rewards.failed(value) else value for key, value in row.items()}
 
 # ---- the command line ----------------------------------------------------------------------------
-
 
 def parse_args(argv):
     """The command line -> Namespace; DataError for an unknown or impossible value."""
     parser = data.Parser(description=__doc__,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, knob in KNOBS.items():
-        options = {key: value for key, value in knob.items() if key != "least"}
-        parser.add_argument(f"--{name}", **options)
+        parser.add_argument(f"--{name}", **knob)
     args = parser.parse_args(argv)
-    for name, knob in KNOBS.items():
-        if "least" in knob:
-            value, least = getattr(args, name), knob["least"]
-            expect(least <= value < math.inf, f"--{name} {value}: expected at least {least}")
-    expect(len(set(args.seeds)) == len(args.seeds),
-           f"--seeds {args.seeds}: expected different ones")
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        expect(least <= value < math.inf, f"--{name} {value}: expected at least {least}")
     expect(len(args.seeds) == 1 or args.temperature > 0,
            "--seeds needs a --temperature above 0: greedy answers are the same for each")
+    expect(len(set(args.seeds)) == len(args.seeds), "--seeds: expected different ones")
     return args
-
-def load(ckpt, args):
-    """A checkpoint -> (policy, processor, max_new_tokens)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy, processor = M.load_unmerged(ckpt, dtype=dtype, device=device,
-                                              max_pixels=args.max_pixels)
-    limit = args.max_new_tokens or (80 if M.is_tiny(ckpt) else 512)
-    return policy, processor, limit
-
-
-def answer_one(args):
-    """--image, --question, --options: print each checkpoint's thought and answer."""
-    expect(args.image and args.question and args.options,
-           "one question needs all three of --image, --question and --options")
-    expect(2 <= len(args.options) <= len(data.LETTERS),
-           f"--options: expected 2 to {len(data.LETTERS)} of them")
-    item = vars(args) | dict(id="--image", path=args.image, task="", modality="", answer="")
-    for paths in checkpoints_of(args.ckpt).values():
-        for ckpt in paths:
-            policy, processor, limit = load(ckpt, args)
-            [row] = evaluate(policy, processor, [item], make_judge(), max_new_tokens=limit,
-                             temperature=args.temperature, seed=args.seeds[0], progress=False)
-            answer = f"none to be read in {row['completion']!r}"
-            if row["given"]:
-                answer = f"{row['given']}) {args.options[data.LETTERS.index(row['given'])]}"
-            print(f"{ckpt}\n  thought: {row['thought']}\n  answer:  {answer}")
 
 
 def checkpoints_of(texts):
@@ -440,13 +348,11 @@ def checkpoints_of(texts):
     checkpoints = {}
     for text in texts:
         name, equals, several = text.partition("=")
+        paths = several.split(",")
         if not equals or os.path.isdir(text):
             name, paths = text, [text]
-        else:
-            paths = several.split(",")
         expect(name and all(paths), f"--ckpt {text}: expected a checkpoint, or NAME=A,B,..")
-        expect(name not in checkpoints,
-               f"--ckpt: {name} is there twice, expected different checkpoints")
+        expect(name not in checkpoints, f"--ckpt: {name} is there twice, expected it once")
         checkpoints[name] = paths
     return checkpoints
 
@@ -458,101 +364,84 @@ def folder_of(ckpt):
 
 
 def file_names(names, out):
-    """Names of --ckpt -> {name: its file of completions}; DataError if two had the same."""
+    """List of --ckpt's names -> {name: its file of completions}; DataError if two had the same."""
     files = {}
     for name in names:
         label = os.path.relpath(name, out) if os.path.isdir(name) else name
         label = re.sub(r"[^\w.]+", "-", label).strip("-.")
         files[name] = os.path.join(out, f"completions-{label}.jsonl")
-    expect(len(set(files.values())) == len(files),
-           f"--ckpt {' '.join(files)}: expected different names")
+    expect(len(set(files.values())) == len(files), f"--ckpt {names}: expected different names")
     return files
 
 
-def questions_of(ckpt, beside, args):
-    """The files of records for a checkpoint, and the records -> files, records. Without --data that
-    is the phantoms beside it, or in the folder `beside`."""
-    files = args.data
-    if not files:
-        folders = [folder_of(ckpt), beside]
-        places = [os.path.join(folder, "phantoms", "phantoms.jsonl") for folder in folders]
-        files = [place for place in places if os.path.isfile(place)][:1]
-        expect(files, f"{places[-1]} is not there, expected the phantoms, or --data FILE")
-    records = data.read_records(files, args.split, args.only, args.thinking)
-    return files, subset(records, args.questions)
+def questions_of(ckpt, args):
+    """The records that a checkpoint answers: of --data, or of the phantoms beside it."""
+    phantoms = os.path.join(folder_of(ckpt), "phantoms", "phantoms.jsonl")
+    expect(args.data or os.path.isfile(phantoms),
+           f"{phantoms} is not there, expected the phantoms, or --data FILE")
+    records = data.read_records(args.data or phantoms, args.split, args.only, args.thinking)
+    records = subset(records, args.questions)
+    for record in records:
+        expect(os.path.isfile(record["path"]),
+               f"record {record['id']!r}: image {record['path']} is missing")
+    return records
 
 
-def all_questions(checkpoints, beside, args):
-    """{name: its checkpoints} -> {checkpoint: its records}, the files they are from, the number of
-    different questions; DataError if an image is missing."""
-    questions, files, different = {}, set(), {}
-    for paths in checkpoints.values():
-        for ckpt in paths:
-            sources, questions[ckpt] = questions_of(ckpt, beside, args)
-            files.update(sources)
-            different |= by_question(questions[ckpt])
-    gone = [path for path, _ in different if not os.path.isfile(path)]
-    if gone:
-        raise DataError(f"the images of {len(gone)} of {len(different)} questions are missing, the "
-                        f"first is {gone[0]}")
-    return questions, sorted(files), len(different)
-
-
-def answer_all(paths, questions, judge, args):
-    """The checkpoints of one name answer their questions, with every seed -> rows, parameters of
-    the network, max_new_tokens."""
+def answer(ckpt, records, judge, args):
+    """A checkpoint answers the records, with every seed -> rows, parameters of the network."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy, processor = M.load_unmerged(ckpt, dtype=dtype, device=device,
+                                        max_pixels=args.max_pixels)
+    limit = args.max_new_tokens or (80 if M.is_tiny(ckpt) else 512)
     rows = []
-    for ckpt in paths:
-        policy, processor, limit = load(ckpt, args)
-        for seed in args.seeds:
-            progress = f"{ckpt}, seed {seed}" if len(args.seeds) > 1 else ckpt
-            answers = evaluate(policy, processor, questions[ckpt], judge, max_new_tokens=limit,
-                               temperature=args.temperature, seed=seed, batch=args.batch,
-                               progress=progress)
-            rows += [dict(ckpt=ckpt) | row for row in answers]
-        params = policy.num_parameters()
-        del policy  # before the next one is loaded
-    return rows, params, limit
+    for seed in args.seeds:
+        answers = evaluate(policy, processor, records, judge, max_new_tokens=limit,
+                           temperature=args.temperature, seed=seed, batch=args.batch,
+                           progress=f"{ckpt}, seed {seed}")
+        rows += [dict(ckpt=ckpt) | row for row in answers]
+    return rows, policy.num_parameters()
 
 
-def write_report(out, results, rows, what):
-    """report.md, which is printed too, and eval.html."""
-    lines = [f"{what} In %.\n"]
-    lines += [markdown(table) for table in tables(results)]
-    lines += [f"- {line}" for line in remarks(results)]
-    text = "\n".join(lines) + "\n"
-    data.write_text(os.path.join(out, "report.md"), text)
-    data.write_text(os.path.join(out, "eval.html"), page(results, rows, what))
-    print(f"\n{text}\n{out}: results.json, report.md, eval.html, completions-*.jsonl")
+def answer_one(checkpoints, args):
+    """--image, --question, --options: print each checkpoint's thought and answer."""
+    expect(args.image and args.question and 2 <= len(args.options) <= len(data.LETTERS),
+           f"one question needs --image, --question and 2 to {len(data.LETTERS)} --options")
+    item = vars(args) | dict(id="--image", path=args.image, task="", modality="", answer="")
+    for ckpt in sum(checkpoints.values(), []):
+        rows, _ = answer(ckpt, [item], make_judge(), args)
+        for row in rows:
+            print(f"{ckpt}\n  {row['completion']}\n  read as: {given_option(row)}")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.image or args.question or args.options:
-        return answer_one(args)
     checkpoints = checkpoints_of(args.ckpt)
-    beside = folder_of(next(iter(checkpoints.values()))[0])
-    out = args.out or beside
-    completions = file_names(checkpoints, out)
-    judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency,
-                       timeout=args.judge_timeout, cache=os.path.join(out, "replies.jsonl"))
-    questions, files, n = all_questions(checkpoints, beside, args)
+    if args.image or args.question or args.options:
+        return answer_one(checkpoints, args)
+    ckpts = sum(checkpoints.values(), [])
+    out = args.out or folder_of(ckpts[0])
+    files = file_names(list(checkpoints), out)
+    judge = make_judge(args.judge, args.judge_sees, cache=os.path.join(out, "replies.jsonl"))
+    questions = {ckpt: questions_of(ckpt, args) for ckpt in ckpts}
     os.makedirs(out, exist_ok=True)
     path = os.path.join(out, "results.json")
     earlier_results(path)  # if it can't be read, say so now and not after an hour of sampling
 
     results, rows = {}, {}
     for name, paths in checkpoints.items():
-        rows[name], params, limit = answer_all(paths, questions, judge, args)
-        used = vars(args) | dict(data=files, max_new_tokens=limit)
-        results[name] = summary(rows[name]) | dict(params=params, knobs=used)
-        data.write_records(map(without_nan, rows[name]), completions[name])
+        rows[name] = []
+        for ckpt in paths:
+            answers, params = answer(ckpt, questions[ckpt], judge, args)
+            rows[name] += answers
+        results[name] = summary(rows[name]) | dict(params=params, knobs=vars(args))
+        data.write_records(map(without_nan, rows[name]), files[name])
         text = json.dumps(earlier_results(path) | results, indent=1, ensure_ascii=False)
         data.write_text(path, text + "\n")
 
+    source = ", ".join(args.data) or "the phantoms beside each checkpoint"
     way = f"temperature {args.temperature:g}, seeds {args.seeds}" if args.temperature else "greedy"
-    what = (f"{n} questions, split {args.split} of {', '.join(files)}; {way}; "
-            f"F: {args.judge}, {args.judge_sees}.")
+    what = f"In %; split {args.split} of {source}; {way}; F: {args.judge}, {args.judge_sees}."
     write_report(out, results, rows, what)
 
 

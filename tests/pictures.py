@@ -1,24 +1,108 @@
 """The pictures of README, made from runs and an evaluation that are already there.
 
-    python tests/pictures.py curve OUT.svg "SFT goes on"=out/sft-long "Con-GRPO"=out/sft,out/grpo
+    python tests/pictures.py curve OUT.svg "SFT goes on"=out0/sft-long,out1/sft-long \\
+        "SFT, then Con-GRPO"=out0/sft+out0/grpo,out1/sft+out1/grpo
+    python tests/pictures.py lines OUT.svg "images with thoughts" \\
+        "SFT=30:61.0±4.1,60:72.3±5.8" "Con-GRPO=30:70.2±3.9,60:78.9±3.6"
     python tests/pictures.py examples OUT.png out/completions-sft.jsonl out/completions-grpo.jsonl
 
-curve: held-out accuracy over wall time, from the metrics.jsonl of runs with --eval_every; the runs of
-a line (A,B) follow each other. The time is that of training, without the evaluations.
+curve: held-out accuracy over wall time, from the metrics.jsonl of runs with --eval_every. A "+"
+joins runs that follow each other, a "," separates seeds: each seed is a pale line, their mean a
+strong one, as far as all seeds go. The time is that of training, without the evaluations.
+lines: accuracy in % with its deviation (or without: "30:61.0") at a few x, numbers or texts. They
+stand at equal distances, numbers in their order, texts in that of the command.
 examples: phantoms that the last file's checkpoint answers right and the first one's wrong, one per
 task, with question, thoughts and answers. The phantoms lie beside the completions.
 """
+import html
+import itertools
 import json
+import math
+import re
 import sys
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 640, 300, 60, 45     # px
-COLOURS = ("#8a5a00", "#1f6feb", "#2a7d3f", "#a03070")
+WIDTH, HEIGHT = 760, 380                    # px, of a chart
+LEFT, TOP, BOTTOM = 48, 40, 58              # px, its margins; the right one holds the names
+FONT, CHARACTER = 15, 9                     # px, height of the letters and their mean width
+STEPS = (0.5, 1, 2, 5, 10, 20, 50, 100)     # between ticks
+COLOURS = ("#1f5fc4", "#b8500a", "#2a7d3f", "#8e2f86", "#5a5a5a")
 TASKS = ("location", "pathology", "anomaly", "modality")
-PICTURE, COLUMN, LINE = 150, 330, 17               # px: a phantom, a checkpoint's column, a line of text
+PICTURE, COLUMN, LINE = 150, 330, 17        # px: a phantom, a checkpoint's column, a line of text
+
+# ---- charts --------------------------------------------------------------------------------------
+
+class Line(NamedTuple):
+    name: str
+    points: list  # of (x, y), the line itself
+    pale: list    # of lists of points: lines behind it, one per seed
+    bars: list    # of lists of two points: error bars, one per point, or none
+
+
+def step_for(extent):
+    """The distance between ticks that makes at most seven parts."""
+    return next(step for step in STEPS if extent / step <= 7 or step == STEPS[-1])
+
+
+def chart(file, lines, ticks, x_title, y_title):
+    """Lines -> an SVG with axes. ticks: {x: its text}, x goes at least from the first to the last.
+    The names stand on the right, at the height of their lines' ends."""
+    xs, ys = list(ticks), []
+    for line in lines:
+        for points in (line.points, *line.pale, *line.bars):
+            xs += [x for x, _ in points]
+            ys += [y for _, y in points]
+    step = step_for(max(ys) - min(ys))
+    low, high = math.floor(min(ys) / step) * step, math.ceil(max(ys) / step) * step
+    right = WIDTH - 24 - CHARACTER * max(len(line.name) for line in lines)
+    bottom = HEIGHT - BOTTOM
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+           f'font-family="sans-serif" font-size="{FONT}">',
+           '<rect width="100%" height="100%" fill="white"/>']
+
+    def across(x):
+        return LEFT + (x - min(xs)) / (max(xs) - min(xs) or 1) * (right - LEFT)
+
+    def down(y):
+        return bottom - (y - low) / (high - low or 1) * (bottom - TOP)
+
+    def draw(points, look):
+        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
+        svg.append(f'<polyline points="{path}" fill="none" {look}/>')
+
+    def write(x, y, text, look):
+        svg.append(f'<text x="{x:.1f}" y="{y:.1f}" {look}>{html.escape(text)}</text>')
+
+    for y in np.arange(low, high + step / 2, step):
+        draw([(min(xs), y), (max(xs), y)], 'stroke="#ddd"')
+        write(LEFT - 10, down(y) + 5, f"{y:g}", 'text-anchor="end"')
+    for x, text in ticks.items():
+        write(across(x), bottom + 22, text, 'text-anchor="middle"')
+    write((LEFT + right) / 2, HEIGHT - 12, x_title, 'text-anchor="middle"')
+    write(8, 20, y_title, 'text-anchor="start"')
+
+    ends = []
+    for line, colour in zip(lines, itertools.cycle(COLOURS), strict=False):
+        for points in line.pale:
+            draw(points, f'stroke="{colour}" stroke-opacity="0.3"')
+        for points in line.bars:
+            draw(points, f'stroke="{colour}" stroke-width="1.5"')
+        draw(line.points, f'stroke="{colour}" stroke-width="2.5" stroke-linejoin="round"')
+        if line.bars:
+            for x, y in line.points:
+                circle = f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="4"'
+                svg.append(f'{circle} fill="{colour}"/>')
+        ends.append((down(line.points[-1][1]), line.name, colour))
+    place = 0
+    for height, name, colour in sorted(ends):
+        place = max(height + 5, place + FONT + 4)  # below the name above
+        write(right + 14, place, name, f'fill="{colour}"')
+    Path(file).write_text("\n".join([*svg, "</svg>\n"]))
 
 
 def seconds_of(line):
@@ -40,79 +124,107 @@ def points_of(folders):
     return points
 
 
-def curve(file, lines):
-    """lines {name: folders} -> an SVG with axes."""
-    points = {name: points_of(folders) for name, folders in lines.items()}
-    every = [p for ps in points.values() for p in ps]
-    most = max(x for x, _ in every)
-    low = min(y for _, y in every) // 10 * 10
-    high = -(-max(y for _, y in every) // 10) * 10
+def mean_line(seeds):
+    """Lists of points, one per seed -> the points of their mean, where all seeds have a value: at
+    each x of any of them, the others' y taken from the straight line between their points."""
+    first = max(points[0][0] for points in seeds)
+    last = min(points[-1][0] for points in seeds)
+    grid = sorted({x for points in seeds for x, _ in points if first <= x <= last})
+    heights = [np.interp(grid, *zip(*points, strict=True)) for points in seeds]
+    return list(zip(grid, np.mean(heights, 0).tolist(), strict=True))
 
-    def place(x, y):
-        across = LEFT + x / most * (WIDTH - LEFT - 20)
-        up = (y - low) / (high - low) * (HEIGHT - BOTTOM - 20)
-        return f"{across:.1f},{HEIGHT - BOTTOM - up:.1f}"
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-           'font-size="13" role="img"><rect width="100%" height="100%" fill="white"/>']
-    for y in range(int(low), int(high) + 1, 10):
-        x0, y0 = place(0, y).split(",")
-        x1, _ = place(most, y).split(",")
-        out.append(f'<path d="M{x0} {y0}H{x1}" stroke="#ddd"/>')
-        out.append(f'<text x="{LEFT - 8}" y="{float(y0) + 4}" text-anchor="end">{y} %</text>')
-    for x in range(int(most) + 1):
-        x0, y0 = place(x, low).split(",")
-        out.append(f'<text x="{x0}" y="{float(y0) + 18}" text-anchor="middle">{x}</text>')
-    out.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 8}" text-anchor="middle">minutes of training, '
-               'one thread</text>')
-    for k, (name, ps) in enumerate(points.items()):
-        path = " ".join(place(*p) for p in ps)
-        out.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[k]}" stroke-width="2.5"/>')
-        x, y = place(*ps[-1]).split(",")
-        out.append(f'<text x="{x}" y="{float(y) - 8}" text-anchor="end" fill="{COLOURS[k]}">{name}</text>')
-    Path(file).write_text("\n".join([*out, "</svg>\n"]))
+
+def curve(file, arguments):
+    """["NAME=A+B,C+D"] -> an SVG."""
+    lines, most = [], 0
+    for argument in arguments:
+        name, _, runs = argument.rpartition("=")
+        seeds = [points_of(run.split("+")) for run in runs.split(",")]
+        most = max(most, *(points[-1][0] for points in seeds))
+        lines.append(Line(name, mean_line(seeds), seeds if len(seeds) > 1 else [], []))
+    ticks = {x: f"{x:g}" for x in np.arange(0, most, max(1, step_for(most)))}
+    chart(file, lines, ticks, "minutes of training, one thread", "held-out accuracy, %")
+
+
+def lines_with_bars(file, x_title, arguments):
+    """["NAME=x1:y1±s1,x2:y2±s2"] -> an SVG."""
+    figures = {}  # {name: {text of x: (y, deviation)}}
+    for argument in arguments:
+        name, _, points = argument.rpartition("=")
+        figures[name] = {}
+        for point in points.split(","):
+            x, _, figure = point.rpartition(":")
+            y, _, deviation = figure.partition("±")
+            figures[name][x] = float(y), float(deviation or 0)
+    texts = list(dict.fromkeys(itertools.chain(*figures.values())))
+    if all(re.fullmatch(r"[\d.]+", text) for text in texts):
+        texts.sort(key=float)
+    lines = []
+    for k, (name, values) in enumerate(figures.items()):
+        beside = 0.02 * (k - (len(figures) - 1) / 2)  # so that error bars don't hide each other
+        line = Line(name, [], [], [])
+        for x in sorted(values, key=texts.index):
+            place, (y, deviation) = texts.index(x) + beside, values[x]
+            line.points.append((place, y))
+            line.bars.append([(place, y - deviation), (place, y + deviation)])
+        lines.append(line)
+    ticks = {-0.3: "", **dict(enumerate(texts)), len(texts) - 0.7: ""}  # a margin on both sides
+    chart(file, lines, ticks, x_title, "accuracy, %")
+
+# ---- examples ------------------------------------------------------------------------------------
+
+def phantom_images(folder):
+    """The folder of phantoms.jsonl -> {id: file of the image}."""
+    records = map(json.loads, (folder / "phantoms.jsonl").read_text().splitlines())
+    return {record["id"]: folder / record["image"] for record in records}
+
+
+def turned_right(before, after):
+    """{id: row} of two checkpoints -> for each of TASKS an id that only the second got right."""
+    chosen = []
+    for task in TASKS:
+        turned = [i for i, row in after.items() if row["task"] == task and row["acc"] and row["con"]
+                  and not before[i]["acc"]]
+        chosen += turned[:1]
+    return chosen
 
 
 def examples(file, completions):
-    """One question of each of TASKS -> a PNG: image, question and options, and a column per file."""
-    answers = []
+    """One question of each of TASKS -> a PNG: image, question and options, a column per file."""
+    names = [Path(path).stem.removeprefix("completions-") for path in completions]
+    answers = []  # per file {id: row}
     for path in completions:
-        rows = (json.loads(line) for line in Path(path).read_text().splitlines())
-        answers.append({r["id"]: r for r in rows})
-    folder = Path(completions[0]).parent / "phantoms"
-    images = {}
-    for line in (folder / "phantoms.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        images[record["id"]] = folder / record["image"]
-    before, after = answers[0], answers[-1]
-    chosen = []
-    for task in TASKS:
-        turned = [i for i, r in after.items() if r["task"] == task and r["acc"] and r["con"]
-                  and not before[i]["acc"]]
-        chosen += turned[:1]
-    height = PICTURE + 20
-    page = Image.new("RGB", (PICTURE + 20 + COLUMN * (1 + len(answers)), height * len(chosen)), "white")
+        rows = map(json.loads, Path(path).read_text().splitlines())
+        answers.append({row["id"]: row for row in rows})
+    images = phantom_images(Path(completions[0]).parent / "phantoms")
+    chosen = turned_right(answers[0], answers[-1])
+
+    width, height = PICTURE + 20 + COLUMN * (1 + len(answers)), PICTURE + 20
+    page = Image.new("RGB", (width, height * len(chosen)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
     for k, i in enumerate(chosen):
-        picture = Image.open(images[i]).resize((PICTURE, PICTURE))
-        page.paste(picture, (10, k * height + 10))
-        r = after[i]
-        options = [f"{letter}) {x}" for letter, x in zip("ABCDEF", r["options"], strict=False)]
-        columns = [("\n".join([r["question"], *options]), "black")]
-        for path, rows in zip(completions, answers, strict=True):
-            name = Path(path).stem.removeprefix("completions-")
-            said = textwrap.fill(rows[i]["thought"] or rows[i]["completion"], 46)
-            right = "right" if rows[i]["acc"] else "wrong"
-            columns.append((f"{name}: {rows[i]['given']}, {right}\n{said}",
-                            "#176b2c" if rows[i]["acc"] else "#b3261e"))
+        top = k * height + 10
+        page.paste(Image.open(images[i]).resize((PICTURE, PICTURE)), (10, top))
+        asked = answers[-1][i]
+        options = zip("ABCDEF", asked["options"], strict=False)
+        lines = [asked["question"], *(f"{letter}) {option}" for letter, option in options)]
+        columns = [("\n".join(lines), "black")]
+        for name, rows in zip(names, answers, strict=True):
+            row = rows[i]
+            verdict, colour = ("right", "#176b2c") if row["acc"] else ("wrong", "#b3261e")
+            said = textwrap.fill(row["thought"] or row["completion"], 46)
+            columns.append((f"{name}: {row['given']}, {verdict}\n{said}", colour))
         for j, (text, colour) in enumerate(columns):
-            at = PICTURE + 25 + j * COLUMN, k * height + 10
-            pen.multiline_text(at, text, fill=colour, font=font, spacing=LINE - 13)
+            left = PICTURE + 25 + j * COLUMN
+            pen.multiline_text((left, top), text, fill=colour, font=font, spacing=LINE - 13)
     page.save(file)
 
 
 if __name__ == "__main__":
     kind, target, *rest = sys.argv[1:]
     if kind == "curve":
-        curve(target, {x.partition("=")[0]: x.partition("=")[2].split(",") for x in rest})
+        curve(target, rest)
+    elif kind == "lines":
+        lines_with_bars(target, rest[0], rest[1:])
     else:
         examples(target, rest)

@@ -20,9 +20,11 @@ NAN = math.nan
 STATES = ["Normal", "Abnormal", "Artifact", "Uncertain"]
 
 
-def row(task, modality, acc, fmt=1.0, con=1.0, seed=0, given="A", answer="A", cut_off=False, **other):
-    return dict(id="q", task=task, modality=modality, acc=float(acc), fmt=fmt, con=con, seed=seed, given=given, answer=answer,
-                question="Q?", options=STATES, completion="", thought="t", verdict=None, cut_off=cut_off) | other
+def row(task, modality, acc, **other):
+    given = dict(id="q", ckpt="c", seed=0, task=task, modality=modality, question="Q?",
+                 options=STATES, answer="A", completion="", thought="t", given="A", verdict=None,
+                 fmt=1.0, acc=float(acc), con=1.0, cut_off=False)
+    return given | other
 
 
 ROWS = [  # 3 of 4, 1 of 2 and 0 of 1 right: 4 of 7 overall, where the tasks' mean would be 5/12
@@ -77,24 +79,28 @@ def test_accuracy_is_section_41s():
 def test_rates_and_a_failed_judge():
     """Format over all seven; consistency over the six that F could judge: a failure is neither 0 nor hidden."""
     s = evaluation.summary(ROWS)
-    assert s["format"] == pytest.approx(4 / 7)
-    assert s["consistency"] == pytest.approx(3 / 6)
+    assert s["format"] == {"mean": pytest.approx(4 / 7), "std": 0.0, "n": 7}
+    assert s["consistency"] == {"mean": pytest.approx(3 / 6), "std": 0.0, "n": 7}
     assert s["judge_failed"] == 1
     assert s["cut_off"] == pytest.approx(1 / 7)
-    failed = evaluation.summary([row("anomaly", "CT", 1, con=NAN, verdict=NAN)])
-    assert failed["consistency"] is None and failed["judge_failed"] == 1
+    rows = [row("anomaly", "CT", 1, con=NAN, verdict=NAN)]
+    failed = evaluation.summary(rows)
+    assert failed["consistency"]["mean"] is None and failed["judge_failed"] == 1
     table, _ = evaluation.tables({"x": failed | {"params": 1}})
-    assert table[1][table[0].index("Consistency")] == "-"
-    assert any("failed on 1 " in line for line in evaluation.remarks({"x": failed}))
+    assert table[1][table[0].index("consistency")] == "-"
+    lines = evaluation.remarks({"x": failed}, {"x": rows})
+    assert "x, left out of consistency, F failed: 1" in lines
 
 
 def test_without_thoughts_there_is_no_consistency(world):
     """--thinking none: the answer alone is well formed and right, consistency has no value and F is not said to have failed."""
     r = data.read_records(world.jsonl, thinking="none")[0]
-    rows = [r | dict(seed=0, cut_off=False) for r in rewards.score([rewards.answer_text(r)], [r], make_judge())]
+    scored = rewards.score([rewards.answer_text(r)], [r], make_judge())
+    rows = [answer | dict(ckpt="c", seed=0, cut_off=False) for answer in scored]
     assert rows[0]["completion"] == f"<answer>{r['answer']}</answer>" and rows[0]["fmt"] == rows[0]["acc"] == 1
     s = evaluation.summary(rows)
-    assert s["consistency"] is None and s["judge_failed"] == 0 and s["overall"]["mean"] == 1
+    assert s["consistency"]["mean"] is None and s["judge_failed"] == 0
+    assert s["overall"]["mean"] == 1
 
 
 def test_mean_and_deviation_over_seeds():
@@ -107,8 +113,8 @@ def test_mean_and_deviation_over_seeds():
     assert s["tasks"]["pathology"] == {"mean": 0.5, "std": pytest.approx(0.5), "n": 2}  # 0, 1, 1/2
     table, _ = evaluation.tables({"x": s | {"params": 3_750_000_000}})
     cells = dict(zip(*table, strict=True))
-    assert (cells["Overall"], cells["Pathology Char."], cells["n"]) == ("75.00 ± 25.00", "50.00 ± 50.00", "4")
-    assert cells["Params"] == "3.8B"
+    assert (cells["overall"], cells["pathology"]) == ("75.0 ± 25.0", "50.0 ± 50.0")
+    assert (cells["n"], cells["params, M"]) == ("4", "3750.0")
 
 
 def test_mean_and_deviation_over_checkpoints():
@@ -120,7 +126,7 @@ def test_mean_and_deviation_over_checkpoints():
     s = evaluation.summary(rows)
     assert s["overall"] == {"mean": 0.5, "std": pytest.approx(math.sqrt(2) / 4), "n": 4}
     table, _ = evaluation.tables({"x": s | {"params": 1}})
-    assert dict(zip(*table, strict=True))["Overall"] == "50.00 ± 35.36"
+    assert dict(zip(*table, strict=True))["overall"] == "50.0 ± 35.4"
 
 
 def test_a_row_of_the_table_may_name_several_checkpoints(tmp_path, monkeypatch):
@@ -135,21 +141,21 @@ def test_a_row_of_the_table_may_name_several_checkpoints(tmp_path, monkeypatch):
 
 
 def test_rates_have_a_deviation_too():
-    """Format 1/2 and 1, consistency 0 and 1 of two seeds: the means stay where they were, the tables tell the deviation; of one
-    run there is none."""
-    rows = [row("anomaly", "CT", 1, seed=0, con=0.0), row("anomaly", "CT", 1, seed=0, fmt=0.0, con=NAN, verdict=NAN),
+    """Format 1/2 and 1, consistency 0 and 1 of two seeds; one run's cells have no deviation."""
+    rows = [row("anomaly", "CT", 1, con=0.0),
+            row("anomaly", "CT", 1, fmt=0.0, con=NAN, verdict=NAN),
             row("anomaly", "CT", 1, seed=1), row("anomaly", "CT", 1, seed=1)]
     s = evaluation.summary(rows)
-    assert s["format"] == 0.75 and s["format_std"] == pytest.approx(math.sqrt(2) / 4)
-    assert s["consistency"] == 0.5 and s["consistency_std"] == pytest.approx(math.sqrt(2) / 2)
+    assert s["format"] == {"mean": 0.75, "std": pytest.approx(math.sqrt(2) / 4), "n": 2}
+    assert s["consistency"] == {"mean": 0.5, "std": pytest.approx(math.sqrt(2) / 2), "n": 2}
     table, _ = evaluation.tables({"x": s | {"params": 1}})
     cells = dict(zip(*table, strict=True))
-    assert (cells["Format"], cells["Consistency"]) == ("75.00 ± 35.36", "50.00 ± 70.71")
+    assert (cells["format"], cells["consistency"]) == ("75.0 ± 35.4", "50.0 ± 70.7")
     once = evaluation.summary(rows[2:])
-    assert once["format_std"] == once["consistency_std"] == 0
+    assert once["format"]["std"] == once["consistency"]["std"] == 0
     table, _ = evaluation.tables({"x": once | {"params": 1}})
     cells = dict(zip(*table, strict=True))
-    assert (cells["Format"], cells["Consistency"]) == ("100.00", "100.00")
+    assert (cells["format"], cells["consistency"]) == ("100.0", "100.0")
 
 
 def test_groups_come_in_the_papers_order():
@@ -175,26 +181,31 @@ def test_a_name_cannot_break_a_table(world):
 
 
 def test_answers_given_show_a_collapse():
-    """A policy that always says Normal is seen by its share beside that of the right answers."""
-    rows = [row("anomaly", "CT", a == "A", given="A", answer=a) for a in "ABAB"]
-    s = evaluation.summary([*rows, row("anomaly", "CT", 0, given=None, answer="C")])
-    assert s["answers"]["anomaly"] == {"Normal": [0.8, 0.4], "unreadable": [0.2, 0.0], "Abnormal": [0.0, 0.4],
-                                       "Artifact": [0.0, 0.2]}
-    assert s["answers"]["letter"] == {"A": [0.8, 0.4], "unreadable": [0.2, 0.0], "B": [0.0, 0.4], "C": [0.0, 0.2]}
-    assert any("anomaly" in x and "Normal 80 (40)" in x for x in evaluation.remarks({"x": s}))
+    """A policy that always says Normal, or always A, is seen by the shares of its answers."""
+    rows = [row("anomaly", "CT", 1, given=given) for given in "AAAB"]
+    rows.append(row("anomaly", "CT", 0, given=None))
+    lines = evaluation.remarks({"x": evaluation.summary(rows)}, {"x": rows})
+    assert lines == ["x, anomaly, answers given: Normal 60 %, Abnormal 20 %, unreadable 20 %",
+                     "x, letters given: A 60 %, B 20 %, unreadable 20 %"]
+    rows = [row("anomaly", "CT", 0, given=given) for given in "ABCD"]
+    assert evaluation.remarks({"x": evaluation.summary(rows)}, {"x": rows})[0].count("%") == 3
 
 
 def test_table_1s_columns():
-    """The paper's columns in its order; a task of Med-R1's behind them; "-" where a checkpoint had no such question."""
-    ours, theirs = evaluation.summary(ROWS), evaluation.summary([row("lesion grading", "Fundus", 1)])
-    table, modality = evaluation.tables({"a|b": ours | {"params": 1_100_000}, "c": theirs | {"params": 1_100_000}})
-    assert table[0] == ["Model", "Params", "Anatomy ID.", "Anomaly Det.", "Lesion Loc.", "Modality Class.", "Pathology Char.",
-                        "lesion grading", "Overall", "Format", "Consistency", "n"]
-    assert table[1] == ["a|b", "1.1M", "-", "75.00", "50.00", "-", "0.00", "-", "57.14", "57.14", "50.00", "7"]
-    assert table[2][2:9] == ["-"] * 5 + ["100.00", "100.00"]
-    assert modality == [["Model", "MRI", "CT", "Fundus"], ["a|b", "100.00", "25.00", "-"], ["c", "-", "-", "100.00"]]
+    """The paper's tasks in its order, Med-R1's behind them; "-" where there was no question."""
+    ours = evaluation.summary(ROWS) | {"params": 1_100_000}
+    theirs = evaluation.summary([row("lesion grading", "Fundus", 1)]) | {"params": 1_100_000}
+    table, modality = evaluation.tables({"a|b": ours, "c": theirs})
+    assert table[0] == ["model", "params, M", "anatomy", "anomaly", "location", "modality",
+                        "pathology", "lesion grading", "overall", "format", "consistency", "n"]
+    assert table[1] == ["a|b", "1.1", "-", "75.0", "50.0", "-", "0.0", "-", "57.1", "57.1", "50.0",
+                        "7"]
+    assert table[2][2:9] == ["-"] * 5 + ["100.0", "100.0"]
+    assert modality == [["model", "MRI", "CT", "Fundus"], ["a|b", "100.0", "25.0", "-"],
+                        ["c", "-", "-", "100.0"]]
     lines = evaluation.markdown(table).splitlines()  # the | of a name is escaped
-    assert len(lines) == 4 and all(len(re.split(r"(?<!\\)\|", x)) == len(table[0]) + 2 for x in lines)
+    cells = [re.split(r"(?<!\\)\|", line) for line in lines]
+    assert len(lines) == 4 and all(len(x) == len(table[0]) + 2 for x in cells)
 
 
 # ------------------------------------------------------------------------------------------------------ answering the questions
@@ -267,11 +278,15 @@ def test_from_checkpoint_to_results(out, monkeypatch, capsys):
         assert {k: v["n"] for k, v in entry[key].items()} == {k: sum(r[field] == k for r in rows) for k in entry[key]}
         assert all(set(v) == {"mean", "std", "n"} and 0 <= v["mean"] <= 1 for v in entry[key].values())
         assert sum(v["n"] for v in entry[key].values()) == 30
-    assert 0 <= entry["format"] <= 1 and 0 <= entry["consistency"] <= 1
+    for key in ("format", "consistency"):
+        assert set(entry[key]) == {"mean", "std", "n"} and 0 <= entry[key]["mean"] <= 1
     assert entry["params"] == M.load(str(out / "sft"))[0].num_parameters() and entry["knobs"]["max_new_tokens"] == 6
     report, page = (out / "report.md").read_text(), (out / "eval.html").read_text()
-    assert f"| {out / 'sft'} | 1.1M |" in report and report in capsys.readouterr().out
-    assert page.count("data:image/png;base64,") == 30 and "src=\"http" not in page and "href" not in page
+    assert f"| {out / 'sft'} | 1.1 |" in report and report in capsys.readouterr().out
+    wrong = sum(r["acc"] == 0 for r in rows)
+    shown = min(wrong, evaluation.SHOWN) + min(30 - wrong, evaluation.SHOWN)
+    assert page.count("data:image/png;base64,") == shown
+    assert "src=\"http" not in page and "href" not in page
     assert sorted(os.listdir(out)) == ["completions-sft.jsonl", "eval.html", "phantoms", "report.md", "results.json", "sft"]
 
 
@@ -281,13 +296,15 @@ def test_seeds_through_the_command(out, monkeypatch):
     entry = json.loads((out / "results.json").read_text())[str(out / "sft")]
     rows = [json.loads(x) for x in (out / "completions-sft.jsonl").read_text().splitlines()]
     assert [r["seed"] for r in rows] == [3] * 5 + [8] * 5 and len({r["id"] for r in rows}) == 5
-    assert entry["overall"]["n"] == 5 and entry["seeds"] == [3, 8] and "0.00 ± 0.00" in (out / "report.md").read_text()
+    assert entry["overall"]["n"] == 5 and entry["seeds"] == [3, 8]
+    assert "0.0 ± 0.0" in (out / "report.md").read_text()
 
 
 def test_two_checkpoints_of_one_name_and_another_folder(out, world, tmp_path, monkeypatch):
-    """a/sft and b/sft keep apart; --out takes the results, the data stay where the first checkpoint is; JSON holds no NaN."""
+    """a/sft and b/sft keep apart; --out takes the results; JSON holds no NaN."""
     (out / "b").mkdir()
     (out / "b" / "sft").symlink_to(world.folder)
+    (out / "b" / "phantoms").symlink_to(out / "phantoms")
     monkeypatch.setattr(evaluation, "make_judge", lambda *_, **__: lambda thoughts, items: [NAN] * len(items))
     script(monkeypatch, world, ["<think>t</think><answer>A</answer>"] * 8)
     run(monkeypatch, "--ckpt", out / "sft", out / "b" / "sft", "--questions", 4, "--out", out / "results")
@@ -295,7 +312,9 @@ def test_two_checkpoints_of_one_name_and_another_folder(out, world, tmp_path, mo
     assert [n for n in names if n.startswith("completions")] == ["completions-b-sft.jsonl", "completions-sft.jsonl"]
     results = json.loads((out / "results" / "results.json").read_text(), parse_constant=pytest.fail)
     assert set(results) == {str(out / "sft"), str(out / "b" / "sft")}
-    assert all(e["consistency"] is None and e["judge_failed"] == 4 and e["format"] == 1 for e in results.values())
+    for entry in results.values():
+        assert entry["consistency"]["mean"] is None and entry["judge_failed"] == 4
+        assert entry["format"]["mean"] == 1
     row = json.loads((out / "results" / "completions-sft.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
     assert row["con"] is None and row["ckpt"] == str(out / "sft")
 
@@ -331,18 +350,23 @@ def test_a_completion_cannot_script_the_page(world, tmp_path):
     assert page.count("alert(1)") == page.count("&lt;script&gt;alert(1)")
 
 
-@pytest.mark.parametrize("wrong, wrong_shown", [(10, 10), (30, 20), (55, 35)])
-def test_the_page_shows_right_and_wrong(world, wrong, wrong_shown):
-    """PAGE_QUESTIONS of 60 questions, half of them wrong where there are enough of both, each with all completions."""
-    records = world.records[:60]
-    acc = {r["id"]: float(i >= wrong) for i, r in enumerate(records)}  # by the last checkpoint; the first is always right
-    rows = {c: [row(r["task"], r["modality"], c == "a" or acc[r["id"]], id=r["id"], path=r["path"], ckpt=c)
-                for r in records] for c in "ab"}
-    page = evaluation.page({c: evaluation.summary(x) | {"params": 1} for c, x in rows.items()}, rows, "what")
-    shown = re.findall(r'<p class="what">(phantom-[\w-]+), ', page)
-    assert len(shown) == len(set(shown)) == evaluation.PAGE_QUESTIONS == 40
-    assert sum(acc[x] == 0 for x in shown) == wrong_shown
-    assert page.count("✗ accuracy") == wrong_shown and page.count("✓ accuracy") == 80 - wrong_shown
+@pytest.mark.parametrize("wrong, shown", [(10, (10, 20)), (30, (20, 20)), (55, (20, 5))])
+def test_the_page_shows_right_and_wrong(world, wrong, shown):
+    """Of 60 questions at most SHOWN wrong ones, then at most SHOWN right ones, each with the
+    answers of both checkpoints."""
+    acc = {r["id"]: float(i >= wrong) for i, r in enumerate(world.records[:60])}  # by the last one
+    rows = {"a": [], "b": []}
+    for r in world.records[:60]:
+        same = {key: r[key] for key in ("task", "modality", "id", "path")}
+        rows["a"].append(row(**same, acc=1, ckpt="a"))
+        rows["b"].append(row(**same, acc=acc[r["id"]], ckpt="b"))
+    results = {c: evaluation.summary(answers) | {"params": 1} for c, answers in rows.items()}
+    page = evaluation.page(results, rows, "what")
+    ids = re.findall(r'<p class="what">(phantom-[\w-]+), ', page)
+    assert len(ids) == len(set(ids)) == sum(shown)
+    assert [acc[x] for x in ids] == [0] * shown[0] + [1] * shown[1]
+    assert page.count('class="no">accuracy 0.0') == shown[0]
+    assert page.count('class="yes">accuracy 1.0') == sum(shown) + shown[1]
 
 
 def test_the_page_keeps_two_files_of_the_same_ids_apart(world):
@@ -351,7 +375,7 @@ def test_the_page_keeps_two_files_of_the_same_ids_apart(world):
     rows = {}
     for name, record in (("a", one), ("b", two)):
         same = {key: record[key] for key in ("id", "path", "question")}
-        rows[name] = [row("anomaly", "CT", 1, thought=f"by {name}", **same)]
+        rows[name] = [row("anomaly", "CT", 1, completion=f"by {name}", **same)]
     results = {name: evaluation.summary(answers) | {"params": 1} for name, answers in rows.items()}
     page = evaluation.page(results, rows, "what")  # the questions are the last checkpoint's
     assert "Another?" in page and one["question"] not in page and "by b" in page and "by a" not in page
@@ -363,13 +387,14 @@ def test_the_page_keeps_two_files_of_the_same_ids_apart(world):
 
 
 def test_one_question(out, world, monkeypatch, capsys):
-    """--image, --question and --options print thought and answer, for any image file, and write nothing."""
+    """--image, --question and --options print what each checkpoint says, and write nothing."""
     script(monkeypatch, world, ["<think>Grey tissue.</think><answer>B</answer>", "no idea"])
     before, image = sorted(os.listdir(out)), world.records[0]["path"]
     for _ in range(2):
         run(monkeypatch, "--ckpt", out / "sft", "--image", image, "--question", "Q?", "--options", "CT", "MRI")
     said = capsys.readouterr().out
-    assert "thought: Grey tissue." in said and "answer:  B) MRI" in said and "none to be read in 'no idea'" in said
+    assert "<think>Grey tissue.</think><answer>B</answer>\n  read as: MRI" in said
+    assert "no idea\n  read as: unreadable" in said
     assert sorted(os.listdir(out)) == before
 
 
@@ -390,9 +415,9 @@ def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
         (["--ckpt", out / "none"], "no such checkpoint"),
         (["--ckpt", tmp_path / "bert"], "another architecture (bert)"),
         (["--ckpt", tmp_path / "nowhere" / "sft"], "is not there, expected the phantoms, or --data"),
-        ([*ok, out / "sft"], "expected different checkpoints"),
+        ([*ok, out / "sft"], "is there twice, expected it once"),
         ([*ok, "--data", tmp_path / "empty.jsonl"], "holds no records"),
-        ([*ok, "--data", tmp_path / "gone.jsonl"], "1 of 1 questions are missing"),
+        ([*ok, "--data", tmp_path / "gone.jsonl"], "gone.png is missing"),
         ([*ok, "--split", "val", "--only", "modality=PET"], "no usable record of split 'val' with"),
         ([*ok, "--split", "tset"], "invalid choice: 'tset'"),
         ([*ok, "--seeds", 0, 1], "greedy answers are the same"),
@@ -404,8 +429,8 @@ def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
         ([*ok, "--beam", 4], "unrecognized arguments"),
         ([*ok, "--out", tmp_path / "broken"], "not a JSON object"),
         ([*ok, "--out", tmp_path / "list"], "not a JSON object"),
-        ([*ok, "--image", picture], "needs all three"),
-        ([*ok, "--image", picture, "--question", "Q?", "--options", "MRI"], "expected 2 to 6"),
+        ([*ok, "--image", picture], "one question needs"),
+        ([*ok, "--image", picture, "--question", "Q?", "--options", "MRI"], "2 to 6 --options"),
         ([*ok, "--image", tmp_path / "no.png", "--question", "Q?", "--options", "MRI", "CT"], "is missing")]
     for argv, sentence in cases:
         with pytest.raises(SystemExit) as stop:
@@ -416,17 +441,15 @@ def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
     assert not (out / "results.json").exists()
 
 
-NUMBERS = [name for name, knob in evaluation.KNOBS.items() if "type" in knob and "nargs" not in knob]
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_every_number_has_a_minimum(name):
+def test_every_number_has_a_minimum():
     """The least is taken, what lies below it and what is no number are refused by name."""
-    least = evaluation.KNOBS[name]["least"]
-    assert getattr(evaluation.parse_args([f"--{name}", str(least)]), name) == least
-    for bad in (str(least - 1), "many"):
-        with pytest.raises(data.DataError, match=f"--{name}"):
-            evaluation.parse_args([f"--{name}", bad])
+    numbers = {name for name, knob in evaluation.KNOBS.items() if "type" in knob}
+    assert set(evaluation.LEAST) == numbers - {"seeds"}
+    for name, least in evaluation.LEAST.items():
+        assert getattr(evaluation.parse_args([f"--{name}", str(least)]), name) == least
+        for bad in (str(least - 1), "many"):
+            with pytest.raises(data.DataError, match=f"--{name}"):
+                evaluation.parse_args([f"--{name}", bad])
 
 
 def test_help_tells_every_knob(capsys):
@@ -437,7 +460,8 @@ def test_help_tells_every_knob(capsys):
     for name, knob in evaluation.KNOBS.items():
         meaning, default = knob["help"].split(":")[0].split(" [")[0], knob.get("default")
         value = default[0] if isinstance(default, list) and default else default
-        assert f"--{name}" in said and meaning in said and (value in (None, []) or f"[{value}]" in said), name
+        assert f"--{name}" in said and meaning in said, name
+        assert value in (None, []) or f"[{value}]" in said, name
 
 
 def test_evaluating_leaves_the_policy_alone(world):
