@@ -12,7 +12,13 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import images_of
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, BertConfig, GPT2Config
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BertConfig,
+    GPT2Config,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
