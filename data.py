@@ -645,8 +645,13 @@ def phantom_records(facts, rng, group, image, split="train", rounds=None, report
     if not kind or turns.pop():
         asked["anomaly"] = "Abnormal" if kind else "Normal", STATES, "So the image is"
 
-    seen = f"{SIGNS[modality]} suggest {modality}. The region is {anatomy}."
-    seen += f" {lesion_text(report or facts)}"
+    told = report or facts
+    seen = f"{SIGNS[modality]} suggest {modality}. The region is {anatomy}. "
+    if told["lesion"]:
+        seen += f"There is {STYLES[told['style']]} in the {told['location']}."
+        seen += f" This fits {told['lesion']}."
+    else:
+        seen += "There is no lesion."
     shared = {"id": group, "image": image, "modality": modality, "anatomy": anatomy,
               "source": "phantom", "group": group, "split": split}
     records = []
@@ -654,13 +659,6 @@ def phantom_records(facts, rng, group, image, split="train", rounds=None, report
         thought = f"{seen} {so} {truth}."
         records.append(ask({**shared, "thought": thought}, task, truth, names, rng, rounds))
     return records
-
-
-def lesion_text(facts):
-    if facts["lesion"] is None:
-        return "There is no lesion."
-    seen = STYLES[facts["style"]]
-    return f"There is {seen} in the {facts['location']}. This fits {facts['lesion']}."
 
 
 def careless_report(facts, rng):
@@ -672,17 +670,6 @@ def careless_report(facts, rng):
     return {**facts, "lesion": kind, "style": str(style), "location": str(location)}
 
 
-def made_before(out, knobs):
-    """Whether phantoms of these knobs are in folder `out`; DataError if something else is."""
-    if not out.exists() or (out.is_dir() and not os.listdir(out)):
-        return False
-    meta = out / "meta.json"
-    old = meta.read_text() if meta.is_file() else "no finished phantoms"
-    expect(old == knobs, f"{out} is there already with {old}, expected {knobs}:"
-                         " remove it or name another folder")
-    return True
-
-
 def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, careless=0.0):
     """Draw phantoms into folder `out` (images/, phantoms.jsonl, meta.json) -> the jsonl's path.
 
@@ -692,30 +679,36 @@ def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, care
     the images or the questions. Reused if already there with the same knobs, DataError if with
     others.
     """
-    expect(n_images > 0 and seed >= 0,
-           f"{n_images} images with seed {seed}: expected 1 or more images, a seed of 0 or more")
-    expect(thoughts is None or thoughts >= 0, f"{thoughts} with thoughts: expected 0 or more")
-    expect(0 <= careless <= 1, f"a share {careless} of careless thoughts: expected 0 to 1")
+    expect(n_images > 0 and seed >= 0 and (thoughts or 0) >= 0 and 0 <= careless <= 1,
+           f"{n_images} images, seed {seed}, thoughts {thoughts}, careless {careless}: expected"
+           " 1 or more, 0 or more, 0 or more, 0 to 1")
     out = Path(out).absolute()
+    jsonl, meta = out / "phantoms.jsonl", out / "meta.json"
     knobs = json.dumps({
         "seed": seed, "n_images": n_images, "thoughts": thoughts, "careless": careless,
         "size": SIZE, "lesion_rate": LESION_RATE, "lesion_radius": LESION_RADIUS,
         "lesion_contrast": LESION_CONTRAST, "shares": PHANTOM_SHARES})
-    if not made_before(out, knobs):
-        with folder_beside(out) as part:
-            (part / "images").mkdir()
-            records = draw_phantoms(part, seed, n_images, thoughts, careless)
-            write_records(records, part / "phantoms.jsonl")
-            (part / "meta.json").write_text(knobs)
-    return str(out / "phantoms.jsonl")
+    if out.is_file() or (out.is_dir() and os.listdir(out)):
+        old = meta.read_text() if meta.is_file() else "no finished phantoms"
+        expect(old == knobs, f"{out} is there already with {old}, expected {knobs}:"
+                             " remove it or name another folder")
+        return str(jsonl)
+
+    with folder_beside(out) as part:
+        records = draw_phantoms(part, seed, n_images, thoughts, careless)
+        write_records(records, part / jsonl.name)
+        (part / meta.name).write_text(knobs)
+    return str(jsonl)
 
 
 def draw_phantoms(folder, seed, n_images, thoughts, careless):
-    """The images of make_phantoms, written to `folder` -> their records."""
+    """The images of make_phantoms, written to `folder`/images -> their records."""
+    (folder / "images").mkdir()
     records, rounds, in_train = [], defaultdict(list), 0
     shuffled = np.random.default_rng(seed).permutation(n_images)
+    ends = np.cumsum(list(PHANTOM_SHARES.values()))
     for i in tqdm(range(n_images), desc="phantoms", unit="image"):
-        split = phantom_split(shuffled[i] / n_images)
+        split = SPLITS[np.searchsorted(ends, shuffled[i] / n_images, side="right")]
         rng = np.random.default_rng([seed, i])
         lesion = None
         if rng.random() < LESION_RATE:
@@ -735,15 +728,6 @@ def draw_phantoms(folder, seed, n_images, thoughts, careless):
             made = [{**r, "thought": None} for r in made]
         records += made
     return records
-
-
-def phantom_split(place):
-    """The split of the image at `place`, 0 to 1, of a shuffled order."""
-    for split, share in PHANTOM_SHARES.items():
-        if place < share:
-            return split
-        place -= share
-    return split
 
 
 def contact_sheet(cells, file):
