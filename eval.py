@@ -119,8 +119,8 @@ def spread(rows, key="acc"):
     was sampled with several seeds is one run: the mean over its answers. nan is left out.
     """
     several = len({row["ckpt"] for row in rows}) > 1
-    runs, means = grouped(rows, "ckpt" if several else "seed"), []
-    for members in runs.values():
+    means = []
+    for members in grouped(rows, "ckpt" if several else "seed").values():
         values = [row[key] for row in members if not rewards.failed(row[key])]
         if values:
             means.append(fmean(values))
