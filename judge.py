@@ -113,14 +113,15 @@ def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cach
                reference=None):
     """spec -> judge(thoughts, items) -> list of letter | None | nan, as long as `thoughts`.
 
-    thoughts: list of str or None (no thought; like one of which F may see nothing it gives None);
+    thoughts: list of str or None (no thought: verdict None, as where F may see nothing of it);
     items: their records (`options` and `question` are read). sees: "cut", F reads what
     `rewards.visible_thought` leaves; "raw", the thought whole, as the paper prints it. nan comes
-    from openai: alone. DataError for an unknown spec or `sees` and a model that can't be loaded.
-    judge.usage: a Counter of a server's calls and failures.
+    from openai: alone. judge.usage: a Counter of a server's calls and failures. DataError for an
+    unknown spec or `sees` and a model that can't be loaded.
 
     openai: at most `concurrency` requests at a time, each of at most `timeout` s; cache: the file
-    of its replies (hf: keeps none: a folder's weights may change). reference: see `LocalEvaluator`.
+    of its replies (hf: keeps none: a folder's weights may change). reference: for hf:reference,
+    (function -> context manager of the model, its tokenizer).
     """
     expect(sees in ("cut", "raw"), f"judge_sees {sees!r} is unknown, expected cut or raw")
     (kind, name, device), usage = parse_spec(spec), Counter()
@@ -156,9 +157,11 @@ one_at_a_time = threading.Lock()  # local models run in one thread at a time
 def device_of(spec, name):
     """-> (device, dtype): bf16 on CUDA, which is the default; fp32 on the CPU."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    there = device.type == "cpu" or (device.index or 0) < torch.cuda.device_count()
+    if device.type == "cpu":
+        return device, torch.float32
+    there = (device.index or 0) < torch.cuda.device_count()
     expect(there, f"judge {spec!r}: there is no such device here")
-    return device, torch.float32 if device.type == "cpu" else torch.bfloat16
+    return device, torch.bfloat16
 
 
 def load_text_model(spec, name, device):
@@ -166,9 +169,8 @@ def load_text_model(spec, name, device):
     device, dtype = device_of(spec, device)
     safe = dict(trust_remote_code=False)
     try:
-        kind = transformers.AutoConfig.from_pretrained(name, **safe).model_type
         auto = transformers.AutoModelForImageTextToText
-        if kind in CAUSAL:
+        if transformers.AutoConfig.from_pretrained(name, **safe).model_type in CAUSAL:
             auto = transformers.AutoModelForCausalLM
         net, info = auto.from_pretrained(name, dtype=dtype, use_safetensors=True,
                                          output_loading_info=True, **safe)
@@ -182,8 +184,7 @@ def load_text_model(spec, name, device):
 
 
 class LocalEvaluator:
-    """F as a model in this process. reference: for hf:reference, (function -> context manager of
-    the model, its tokenizer).
+    """F as a model in this process.
 
     The reference, and any checkpoint made here (it has a knobs.json), is asked as it was taught:
     the question, then the answer opened with the thought up to the letter. Others: `judge_prompt`.
@@ -191,7 +192,7 @@ class LocalEvaluator:
 
     def __init__(self, spec, name, device, reference):
         if name == "reference":
-            expect(reference, "judge hf:reference: grpo.py alone has one, name a folder: hf:out/sft")
+            expect(reference, "judge hf:reference: grpo.py alone has one, expected hf:FOLDER")
             self.opened, self.tokenizer = reference
         else:
             net, self.tokenizer = load_text_model(spec, name, device)
@@ -203,25 +204,25 @@ class LocalEvaluator:
             self.tokens[x] = [row[0] for row in rows if len(row) == 1]
             expect(self.tokens[x], f"judge {spec!r}: its tokenizer has no token for each letter")
 
-    def prompt(self, text, item):
-        """What stands before the letter."""
-        asked, opening = judge_prompt(text, item), ""
-        if self.taught:
-            asked = defused(rewards.question_text(dict(item, thinking="before")))
-            opening = f"<think>{defused(text)}</think><answer>"
-        turns = [dict(role="user", content=asked)]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True,
-                                                  enable_thinking=False) + opening
-
     def letters(self, pairs):
-        """[(text, item)] -> the likeliest of each item's letters, one pass for each."""
+        """[(text, item)] -> the likeliest of each item's letters."""
         with one_at_a_time, self.opened() as net, torch.no_grad(), M.autocast(net):
             return [self.letter(net, text, item) for text, item in pairs]
 
     def letter(self, net, text, item):
-        batch = self.tokenizer(self.prompt(text, item), add_special_tokens=False,
-                               return_tensors="pt").to(next(net.parameters()).device)
-        logits = net(**batch, use_cache=False, logits_to_keep=1).logits[0, -1].cpu()       # (V,)
+        """The likeliest letter behind one prompt. Batches would need padding, and gain little: a
+        prompt of some hundred tokens keeps a large model busy."""
+        asked, opening = judge_prompt(text, item), ""
+        if self.taught:
+            asked = defused(rewards.question_text(dict(item, thinking="before")))
+            opening = f"<think>{defused(text)}</think><answer>"
+        prompt = self.tokenizer.apply_chat_template(
+            [dict(role="user", content=asked)], tokenize=False, add_generation_prompt=True,
+            enable_thinking=False)
+        batch = self.tokenizer(prompt + opening, add_special_tokens=False, return_tensors="pt")
+        ids = batch["input_ids"].to(next(net.parameters()).device)                         # (1, T)
+        out = net(input_ids=ids, use_cache=False, logits_to_keep=1)
+        logits = out.logits[0, -1].cpu()                                                   # (V,)
         offered = LETTERS[:len(item["options"])]
         return max(offered, key=lambda x: logits[self.tokens[x]].max())
 
@@ -342,12 +343,12 @@ class Server:
         and at a random moment, as after 408, 429, 5xx, a cut or slow connection or broken JSON.
         """
         body = self.knobs | dict(messages=[dict(role="user", content=content)])
+        body = json.dumps(body).encode()
         for k in range(TRIES):
             if k:
                 time.sleep(BACKOFF * 2**(k - 1) * random.uniform(0.5, 1.5))
             try:
-                pending = self.requests.apply_async(self.post, (json.dumps(body).encode(),))
-                status, reply = pending.get(self.timeout)
+                status, reply = self.requests.apply_async(self.post, [body]).get(self.timeout)
                 why = f"HTTP {status}"
                 if status == 200:
                     self.count("calls")
@@ -365,9 +366,10 @@ class Server:
     def post(self, body):
         """One request -> (status, bytes). It follows no redirect and asks no proxy, so that the key
         goes to no other address."""
-        kinds = dict(http=http.client.HTTPConnection, https=http.client.HTTPSConnection)
-        connection = kinds[self.url.scheme](self.url.netloc, timeout=self.timeout)
-        with contextlib.closing(connection):
+        kind = http.client.HTTPConnection
+        if self.url.scheme == "https":
+            kind = http.client.HTTPSConnection
+        with contextlib.closing(kind(self.url.netloc, timeout=self.timeout)) as connection:
             connection.request("POST", self.url.path, body, self.headers)
             reply = connection.getresponse()
             return reply.status, reply.read(2**22)
@@ -420,11 +422,11 @@ def make_annotator(spec, replies, timeout, concurrency):
     return LocalAnnotator(spec, name, device, replies)
 
 
-def write_thought(record, described, known, write, judge, attempts):
+def write_thought(record, described, known, writer, judge, retries):
     """-> (the last thought that was written or None, what is wrong with it: see `faults`).
 
-    The writer is told what was wrong with its last attempt. Where no reply or no verdict came it is
-    given up: replies are kept, so the next run goes on from there.
+    The writer is told what was wrong with its last attempt. Where no reply or no verdict came it
+    ends: replies are kept, so the next run goes on from there.
     """
     if failed(described):
         return None, ["got no description"]
@@ -433,8 +435,8 @@ def write_thought(record, described, known, write, judge, attempts):
                           options=rewards.options_text(map(defused, options)),
                           answer=defused(answer))
     again = ""
-    for _ in range(attempts):
-        thought = write(prompt + again, record)
+    for _ in range(retries + 1):
+        thought = writer.write(prompt + again, record)
         if failed(thought):
             return None, ["got no reply"]
         [verdict] = judge([thought], [record])
@@ -468,15 +470,12 @@ def faults(thought, record, known, verdict):
         wrong.append("has fewer than two steps")
     if verdict != record["answer"]:
         wrong.append("does not lead to the answer")
-    if any(concludes(step, answer) for step in steps[:-1]):
-        wrong.append("states the answer before its last sentence")
+    for step in steps[:-1]:
+        _, has_letter = visible_thought(step)
+        if has_letter or CONCLUDES.search(step) and mentions(step, [answer]):
+            wrong.append("states the answer before its last sentence")
+            break
     return wrong + untrue_names(thought, record, known)
-
-
-def concludes(step, answer):
-    """Whether a sentence gives the answer away: by a letter, or as in "so it is X"."""
-    _, has_letter = visible_thought(step)
-    return has_letter or CONCLUDES.search(step) and mentions(step, [answer])
 
 
 def untrue_names(thought, record, known):
@@ -493,11 +492,11 @@ def untrue_names(thought, record, known):
             names |= {*record["options"]}
         if true not in names:
             continue
-        affirmed = {name for _, name, denied in mentions(thought, sorted(names)) if not denied}
-        for name in sorted(affirmed):
-            if fold(name) != fold(true) and {name, true} not in data.ALIKE:
+        for _, name, denied in mentions(thought, sorted(names)):
+            alike = fold(name) == fold(true) or {name, true} in data.ALIKE
+            if not denied and not alike:
                 wrong.append(f"names {name}, but the {what} is {true}")
-    return wrong
+    return sorted({*wrong})
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -516,29 +515,27 @@ def annotate(args):
 
     pictures = {r["image"]: r for r in records}
     texts = threads.imap(partial(describer.write, DESCRIBE), pictures.values())
-    texts = tqdm(texts, desc="describe", total=len(pictures))
-    described = dict(zip(pictures, texts, strict=True))
+    described = dict(zip(pictures, tqdm(texts, "describe", len(pictures)), strict=True))
     known = {x: dict(modality=r["modality"], anatomy=r["anatomy"]) for x, r in pictures.items()}
     for r in records:
         known[r["image"]][r["task"]] = rewards.right_option(r)
 
     def write(r):
-        image = r["image"]
-        return write_thought(r, described[image], known[image], writer.write, judge,
-                             args.retries + 1)
+        seen, true = described[r["image"]], known[r["image"]]
+        return write_thought(r, seen, true, writer, judge, args.retries)
 
     good, reasons = [], Counter()
-    written = tqdm(threads.imap(write, records), desc="write", total=len(records))
+    written = tqdm(threads.imap(write, records), "write", len(records))
     for r, (thought, wrong) in zip(records, written, strict=True):
         reasons.update(wrong)
         if not wrong:
             good.append(dict(r, thought=thought))
 
-    print(f"{len(records)} questions: {len(good)} thoughts accepted, {len(records) - len(good)} left "
-          "out; asked again next time are those without a reply")
+    print(f"{len(records)} questions: {len(good)} thoughts accepted, {len(records) - len(good)}",
+          "left out (run again: those without a reply are asked for again)")
     for why, n in reasons.most_common():
         print(f"left out because the last attempt {why}: {n}")
-    for role, model in (("describer", describer), ("writer", writer), ("judge", judge)):
+    for role, model in dict(describer=describer, writer=writer, judge=judge).items():
         print(f"{role}: {model.usage['calls']} calls; failures: {failures(model.usage)}")
     save(good, args.out)
     if args.review:
