@@ -24,6 +24,7 @@ import argparse
 import atexit
 import base64
 import contextlib
+import http.client
 import io
 import json
 import math
@@ -32,8 +33,6 @@ import random
 import re
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -54,9 +53,9 @@ from rewards import failed, fold, mentions, visible_thought
 
 # ---- how F is asked ------------------------------------------------------------------------------
 
-SPEC = re.compile(r"""lexical | hf:(?P<name>.+?)(?:@(?P<device>cpu|cuda(?::\d+)?))?
-    | openai:(?P<url>https?://(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d{1,5})?(?:/[^\s\#@?]*)?)
-      \#(?P<model>\S+)""", re.VERBOSE)
+SPEC = re.compile(r"""lexical
+    | hf:(?P<name>.+?)(?:@(?P<device>cpu|cuda(?::\d+)?))?
+    | openai:(?P<url>https?://[\w.-]+(?::\d+)?(?:/[^\s\#@?]*)?)\#(?P<model>\S+)""", re.VERBOSE)
 PROMPT = """A multiple-choice question about a medical image, and someone's reasoning about it.
 Which option does the reasoning support, right or wrong? Go by what it says, not by what you know.
 
@@ -101,17 +100,68 @@ def judge_prompt(thought, item):
                          fence=key_of(thought, question, options))
 
 
-# ---- F as a local model --------------------------------------------------------------------------
+def read_letter(letters, reply):
+    """F's reply, strictly: one of the letters, "none" (None), or nan."""
+    m = re.fullmatch(r"\s*\(?([A-F]|none)[).:]?\s*", reply, re.IGNORECASE)
+    said = m[1].upper() if m else ""
+    if said == "NONE":
+        return None
+    return said if said in [*letters] else math.nan
 
-HF_BATCH = 32  # thoughts per forward pass
+
+def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cache=None,
+               reference=None):
+    """spec -> judge(thoughts, items) -> list of letter | None | nan, as long as `thoughts`.
+
+    thoughts: list of str or None (no thought: verdict None, as where F may see nothing of it);
+    items: their records (`options` and `question` are read). sees: "cut", F reads what
+    `rewards.visible_thought` leaves; "raw", the thought whole, as the paper prints it. nan comes
+    from openai: alone. judge.usage: a Counter of a server's calls and failures. DataError for an
+    unknown spec or `sees` and a model that can't be loaded.
+
+    openai: at most `concurrency` requests at a time, each of at most `timeout` s; cache: the file
+    of its replies (hf: keeps none: a folder's weights may change). reference: for hf:reference,
+    (function -> context manager of the model, its tokenizer).
+    """
+    expect(sees in ("cut", "raw"), f"judge_sees {sees!r} is unknown, expected cut or raw")
+    (kind, name, device), usage = parse_spec(spec), Counter()
+    if kind == "hf":
+        ask = LocalEvaluator(spec, name, device, reference).letters
+    elif kind == "openai":
+        server = Server(spec, Replies(cache), 4, timeout, concurrency)
+        ask, usage = server.letters, server.usage
+    else:
+        def ask(pairs):
+            return [rewards.lexical_verdict(text, item, sees == "raw") for text, item in pairs]
+
+    def judge(thoughts, items):
+        pairs, keys = {}, []  # pairs: each thought on a record once
+        for thought, item in zip(thoughts, items, strict=True):
+            text, _ = visible_thought(thought or "")
+            if sees == "raw":
+                text = rewards.single_blanks(thought or "")
+            keys.append((text, id(item)))
+            if text:
+                pairs[text, id(item)] = text, item
+        verdicts = dict(zip(pairs, ask(list(pairs.values())), strict=True))
+        return [verdicts.get(key) for key in keys]
+    judge.usage = usage
+    return judge
+
+
+# ---- local models --------------------------------------------------------------------------------
+
+one_at_a_time = threading.Lock()  # local models run in one thread at a time
 
 
 def device_of(spec, name):
     """-> (device, dtype): bf16 on CUDA, which is the default; fp32 on the CPU."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    there = device.type == "cpu" or (device.index or 0) < torch.cuda.device_count()
+    if device.type == "cpu":
+        return device, torch.float32
+    there = (device.index or 0) < torch.cuda.device_count()
     expect(there, f"judge {spec!r}: there is no such device here")
-    return device, torch.float32 if device.type == "cpu" else torch.bfloat16
+    return device, torch.bfloat16
 
 
 def load_text_model(spec, name, device):
@@ -119,9 +169,8 @@ def load_text_model(spec, name, device):
     device, dtype = device_of(spec, device)
     safe = dict(trust_remote_code=False)
     try:
-        kind = transformers.AutoConfig.from_pretrained(name, **safe).model_type
         auto = transformers.AutoModelForImageTextToText
-        if kind in CAUSAL:
+        if transformers.AutoConfig.from_pretrained(name, **safe).model_type in CAUSAL:
             auto = transformers.AutoModelForCausalLM
         net, info = auto.from_pretrained(name, dtype=dtype, use_safetensors=True,
                                          output_loading_info=True, **safe)
@@ -131,71 +180,82 @@ def load_text_model(spec, name, device):
         raise DataError(f"judge {spec!r} can't be loaded: {why}") from e
     whole = tokenizer.chat_template and not info["missing_keys"]
     expect(whole, f"judge {spec!r}: expected a whole checkpoint with a chat template")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return net.to(device).eval(), tokenizer
 
 
-def next_logits(net, tokenizer, texts):
-    """n texts -> logits of the token after each, (n, V) float32 on the CPU.
-
-    Padded on the right, where no token sees the padding: so positions are right for any model."""
-    batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right",
-                      return_tensors="pt").to(next(net.parameters()).device)
-    ids, mask = batch["input_ids"], batch["attention_mask"]                            # (n, T)
-    ends, at = (mask.sum(1) - 1).unique(return_inverse=True)                           # (E,), (n,)
-    out = M.network(net)(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=ends)
-    return out.logits[torch.arange(len(texts)), at].float().cpu()
-
-
-def hf_evaluator(spec, name, device, reference):
-    """-> ask([(text, item)]) -> letters. reference: for hf:reference, (function -> context manager
-    of the model, its tokenizer).
+class LocalEvaluator:
+    """F as a model in this process.
 
     The reference, and any checkpoint made here (it has a knobs.json), is asked as it was taught:
     the question, then the answer opened with the thought up to the letter. Others: `judge_prompt`.
     """
-    if name == "reference":
-        expect(reference, "judge hf:reference: grpo.py alone has one, name a folder: hf:out/sft")
-        opened, tokenizer = reference
-    else:
-        loaded, tokenizer = load_text_model(spec, name, device)
-        opened = partial(contextlib.nullcontext, loaded)
-    taught = name == "reference" or os.path.isfile(os.path.join(name, "knobs.json"))
-    tokens = {}  # letter -> its tokens, by itself and behind a blank
-    for x in LETTERS:
-        rows = tokenizer([x, " " + x], add_special_tokens=False)["input_ids"]
-        tokens[x] = [row[0] for row in rows if len(row) == 1]
-        expect(tokens[x], f"judge {spec!r}: its tokenizer has no token for each letter")
 
-    def prompt(text, item):
+    def __init__(self, spec, name, device, reference):
+        if name == "reference":
+            expect(reference, "judge hf:reference: grpo.py alone has one, expected hf:FOLDER")
+            self.opened, self.tokenizer = reference
+        else:
+            net, self.tokenizer = load_text_model(spec, name, device)
+            self.opened = partial(contextlib.nullcontext, net)
+        self.taught = name == "reference" or os.path.isfile(os.path.join(name, "knobs.json"))
+        self.tokens = {}  # letter -> its tokens, by itself and behind a blank
+        for x in LETTERS:
+            rows = self.tokenizer([x, " " + x], add_special_tokens=False)["input_ids"]
+            self.tokens[x] = [row[0] for row in rows if len(row) == 1]
+            expect(self.tokens[x], f"judge {spec!r}: its tokenizer has no token for each letter")
+
+    def letters(self, pairs):
+        """[(text, item)] -> the likeliest of each item's letters."""
+        with one_at_a_time, self.opened() as net, torch.no_grad(), M.autocast(net):
+            return [self.letter(net, text, item) for text, item in pairs]
+
+    def letter(self, net, text, item):
+        """The likeliest letter behind one prompt. Batches would need padding, and gain little: a
+        prompt of some hundred tokens keeps a large model busy."""
         asked, opening = judge_prompt(text, item), ""
-        if taught:
+        if self.taught:
             asked = defused(rewards.question_text(dict(item, thinking="before")))
             opening = f"<think>{defused(text)}</think><answer>"
-        turns = [dict(role="user", content=asked)]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True,
-                                             enable_thinking=False) + opening
+        prompt = self.tokenizer.apply_chat_template(
+            [dict(role="user", content=asked)], tokenize=False, add_generation_prompt=True,
+            enable_thinking=False)
+        batch = self.tokenizer(prompt + opening, add_special_tokens=False, return_tensors="pt")
+        ids = batch["input_ids"].to(next(net.parameters()).device)                         # (1, T)
+        out = net(input_ids=ids, use_cache=False, logits_to_keep=1)
+        logits = out.logits[0, -1].cpu()                                                   # (V,)
+        offered = LETTERS[:len(item["options"])]
+        return max(offered, key=lambda x: logits[self.tokens[x]].max())
 
-    def ask(pairs):
-        verdicts = []
-        with opened() as net, torch.no_grad(), M.autocast(net):
-            for k in range(0, len(pairs), HF_BATCH):
-                batch = pairs[k:k + HF_BATCH]
-                logits = next_logits(net, tokenizer, [prompt(*pair) for pair in batch])  # (n, V)
-                for (_, item), row in zip(batch, logits, strict=True):
-                    offered = LETTERS[:len(item["options"])]
-                    verdicts.append(max(offered, key=lambda x: row[tokens[x]].max()))
-        return verdicts
-    return ask
+
+class LocalAnnotator:
+    """A checkpoint that model.load takes. Its replies are kept by its name: for other weights name
+    another folder."""
+
+    def __init__(self, spec, name, device, replies):
+        self.spec, self.replies, self.usage = spec, replies, Counter()
+        self.device, dtype = device_of(spec, device)
+        self.net, self.processor = M.load(name, dtype=dtype, device=self.device)
+
+    def write(self, prompt, record):
+        """-> a text about the record's image, or nan for an empty one."""
+        generate = partial(self.generate, prompt, record)
+        return self.replies.ask(generate, read_text, self.spec, prompt, data_url(record, SIDE))
+
+    def generate(self, prompt, record):
+        images = [M.image_patches(self.processor, record)]
+        with one_at_a_time:
+            batch = M.tensors(self.processor, [prompt], images, self.device)
+            tokens, mask = M.sample(self.net, batch, group_size=1, max_new_tokens=WRITE_TOKENS,
+                                    temperature=0)                                     # (1, 1, T)
+            self.usage["calls"] += 1
+        return read_text(M.decode(self.processor, tokens, mask)[0][0])
 
 
 # ---- a chat server, and the replies that are kept ------------------------------------------------
 
-TRIES = 5           # of a request, the first included
-BACKOFF = 0.5       # s before the second try, about; doubled each time
-LONGEST_WAIT = 120  # s: a server whose Retry-After says more has failed
-SPENT = ("calls", "prompt_tokens", "completion_tokens")  # in a Counter that has failures beside
-counting = threading.Lock()  # a Counter's update takes several steps
+TRIES = 6      # of a request, the first included
+BACKOFF = 1.0  # s before the second try, about; doubled each time
+FINAL = {f"HTTP {x}" for x in range(300, 500)} - {"HTTP 408", "HTTP 429"}  # not asked again
 
 
 def daemon_threads(size):
@@ -207,7 +267,7 @@ def daemon_threads(size):
 
 def failures(usage):
     """Why requests failed, in words."""
-    whys = [f"{why} ({n} times)" for why, n in usage.most_common() if why not in SPENT]
+    whys = [f"{why} ({n} times)" for why, n in usage.most_common() if why != "calls"]
     return ", ".join(whys) or "no reason told"
 
 
@@ -241,40 +301,36 @@ class Replies(dict):
         return read(reply)
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is a failure: the key goes to no other address."""
-
-    def redirect_request(self, *_):
-        return None
-
-
-OPENER = urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler({}))
-
-
-def post(url, body, timeout):
-    """POST JSON -> the JSON of the reply; HTTPError for a status, OSError, ValueError and more."""
-    name = "OPENAI_API_KEY"
-    own = f"{name}_{re.sub('[^A-Z0-9]', '_', urlsplit(url).hostname.upper())}"
-    key = os.environ.get(own, os.environ.get(name, "")).strip()
-    headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with OPENER.open(request, timeout=timeout) as reply:
-        return json.loads(reply.read(2**22))
-
-
 class Server:
-    """A chat model. usage: a Counter of calls, tokens, and failures by a status or an exception's
-    name, never a text: that may hold the key. timeout: seconds a request may take."""
+    """A chat server, as F or as an annotator. timeout: seconds a request may take. usage: calls
+    and failures by a status or an exception's name, never by a text: that may hold the key."""
 
-    def __init__(self, spec, usage, replies, max_tokens, timeout, concurrency):
+    def __init__(self, spec, replies, max_tokens, timeout, concurrency):
         _, url, model = parse_spec(spec)
-        self.spec, self.usage, self.replies, self.timeout = spec, usage, replies, timeout
-        self.url = f"{url.rstrip('/')}/chat/completions"
+        self.spec, self.replies, self.timeout, self.usage = spec, replies, timeout, Counter()
+        self.url = urlsplit(f"{url.rstrip('/')}/chat/completions")
         self.knobs = dict(model=model, temperature=0, max_tokens=max_tokens)
+        self.headers = {"Content-Type": "application/json"}
+        own = "OPENAI_API_KEY_" + re.sub("[^A-Z0-9]", "_", self.url.hostname.upper())
+        key = os.environ.get(own, os.environ.get("OPENAI_API_KEY", "")).strip()
+        if key:
+            self.headers["Authorization"] = f"Bearer {key}"
+        self.counting = threading.Lock()  # += takes several steps
+        self.askers = daemon_threads(concurrency)
         # Requests run in threads that can be given up: a socket's limit begins anew with each byte.
-        self.threads = daemon_threads(concurrency)
+        self.requests = daemon_threads(concurrency)
+
+    def letters(self, pairs):
+        """As F: [(text, item)] -> letters, None or nan."""
+        def ask(pair):
+            letters = LETTERS[:len(pair[1]["options"])]
+            return self.ask(judge_prompt(*pair), partial(read_letter, letters))
+        return self.askers.map(ask, pairs, chunksize=1)
+
+    def write(self, prompt, record):
+        """As an annotator: -> a text about the record's image, or nan where none came."""
+        image = dict(type="image_url", image_url=dict(url=data_url(record, SIDE)))
+        return self.ask([dict(type="text", text=prompt), image], read_text)
 
     def ask(self, content, read):
         """A user's message -> read(the reply), or nan where none came."""
@@ -283,95 +339,44 @@ class Server:
     def request(self, content, read):
         """-> the reply's text, or nan when it failed TRIES times. Never raises.
 
-        read(reply) gives nan for a reply that can't be used: it is asked for again, as after 408,
-        429, 5xx, a cut or slow connection or broken JSON: later each time, at a random moment, not
-        before Retry-After (in seconds; a date is passed over). Other statuses are final.
+        read(reply) gives nan for a reply that can't be used: it is asked for again, later each time
+        and at a random moment, as after 408, 429, 5xx, a cut or slow connection or broken JSON.
         """
         body = self.knobs | dict(messages=[dict(role="user", content=content)])
+        body = json.dumps(body).encode()
         for k in range(TRIES):
-            wait = BACKOFF * 2**k * random.uniform(0.5, 1.5)
+            if k:
+                time.sleep(BACKOFF * 2**(k - 1) * random.uniform(0.5, 1.5))
             try:
-                pending = self.threads.apply_async(post, (self.url, body, self.timeout))
-                reply = pending.get(self.timeout)
-                tokens = reply.get("usage") or {}
-                with counting:
-                    self.usage["calls"] += 1
-                    self.usage.update({x: int(tokens.get(x) or 0) for x in SPENT[1:]})
-                text = reply["choices"][0]["message"]["content"]
-                if not failed(read(text)):
-                    return text
-                why = "a reply that is no answer"
-            except urllib.error.HTTPError as e:
-                e.close()
-                why, after = f"HTTP {e.code}", e.headers.get("Retry-After", "")
-                if e.code < 500 and e.code not in (408, 429):
-                    wait = math.inf
-                elif re.fullmatch(r"\d+(\.\d+)?", after):
-                    wait = max(wait, float(after))
+                status, reply = self.requests.apply_async(self.post, [body]).get(self.timeout)
+                why = f"HTTP {status}"
+                if status == 200:
+                    self.count("calls")
+                    text = json.loads(reply)["choices"][0]["message"]["content"]
+                    if not failed(read(text)):
+                        return text
+                    why = "a reply that is no answer"
             except Exception as e:  # a cut connection, a reply of another shape
-                why = type(e.reason if isinstance(e, urllib.error.URLError) else e).__name__
-            with counting:
-                self.usage[why] += 1
-            if wait > LONGEST_WAIT or k + 1 == TRIES:
-                return math.nan
-            time.sleep(wait)
-
-
-def read_letter(letters, reply):
-    """F's reply, strictly: one of the letters, "none" (None), or nan."""
-    m = re.fullmatch(r"\s*(?:\(?([A-F])[).:]?|none\.?)\s*", reply, re.IGNORECASE)
-    if not m or m[1] and m[1].upper() not in letters:
+                why = type(e).__name__
+            self.count(why)
+            if why in FINAL:
+                break
         return math.nan
-    return m[1] and m[1].upper()
 
+    def post(self, body):
+        """One request -> (status, bytes). It follows no redirect and asks no proxy, so that the key
+        goes to no other address."""
+        kind = http.client.HTTPConnection
+        if self.url.scheme == "https":
+            kind = http.client.HTTPSConnection
+        with contextlib.closing(kind(self.url.netloc, timeout=self.timeout)) as connection:
+            connection.request("POST", self.url.path, body, self.headers)
+            reply = connection.getresponse()
+            return reply.status, reply.read(2**22)
 
-def openai_evaluator(server, concurrency):
-    """-> ask([(text, item)]) -> letters, None or nan."""
-    def ask(pair):
-        letters = LETTERS[:len(pair[1]["options"])]
-        return server.ask(judge_prompt(*pair), partial(read_letter, letters))
-
-    threads = daemon_threads(concurrency)
-    return partial(threads.map, ask, chunksize=1)
-
-
-def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cache=None,
-               reference=None):
-    """spec -> judge(thoughts, items) -> list of letter | None | nan, as long as `thoughts`.
-
-    thoughts: list of str or None (no thought; like one of which F may see nothing it gives None);
-    items: their records (`options` and `question` are read). sees: "cut", F reads what
-    `rewards.visible_thought` leaves; "raw", the thought whole, as the paper prints it. nan comes
-    from openai: alone. DataError for an unknown spec or `sees` and a model that can't be loaded.
-    judge.usage: a server's calls, tokens and failures.
-
-    openai: at most `concurrency` requests at a time, each of at most `timeout` s; cache: the file
-    of its replies (hf: keeps none: a folder's weights may change). reference: see `hf_evaluator`.
-    """
-    expect(sees in ("cut", "raw"), f"judge_sees {sees!r} is unknown, expected cut or raw")
-    (kind, name, device), usage = parse_spec(spec), Counter()
-    if kind == "hf":
-        ask = hf_evaluator(spec, name, device, reference)
-    elif kind == "openai":
-        server = Server(spec, usage, Replies(cache), 4, timeout, concurrency)
-        ask = openai_evaluator(server, concurrency)
-    else:
-        def ask(pairs):
-            return [rewards.lexical_verdict(text, item, sees == "raw") for text, item in pairs]
-
-    def judge(thoughts, items):
-        pairs, keys = {}, []  # pairs: each thought on a record once
-        for thought, item in zip(thoughts, items, strict=True):
-            text, _ = visible_thought(thought or "")
-            if sees == "raw":
-                text = rewards.single_blanks(thought or "")
-            keys.append((text, id(item)))
-            if text:
-                pairs[text, id(item)] = text, item
-        verdicts = dict(zip(pairs, ask(list(pairs.values())), strict=True))
-        return [verdicts.get(key) for key in keys]
-    judge.usage = usage
-    return judge
+    def count(self, what):
+        with self.counting:
+            self.usage[what] += 1
 
 
 # ---- the annotators (section 3.1) ----------------------------------------------------------------
@@ -408,61 +413,45 @@ def read_text(reply):
     return reply.strip()[:8 * WRITE_TOKENS] or math.nan
 
 
-def make_annotator(spec, usage, replies, timeout, concurrency):
-    """spec -> write(prompt, record) -> a text about the record's image, or nan where none came.
-
-    openai:, or hf: with a checkpoint that model.load takes. Its replies are kept by its name: for
-    other weights name another folder."""
+def make_annotator(spec, replies, timeout, concurrency):
+    """spec, openai: or hf: -> an object with write(prompt, record) -> text or nan, and usage."""
     kind, name, device = parse_spec(spec)
     expect(kind != "lexical", f"annotator {spec!r}: expected hf:NAME_OR_PATH or openai:URL#MODEL")
     if kind == "openai":
-        server = Server(spec, usage, replies, WRITE_TOKENS, timeout, concurrency)
-
-        def ask_server(prompt, record):
-            image = dict(type="image_url", image_url=dict(url=data_url(record, SIDE)))
-            return server.ask([dict(type="text", text=prompt), image], read_text)
-        return ask_server
-
-    device, dtype = device_of(spec, device)
-    net, processor = M.load(name, dtype=dtype, device=device)
-    one_at_a_time = threading.Lock()
-
-    def generate(prompt, record):
-        with one_at_a_time:
-            batch = M.tensors(processor, [prompt], [M.image_patches(processor, record)], device)
-            tokens, mask = M.sample(net, batch, group_size=1, max_new_tokens=WRITE_TOKENS,
-                                    temperature=0)                                     # (1, 1, T)
-            usage.update(calls=1, prompt_tokens=int(batch["attention_mask"].sum()),
-                         completion_tokens=int(mask.sum()))
-        return read_text(M.decode(processor, tokens, mask)[0][0])
-
-    def ask_net(prompt, record):
-        image = data_url(record, SIDE)
-        return replies.ask(partial(generate, prompt, record), read_text, spec, prompt, image)
-    return ask_net
+        return Server(spec, replies, WRITE_TOKENS, timeout, concurrency)
+    return LocalAnnotator(spec, name, device, replies)
 
 
-def write_prompt(record, described, attempts):
-    """What the writer is asked; after a rejected attempt, (thought, faults), with the reasons."""
-    prompt = WRITE.format(described=defused(described), question=defused(record["question"]),
-                          options=rewards.options_text(map(defused, record["options"])),
-                          answer=defused(rewards.right_option(record)))
-    if attempts:
-        thought, wrong = attempts[-1]
-        prompt += AGAIN.format(why=" and ".join(wrong), thought=defused(thought))
-    return prompt
+def write_thought(record, described, known, writer, judge, retries):
+    """-> (the last thought that was written or None, what is wrong with it: see `faults`).
+
+    The writer is told what was wrong with its last attempt. Where no reply or no verdict came it
+    ends: replies are kept, so the next run goes on from there.
+    """
+    if failed(described):
+        return None, ["got no description"]
+    question, options, answer = record["question"], record["options"], rewards.right_option(record)
+    prompt = WRITE.format(described=defused(described), question=defused(question),
+                          options=rewards.options_text(map(defused, options)),
+                          answer=defused(answer))
+    again = ""
+    for _ in range(retries + 1):
+        thought = writer.write(prompt + again, record)
+        if failed(thought):
+            return None, ["got no reply"]
+        [verdict] = judge([thought], [record])
+        if failed(verdict):
+            return None, ["got no verdict"]
+        wrong = faults(thought, record, known, verdict)
+        if not wrong:
+            break
+        again = AGAIN.format(why=" and ".join(wrong), thought=defused(thought))
+    return thought, wrong
 
 
 # ---- verification by rule: it reads words, not meaning; a person reads the rest ------------------
 
-CONCLUDES = re.compile(r"(?i)\b(?:so|therefore|thus|hence|consequently|answer|option|choice"
-                       r"|conclu\w+|diagnosis is|must be)\b")
-GIVEN = r"(?:given|provided|supplied|stated|known|told)"
-CIRCULAR = re.compile(rf"(?i)\b{GIVEN}\s(?:the\s)?answer\b"
-                      rf"|\banswer\s(?:is|was|has\sbeen)\s(?:already\s)?{GIVEN}\b"
-                      r"|\b(?:since|because|that|know|knowing)\sthe\s(?:\w+\s)?(?:answer|option)\b")
-SICK = {*"lesion lesions mass masses nodule tumour cyst fracture opacity growth defect abnormality "
-        "anomaly disease".split()}  # not to be affirmed of a healthy image, nor any kind of lesion
+CONCLUDES = re.compile(r"(?i)\b(?:so|therefore|thus|hence|consequently|answer|option|choice)\b")
 
 
 def faults(thought, record, known, verdict):
@@ -473,33 +462,20 @@ def faults(thought, record, known, verdict):
     """
     answer = rewards.right_option(record)
     whole = rewards.answer_text(dict(record, thought=thought, thinking="before"))
-    steps = [x for x in re.split(r"(?<=[.!?;])\s+|\n+", thought) if re.search(r"\w", x)]
-    early = [concludes(step, answer, k == 0) for k, step in enumerate(steps[:-1])]
-    rules = {
-        "holds <think> or <answer> tags": not rewards.format_reward(whole),
-        "has fewer than two steps": len(steps) < 2,
-        "does not lead to the answer": verdict != record["answer"],
-        "states the answer before its last sentence": any(early),
-        "argues from the given answer": any(is_circular(step, answer) for step in steps),
-    }
-    return [why for why, broken in rules.items() if broken] + untrue_names(thought, record, known)
-
-
-def concludes(step, answer, first):
-    """Whether a sentence gives the answer away: by a letter, as in "so it is X", or as the first in
-    "the picture shows X"."""
-    if visible_thought(step)[1]:
-        return True
-    shown = rf"(?i)\b(?:is|shows?)\s(?:an?\s|the\s|in\s)*{re.escape(answer)}\b"
-    said = CONCLUDES.search(step) or first and re.search(shown, step)
-    return said and mentions(step, [answer])
-
-
-def is_circular(step, answer):
-    """Whether a sentence argues from the answer, as in "it is X because it looks like X"."""
-    halves = re.split(r"\b(?:because|since)\b", step, maxsplit=1)
-    twice = len(halves) == 2 and all(mentions(half, [answer]) for half in halves)
-    return twice or CIRCULAR.search(step)
+    steps = re.split(r"(?<=[.!?;])\s+|\n+", thought.strip())
+    wrong = []
+    if not rewards.format_reward(whole):
+        wrong.append("holds <think> or <answer> tags")
+    if len(steps) < 2:
+        wrong.append("has fewer than two steps")
+    if verdict != record["answer"]:
+        wrong.append("does not lead to the answer")
+    for step in steps[:-1]:
+        _, has_letter = visible_thought(step)
+        if has_letter or CONCLUDES.search(step) and mentions(step, [answer]):
+            wrong.append("states the answer before its last sentence")
+            break
+    return wrong + untrue_names(thought, record, known)
 
 
 def untrue_names(thought, record, known):
@@ -508,19 +484,19 @@ def untrue_names(thought, record, known):
                     location={*data.LOCATIONS}, pathology={*sum(data.KINDS.values(), ())})
     if known.get("anomaly") == "Normal":
         known = known | dict(pathology="none")
-        names_of["pathology"] |= SICK | {"none"}
+        names_of["pathology"] |= {"none", "lesion", "mass", "tumour", "abnormality"}
     wrong = []
     for what, names in names_of.items():
         true = known.get(what)
         if what == record["task"]:
             names |= {*record["options"]}
-        if true in names:
-            found = mentions(thought, sorted(names))
-            affirmed = {name for _, name, denied in found if not denied}
-            for name in sorted(affirmed):
-                if fold(name) != fold(true) and {name, true} not in data.ALIKE:
-                    wrong.append(f"names {name}, but the {what} is {true}")
-    return wrong
+        if true not in names:
+            continue
+        for _, name, denied in mentions(thought, sorted(names)):
+            alike = fold(name) == fold(true) or {name, true} in data.ALIKE
+            if not denied and not alike:
+                wrong.append(f"names {name}, but the {what} is {true}")
+    return sorted({*wrong})
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -531,60 +507,39 @@ def annotate(args):
     expect(args.describer and args.writer,
            "annotate needs a --describer and a --writer, or --decisions FILE to apply")
     records, replies = data.read_records(args.file), Replies(f"{args.out}.replies")
-    usage, limits = dict(describer=Counter(), writer=Counter()), (args.timeout, args.concurrency)
-    describe = make_annotator(args.describer, usage["describer"], replies, *limits)
-    write = make_annotator(args.writer, usage["writer"], replies, *limits)
-    judge = make_judge(args.judge, cache=replies.file, timeout=args.timeout,
-                       concurrency=args.concurrency)
+    limits = dict(timeout=args.timeout, concurrency=args.concurrency)
+    describer = make_annotator(args.describer, replies, **limits)
+    writer = make_annotator(args.writer, replies, **limits)
+    judge = make_judge(args.judge, cache=replies.file, **limits)
     threads = daemon_threads(args.concurrency)
 
-    def each(call, todo, what):
-        return list(tqdm(threads.imap(call, todo), desc=what, total=len(todo)))
-
-    pictures = list({r["image"]: r for r in records}.values())
-    texts = each(partial(describe, DESCRIBE), pictures, "describe")
-    described = {r["image"]: x for r, x in zip(pictures, texts, strict=True) if not failed(x)}
-    known = {r["image"]: dict(modality=r["modality"], anatomy=r["anatomy"]) for r in pictures}
+    pictures = {r["image"]: r for r in records}
+    texts = threads.imap(partial(describer.write, DESCRIBE), pictures.values())
+    described = dict(zip(pictures, tqdm(texts, "describe", len(pictures)), strict=True))
+    known = {x: dict(modality=r["modality"], anatomy=r["anatomy"]) for x, r in pictures.items()}
     for r in records:
         known[r["image"]][r["task"]] = rewards.right_option(r)
 
-    attempts = {r["id"]: [] for r in records}  # [(thought, its faults)], without what got no reply
-    for _ in range(args.retries + 1):
-        todo = []
-        for r in records:
-            before = attempts[r["id"]]
-            if r["image"] in described and (not before or before[-1][1]):
-                todo.append((write_prompt(r, described[r["image"]], before), r))
-        thoughts = each(lambda pair: write(*pair), todo, "write")
-        written = [(x, r) for x, (_, r) in zip(thoughts, todo, strict=True) if not failed(x)]
-        verdicts = judge([x for x, _ in written], [r for _, r in written])
-        for (thought, r), verdict in zip(written, verdicts, strict=True):
-            if not failed(verdict):
-                wrong = faults(thought, r, known[r["image"]], verdict)
-                attempts[r["id"]].append((thought, wrong))
+    def write(r):
+        seen, true = described[r["image"]], known[r["image"]]
+        return write_thought(r, seen, true, writer, judge, args.retries)
 
-    good = []
-    for r in records:
-        if attempts[r["id"]] and not attempts[r["id"]][-1][1]:
-            good.append(dict(r, thought=attempts[r["id"]][-1][0]))
-    print_summary(attempts, good, usage | dict(judge=judge.usage))
+    good, reasons = [], Counter()
+    written = tqdm(threads.imap(write, records), "write", len(records))
+    for r, (thought, wrong) in zip(records, written, strict=True):
+        reasons.update(wrong)
+        if not wrong:
+            good.append(dict(r, thought=thought))
+
+    print(f"{len(records)} questions: {len(good)} thoughts accepted, {len(records) - len(good)}",
+          "left out (run again: those without a reply are asked for again)")
+    for why, n in reasons.most_common():
+        print(f"left out because the last attempt {why}: {n}")
+    for role, model in dict(describer=describer, writer=writer, judge=judge).items():
+        print(f"{role}: {model.usage['calls']} calls; failures: {failures(model.usage)}")
     save(good, args.out)
     if args.review:
         review(good, described, args.review)
-
-
-def print_summary(attempts, good, usage):
-    """What was accepted, what was left out and why, and what it cost."""
-    again = sum(len(attempts[r["id"]]) > 1 for r in good)
-    last = [tried[-1][1] for tried in attempts.values() if tried]
-    print(f"{len(attempts)} questions: {len(good)} thoughts accepted, {again} after a retry;",
-          f"{len(last) - len(good)} left out; {len(attempts) - len(last)} without a reply or a",
-          "verdict, asked again next time")
-    for why, n in Counter(why for wrong in last for why in wrong).most_common():
-        print(f"left out because the last attempt {why}: {n}")
-    for role, counter in usage.items():
-        spent = ", ".join(f"{counter[x]} {x}" for x in SPENT)
-        print(f"{role}: {spent}; failures: {failures(counter)}")
 
 
 def keep_old(path):

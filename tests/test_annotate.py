@@ -1,5 +1,6 @@
 """judge.py annotate: forty phantoms' thoughts written by a test server, bad ones of each kind caught, a person's page."""
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -19,11 +20,7 @@ from data import DataError
 
 # What a bad writer makes of a phantom's thought {t} with answer {a}, and the words by which it must be rejected.
 BAD = {
-    "circular": ("{t0} Since the answer is {a}, the signs fit. So it is {a}.", "argues from the given answer"),
-    "given": ("{t0} The given answer fits this. So it is {a}.", "argues from the given answer"),
-    "because": ("{t0} It is {a} because it looks like {a}.", "argues from the given answer"),
     "premature": ("So it is {a}. {t0} So it is {a}.", "before its last sentence"),
-    "opening": ("The picture shows the {a}. {t0} So it is {a}.", "before its last sentence"),
     "letter": ("Option {l} fits. {t0} So it is {a}.", "before its last sentence"),
     "one step": ("So it is {a}.", "fewer than two steps"),
     "another": ("{t0} So it is {o}.", "does not lead to the answer"),
@@ -126,7 +123,7 @@ def test_an_option_that_is_not_true_is_a_hallucination(world):
         assert J.faults(thought, r, known, "A") == wrong
 
 
-@pytest.mark.parametrize("unit", ["cyst because ", "since the ", "so cyst. ", "is the ", "answer is ", "B) ", "\n", "no "])
+@pytest.mark.parametrize("unit", ["cyst because ", "so cyst. ", "answer is ", "B) ", "\n", "no "])
 def test_rules_are_linear_in_the_thought(unit, world):
     """Eight times the text takes about eight times as long, whatever a writer's server sends."""
     r = dict(world.records[0], options=["cyst", "glioma"], answer="A", task="pathology")
@@ -167,12 +164,11 @@ def test_forty_phantoms_through_the_server(world, box, capsys):
     assert [r["id"] for r in made] == [r["id"] for r in records if r["id"] not in stubborn]
     assert all(r["thought"] == g["thought"] for r in made for g in records if g["id"] == r["id"])
     said = capsys.readouterr().out
-    assert "40 questions: 34 thoughts accepted, 6 after a retry; 6 left out; 0 without a reply" in said
+    assert "40 questions: 36 thoughts accepted, 4 left out" in said
     assert {server.told["described", r["image"]] for r in records} == {1}
     # a stubborn one's third prompt is its second (temperature 0): it is not asked again
     assert all(server.told["written", r["id"]] == (2 if r["id"] in bad else 1) for r in records)
-    writes = 40 + 12
-    assert f"writer: {writes} calls, {7 * writes} prompt_tokens, {writes} completion_tokens" in said
+    assert f"writer: {40 + len(BAD)} calls; failures: no reason told" in said
     n, first = len(server.calls), (box / "cot.jsonl").read_text()
     assert annotate(box, server, "--retries", "2") == made and len(server.calls) == n
     assert (box / "cot.jsonl.1").read_text() == first
@@ -180,31 +176,32 @@ def test_forty_phantoms_through_the_server(world, box, capsys):
 
 
 def test_a_killed_annotation_goes_on(world, box, monkeypatch):
-    """Killed after the writing, with a torn last line: what was described and written is not asked for again; where the server
-    failed it is asked next time, and where F failed the next attempt asks F alone."""
+    """Killed while F is asked, with a torn last line: what was described and written is not asked
+    for again; where the server or F failed, the next run goes on."""
     records, known = forty(world)
     monkeypatch.setattr(J, "TRIES", 1)
-    server, make, calls = Annotators(records, known), J.make_judge, []
+    server, make, thoughts = Annotators(records, known), J.make_judge, []
 
     def dying(*args, **kwargs):
-        judge = make(*args, **kwargs)
-
-        def f(thoughts, items):
-            calls.append(thoughts)
-            if len(calls) == 1:
-                return [float("nan")] * len(thoughts)
-            raise KeyboardInterrupt
-        f.usage = judge.usage
+        def f(asked, items):
+            thoughts.extend(asked)
+            if len(thoughts) > 20:
+                raise KeyError("killed")
+            return [math.nan] * len(asked)
+        f.usage = make(*args, **kwargs).usage
         return f
     broken = {r["question"] for r in records[-3:]}
     server.fault = lambda content, n: "500" if any(f"Question: {q}\n" in content[0]["text"] for q in broken) else None
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
         patch.setattr(J, "make_judge", dying)
         annotate(box, server)
+    whole = sum(r["question"] not in broken for r in records)
+    while len(thoughts) < whole:  # the threads of a process that is killed would be gone
+        time.sleep(0.01)
     with open(box / "cot.jsonl.replies", "a") as f:
         f.write('\n["tried", "ph')
-    assert 30 <= len(calls[0]) <= 37 and calls[1] == calls[0] and not (box / "cot.jsonl").exists()
-    assert len(annotate(box, server)) == len(calls[0])
+    assert 30 <= whole <= 37 and not (box / "cot.jsonl").exists()
+    assert len(annotate(box, server)) == whole
     server.fault = lambda content, n: None
     assert len(annotate(box, server)) == 40
     assert set(server.told.values()) == {1}  # each image described once, each thought written once
@@ -258,13 +255,12 @@ def test_a_person_clicks_through_the_page(world, box):
 def test_hf_annotators(world, box, monkeypatch):
     """hf: a local checkpoint sees the image and writes; a random one writes nothing that passes, which is one sentence."""
     monkeypatch.setattr(J, "WRITE_TOKENS", 3)
-    told = Counter()
-    write = J.make_annotator(f"hf:{world.folder}", told, J.Replies(), 1.0, 1)
+    annotator = J.make_annotator(f"hf:{world.folder}", J.Replies(), 1.0, 1)
     batch = M.tensors(world.processor, ["Say."], [M.image_patches(world.processor, world.records[0])])
     tokens, mask = M.sample(world.net, batch, group_size=1, max_new_tokens=3, temperature=0)
-    said = write("Say.", world.records[0])
+    said = annotator.write("Say.", world.records[0])
     assert said != said or said == M.decode(world.processor, tokens, mask)[0][0].strip()
-    assert told["calls"] == 1 and told["completion_tokens"] == int(mask.sum())
+    assert annotator.usage == dict(calls=1)
     data.write_records([r | dict(thought=None) for r in world.records[:2]], box / "in.jsonl")
     with pytest.raises(DataError, match="no thought was accepted"):
         J.main(["annotate", str(box / "in.jsonl"), "--out", str(box / "out.jsonl"), "--describer", f"hf:{world.folder}",

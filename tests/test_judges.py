@@ -1,7 +1,6 @@
 """The evaluators F that are other people's models: a chat server that fails in every way, a local model, runs with them."""
 import contextlib
 import copy
-import itertools
 import json
 import math
 import random
@@ -44,7 +43,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, reply=lexical_reply, fault=lambda prompt, n: None, seconds=0.0):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.reply, self.fault, self.seconds, self.calls, self.when, self.keys = reply, fault, seconds, [], [], set()
+        self.reply, self.fault, self.seconds, self.calls, self.keys = reply, fault, seconds, [], set()
         threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
 
     @property
@@ -72,14 +71,13 @@ class Handler(BaseHTTPRequestHandler):
         server.keys.add(self.headers["Authorization"])
         prompt = body["messages"][0]["content"]
         server.calls.append(prompt)
-        server.when.append(time.monotonic())
         time.sleep(server.seconds)
         kind = server.fault(prompt, server.calls.count(prompt))
         said = {"wrong": random.choice(["Z", "F", "The answer is B.", "B or C", "BB", "nonesuch"]), "empty": None}
         choices = [{"message": {"role": "assistant", "content": said.get(kind, "B") if kind else server.reply(prompt)}}]
-        good = json.dumps({"choices": choices, "usage": {"prompt_tokens": 7, "completion_tokens": 1}}).encode()
+        good = json.dumps({"choices": choices, "usage": {}}).encode()
         if kind == "429":
-            self.answer(429, b"slow down", Retry_After="0.3")
+            self.answer(429, b"slow down")
         elif kind and kind.startswith("http"):
             self.answer(302, b"", Location=kind)
         elif kind and kind.isdigit():
@@ -142,13 +140,13 @@ def same(a, b):
 # -------------------------------------------------------------------------------------------------------------- the chat server
 
 def test_verdicts_come_back_as_they_were_asked(serve):
-    """Letters, "none" (None), no thought (None, not asked), in order; the key goes out, the spending is counted."""
+    """Letters, "none" (None), no thought (None, not asked), in order; the key goes out, calls are counted."""
     thoughts, expected = thoughts_of(20)
     server = serve()
     judge = J.make_judge(server.spec)
     assert judge([None, *thoughts, "", "So the answer is B."], [KIND] * 23) == [None, *expected, None, None]
     assert None in expected and {"A", "B", "C", "D"} <= set(expected) and len(server.calls) == 20
-    assert server.keys == {f"Bearer {KEY}"} and judge.usage == dict(calls=20, prompt_tokens=140, completion_tokens=20)
+    assert server.keys == {f"Bearer {KEY}"} and judge.usage == dict(calls=20)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -174,15 +172,6 @@ def test_what_cannot_get_better_is_not_asked_again(status, tries, serve, monkeyp
     judge = J.make_judge(server.spec)
     assert math.isnan(judge(["a cyst"], [KIND])[0]) and len(server.calls) == tries
     assert J.failures(judge.usage) == f"HTTP {status} ({tries} times)"
-
-
-def test_retry_after_is_honoured(serve, monkeypatch):
-    """No second call before the server's Retry-After; one beyond LONGEST_WAIT is a failure at once."""
-    server = serve(fault=lambda prompt, n: "429" if n < 3 else None)
-    assert J.make_judge(server.spec)(["a cyst"], [KIND]) == ["B"]
-    assert all(b - a >= 0.3 for a, b in itertools.pairwise(server.when)) and len(server.calls) == 3
-    monkeypatch.setattr(J, "LONGEST_WAIT", 0.2)
-    assert math.isnan(J.make_judge(server.spec, timeout=1.0)(["another cyst"], [KIND])[0]) and len(server.calls) == 4
 
 
 def test_nobody_there(serve):
