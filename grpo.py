@@ -260,8 +260,7 @@ def rollout(policy, processor, records, scoring, generator, args):
     if args.lora:  # the vision tower is frozen: it serves sampling, reference and update at once
         batch = M.with_image_features(policy, batch)
     tokens, mask = M.sample(policy, batch, group_size=args.G, max_new_tokens=args.max_new_tokens,
-                            temperature=args.temperature, top_p=args.top_p, generator=generator,
-                            when_done=scoring.group_ended if scoring.early else None)
+                            temperature=args.temperature, top_p=args.top_p, generator=generator)
     texts = M.decode(processor, tokens, mask)
     ended = M.finished(batch, tokens, mask)                                                # (N, G)
     counted = mask & ended[..., None] if args.mask_truncated else mask                     # (N, G, T)

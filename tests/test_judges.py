@@ -523,35 +523,6 @@ def test_a_repeated_run_asks_nothing_and_the_wait_is_logged(serve, world, monkey
     assert same[0] == same[1]
 
 
-def test_f_is_asked_about_a_group_while_others_are_sampled(serve, world, monkeypatch, tmp_path):
-    """The first group to end is asked about before the last token of the others is drawn; each group once, with its own."""
-    think(world, monkeypatch)
-    server, draw, sample, seen = serve(), M.draw, M.sample, []
-
-    def drawn(*args):
-        y = draw(*args)
-        if len(seen) < 3:
-            y[:] = world.processor.tokenizer.convert_tokens_to_ids("a")  # nothing ends in the first three tokens
-        if len(seen) == 3:
-            y[:4] = world.processor.tokenizer.eos_token_id  # then the first group does
-        if len(seen) == 6:
-            time.sleep(0.5)
-        seen.append(len(server.calls))
-        return y
-
-    def sampled(*args, when_done, **kwargs):
-        def watched(n, y, m):
-            ended.append((n, len(seen), m.sum(-1).tolist()))
-            when_done(n, y, m)
-        return sample(*args, **kwargs, when_done=watched)
-    ended = []
-    monkeypatch.setattr(M, "draw", drawn)
-    monkeypatch.setattr(M, "sample", sampled)
-    train(world, tmp_path, server.spec, "--max_steps", "1", "--max_new_tokens", "12")
-    assert sorted(n for n, _, _ in ended) == [0, 1, 2, 3] and ended[0] == (0, 4, [[4] * 4]) and ended[-1][1] == len(seen) > 8
-    assert seen[7] > seen[3]  # requests came in while tokens were drawn
-
-
 @pytest.mark.parametrize("lora", ["0", "2"])
 def test_the_reference_as_f(lora, world, monkeypatch, tmp_path):
     """--judge hf:reference: F is pi_SFT, not the policy in training, with LoRA (the adapter off) as with a frozen copy."""
