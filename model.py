@@ -91,7 +91,6 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
         reason = str(e).splitlines()[0].split(". ")[0]
         raise DataError(f"{name}: the checkpoint can't be used: {reason}") from e
 
-    tokenizer.padding_side = "left"
     longest = min(max_pixels, image_processor.size["longest_edge"])
     shortest = min(image_processor.size["shortest_edge"], longest)
     image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
@@ -185,7 +184,7 @@ def add_lora(net, rank, seed=0):
     an update is smaller than bf16's spacing."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
-    return get_peft_model(net, config, autocast_adapter_dtype=True).eval()
+    return get_peft_model(net, config).eval()
 
 
 def lora_layers(model):
@@ -311,6 +310,7 @@ def with_image_features(model, batch):
     if "pixel_values" not in batch:
         return batch
     net = network(model).model
+    # Under checkpointing a frozen tower's features would have a gradient too.
     learns = any(p.requires_grad for p in net.visual.parameters())
     with torch.set_grad_enabled(learns and torch.is_grad_enabled()), autocast(model):
         out = net.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
@@ -456,9 +456,9 @@ class KVCache:
 
     def __init__(self, prompt_mask, G, room, fixed):
         P = prompt_mask.shape[1]
-        self.G, self.room, self.fixed = G, room, fixed
         self.layers = []  # keys and values of each, (2, rows, h, P+room, d)
         self.at = torch.tensor([P - 1], device=prompt_mask.device)  # the last token's place
+        self.fixed = fixed
         self.end = P + room if fixed else P  # of what attention reads
         seen = prompt_mask.bool().repeat_interleave(G, 0)
         self.seen = torch.cat([seen, seen.new_zeros(len(seen), room)], 1)       # (rows, P+room)
@@ -476,10 +476,10 @@ class KVCache:
         are repeated for G rows; then a token's (rows, h, 1, d), answered with all up to `end`."""
         k = k.to(v.dtype)  # under autocast rotary positions leave k in fp32 and v in bf16
         if layer == len(self.layers):
-            N, h, P, d = k.shape
-            buffer = k.new_zeros(2, N * self.G, h, P + self.room, d)
-            buffer[0, :, :, :P] = k.repeat_interleave(self.G, 0)
-            buffer[1, :, :, :P] = v.repeat_interleave(self.G, 0)
+            (N, h, P, d), (rows, length) = k.shape, self.seen.shape
+            buffer = k.new_zeros(2, rows, h, length, d)
+            buffer[0, :, :, :P] = k.repeat_interleave(rows // N, 0)
+            buffer[1, :, :, :P] = v.repeat_interleave(rows // N, 0)
             self.layers.append(buffer)
             return k, v
         keys, values = self.layers[layer]
@@ -508,7 +508,7 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
     graphed = device.type in GRAPHED
     look_every = LOOK_EVERY if graphed else 1
 
-    # The completions that have not left the batch, a row each:
+    # The completions that have not left the batch, one row each.
     rows = torch.arange(N * G, device=device)                                   # (rows,)
     alive = torch.ones(N * G, dtype=torch.bool, device=device)                  # (rows,)
     positions, following = prompt_positions(net, batch)
