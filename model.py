@@ -1,8 +1,7 @@
 """The network: load and save, records to tensors, sampling, log-probabilities, devices.
 
-The G completions of a question share its image and prompt, which are computed once. `sample`
-repeats their keys and values for G rows. `token_logprobs` puts a whole group into one row, [image,
-prompt | completion 1 | ... | completion G], where a completion sees the prompt and itself.
+Image and prompt are computed once for a question's G completions: `sample` repeats their keys and
+values for G rows, `token_logprobs` puts a whole group into one row.
 
 Left out on purpose: videos, several images per question, beam search, penalties, any default of a
 checkpoint's generation_config (the policy that is sampled must be the policy that is trained).
@@ -40,7 +39,7 @@ transformers.logging.set_verbosity_error()
 # 5.17 does not have the names yet that later versions ask for.
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
 
-FAMILIES = dict(  # model type: class of its stock processor
+FAMILIES = dict(  # model type: its stock processor, which AutoProcessor builds
     qwen2_vl="Qwen2VLProcessor",
     qwen2_5_vl="Qwen2_5_VLProcessor",
     qwen3_vl="Qwen3VLProcessor",
@@ -48,20 +47,19 @@ FAMILIES = dict(  # model type: class of its stock processor
 GROUPED = "one_row_per_group"  # transformers' name for grouped_attention
 ATTENTION = dict(text_config=GROUPED, vision_config="sdpa")  # of every network here
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # not the vision tower
-ADAPTER = "adapter"         # folder inside a checkpoint of GRPO under LoRA: the adapter by itself
+ADAPTER = "adapter"         # folder in a checkpoint of GRPO under LoRA: the adapter by itself
 MAX_PIXELS = 512 * 28 * 28  # pixels: a larger image is shrunk to at most 512 image tokens
 PIXEL_CACHE = 2**29         # bytes of prepared image patches that are kept in memory
 LOGIT_FLOATS = 2**26        # floats: the most logits that exist at a time in token_logprobs
-GRAPHED = {"cuda"}          # devices on which the step of a token is captured as one graph
+GRAPHED = {"cuda"}          # devices on which a token's step is one graph
 LOOK_EVERY = 16             # tokens between looks at how many rows are unfinished, on those
-STAY = 0.8                  # share of unfinished rows at which the finished ones leave the batch
+STAY = 0.8                  # share of unfinished rows at which the finished ones leave
 
 
 class Processor(NamedTuple):
     """Questions to ids, images to patches; the stock AutoProcessor needs torchvision for it."""
     tokenizer: object
     image_processor: object
-    name: str  # of the stock class, for AutoProcessor
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -73,8 +71,8 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        raise DataError(f"{name}: no such checkpoint: neither a folder with a config.json nor a "
-                        f"name on the hub that could be reached ({type(e).__name__})") from e
+        raise DataError(f"{name}: no such checkpoint: expected a folder with a config.json, or a "
+                        f"name on the hub that can be reached ({type(e).__name__})") from e
     expect(config.model_type in FAMILIES,
            f"{name}: a checkpoint of another architecture ({config.model_type}); "
            f"expected one of {', '.join(FAMILIES)}")
@@ -85,30 +83,24 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         # AutoImageProcessor may ask for torchvision.
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
+        missing = sorted(info["missing_keys"])  # transformers would leave them random
+        expect(not missing, f"{len(missing)} tensors are missing: {', '.join(missing[:3])}")
+        expect(tokenizer.convert_tokens_to_ids("<|image_pad|>") == config.image_token_id,
+               f"its tokenizer has no <|image_pad|> of id {config.image_token_id}")
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         reason = str(e).splitlines()[0].split(". ")[0]
-        raise DataError(f"{name}: the checkpoint can't be read: {reason}") from e
+        raise DataError(f"{name}: the checkpoint can't be used: {reason}") from e
 
-    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if wrong:
-        raise DataError(f"{name}: the checkpoint is incomplete: {len(wrong)} tensors are missing "
-                        f"or of another shape, the first is {wrong[0]}")
-    expect(tokenizer.convert_tokens_to_ids("<|image_pad|>") == config.image_token_id,
-           f"{name}: the checkpoint's tokenizer does not fit it or is missing: "
-           f"no <|image_pad|> of id {config.image_token_id}")
-
-    tokenizer.padding_side = "left"
-    size = image_processor.size
-    longest = min(max_pixels, size["longest_edge"])
-    shortest = min(size["shortest_edge"], longest)
+    longest = min(max_pixels, image_processor.size["longest_edge"])
+    shortest = min(image_processor.size["shortest_edge"], longest)
     image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
-    return net.to(device).eval(), Processor(tokenizer, image_processor, FAMILIES[config.model_type])
+    return net.to(device).eval(), Processor(tokenizer, image_processor)
 
 
 def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
-    """As `load`, but a checkpoint of GRPO under LoRA comes as it was trained: pi_SFT in `dtype`
-    under its adapter in fp32. In bf16 the merged weights would round away an update as small as
-    lr 1e-6 makes. The folder's fp32 weights less the adapter's part are pi_SFT's, bit for bit."""
+    """As `load`, but a checkpoint of GRPO under LoRA comes as it was trained, pi_SFT in `dtype`
+    under its adapter in fp32: merged into bf16 weights an update of lr 1e-6 is rounded away. The
+    folder's fp32 weights less the adapter's part are pi_SFT's, bit for bit."""
     adapter = os.path.join(name, ADAPTER)
     if dtype == torch.float32 or not os.path.isdir(adapter):
         return load(name, dtype=dtype, device=device, max_pixels=max_pixels)
@@ -125,9 +117,9 @@ def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
 def save(model, processor, folder, keep_adapter=False):
     """Write a Hugging Face folder that stock AutoProcessor and AutoModelForImageTextToText load.
 
-    An adapter is merged into a copy first. With keep_adapter that copy is in fp32, and the adapter
-    is there by itself too, for load_unmerged. Files are written beside and renamed into place, so
-    a crash never leaves half a file. DataError where the weights can't be written."""
+    An adapter is merged into a copy first; with keep_adapter that is in fp32, and the adapter is
+    saved too, for load_unmerged. Files are renamed into place, so a crash never leaves half a
+    file. DataError where the weights can't be written."""
     net = model
     if isinstance(model, PeftModel):
         net = copy.deepcopy(model).cpu()
@@ -148,7 +140,7 @@ def save(model, processor, folder, keep_adapter=False):
     processor.tokenizer.save_pretrained(beside)
     for name in ("preprocessor_config.json", "tokenizer_config.json"):
         config = json.loads((beside / name).read_text())
-        config["processor_class"] = processor.name  # what AutoProcessor builds
+        config["processor_class"] = FAMILIES[net.config.model_type]
         if "image_processor_type" in config:
             config["image_processor_type"] = "Qwen2VLImageProcessor"  # stock, not the PIL variant
         (beside / name).write_text(json.dumps(config, indent=2))
@@ -180,8 +172,7 @@ def autocast(model):
 
 def enable_checkpointing(policy):
     """Keep only each layer's input for the backward pass and compute the rest again: a third
-    slower, several times less memory. transformers does so in train mode, which changes nothing
-    else here: no dropout is above 0."""
+    slower, several times less memory. transformers does so in train mode; there is no dropout."""
     policy.gradient_checkpointing_enable(dict(use_reentrant=False))
     policy.train()
 
@@ -189,11 +180,11 @@ def enable_checkpointing(policy):
 # --- LoRA -----------------------------------------------------------------------------------------
 
 def add_lora(net, rank, seed=0):
-    """LoRA of `rank` on the language model's matrices. Its parameters are fp32 whatever the base
-    is in: at lr 1e-6 an update is smaller than bf16's spacing and would be lost."""
+    """LoRA of `rank` on the language model's matrices, in fp32 whatever the base is in: at lr 1e-6
+    an update is smaller than bf16's spacing."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
-    return get_peft_model(net, config, autocast_adapter_dtype=True).eval()
+    return get_peft_model(net, config).eval()
 
 
 def lora_layers(model):
@@ -207,18 +198,15 @@ def lora_merged(model):
     In bf16 a small update would be rounded away, so not there."""
     layers = [m for m in lora_layers(model)
               if not m.disable_adapters and m.base_layer.weight.dtype == torch.float32]
-    if not layers:
-        yield
-        return
     weights = [m.base_layer.weight.data for m in layers]
     try:
-        for m, weight in zip(layers, weights, strict=True):
-            m.base_layer.weight.data = weight + m.get_delta_weight(m.active_adapters[0])
-        with model.disable_adapter():
-            yield
+        for m in layers:
+            m.merge(safe_merge=True)  # into a copy of the weight
+        yield
     finally:
         for m, weight in zip(layers, weights, strict=True):
             m.base_layer.weight.data = weight  # put back, not subtracted from: the same bits
+            m.merged_adapters.clear()
 
 
 # --- records -> tensors ---------------------------------------------------------------------------
@@ -229,8 +217,7 @@ _patches = {}  # what image_patches has made: an image is decoded and cut once p
 def image_patches(processor, record):
     """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns."""
     ip = processor.image_processor
-    size = ip.size["shortest_edge"], ip.size["longest_edge"]
-    key = (record["path"], ip.patch_size, ip.merge_size, *size)
+    key = (record["path"], ip.patch_size, ip.merge_size, str(ip.size))
     if key in _patches:
         return _patches[key]
     out = ip(images=[load_image(record)], return_tensors="pt")
@@ -251,14 +238,13 @@ def tensors(processor, texts, images, device="cpu", openings=None):
     merge = processor.image_processor.merge_size
     prompts = []
     for text, image, opening in zip(texts, images, openings or [""] * len(texts), strict=True):
-        content = [{"type": "text", "text": text}]
+        content, image_tokens = [{"type": "text", "text": text}], 0
         if image is not None:
             content.insert(0, {"type": "image"})
+            image_tokens = int(image[1].prod()) // merge**2
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}],
                                                tokenize=False, add_generation_prompt=True)
-        if image is not None:
-            image_tokens = int(image[1].prod()) // merge**2
-            prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * image_tokens, 1)
+        prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * image_tokens, 1)
         prompts.append(prompt + opening)
     ids = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
                     add_special_tokens=False)
@@ -273,8 +259,8 @@ def tensors(processor, texts, images, device="cpu", openings=None):
 
 
 def check_texts(processor, records, text_of):
-    """DataError for a record whose text holds one of the tokenizer's special tokens, which would
-    be read as an image or a turn."""
+    """DataError for a record whose text holds a special token: it would be read as an image or a
+    turn."""
     special = [str(t) for t in processor.tokenizer.added_tokens_decoder.values() if t.special]
     for r in records:
         found = [t for t in special if t in text_of(r)]
@@ -293,29 +279,25 @@ def encode_completions(processor, texts, device="cpu"):
     """N target texts -> tokens, mask (N, 1, T), right-padded, each closed by the end-of-turn
     token: groups of one for SFT."""
     tokenizer = processor.tokenizer
-    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    rows = [torch.tensor([*x, tokenizer.eos_token_id]) for x in ids]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True,
-                                             padding_value=tokenizer.pad_token_id)  # (N, T)
-    lengths = torch.tensor([len(r) for r in rows])
-    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-    return tokens[:, None].to(device), mask[:, None].to(device)
+    ids = tokenizer([text + tokenizer.eos_token for text in texts], padding=True,
+                    padding_side="right", return_tensors="pt", add_special_tokens=False)
+    return ids["input_ids"][:, None].to(device), ids["attention_mask"][:, None].bool().to(device)
 
 
 def rows_of(batch, rows):
     """Questions `rows` (a slice or a list) of a batch in which each has an image, or none has."""
     if isinstance(rows, slice):
         rows = list(range(len(batch["input_ids"])))[rows]
-    out = dict(batch, input_ids=batch["input_ids"][rows],
-               attention_mask=batch["attention_mask"][rows])
-    if "image_grid_thw" in batch:
-        out["image_grid_thw"] = batch["image_grid_thw"][rows]
+    out = dict(batch)
+    for name in ("input_ids", "attention_mask", "image_grid_thw"):
+        if name in batch:
+            out[name] = batch[name][rows]
     if "features" in batch:
         out["features"] = [batch["features"][i] for i in rows]
     if "pixel_values" in batch:
-        patches = batch["image_grid_thw"].prod(1).tolist()  # of each image
-        pieces = batch["pixel_values"].split(patches)
-        out["pixel_values"] = torch.cat([pieces[0][:0], *(pieces[i] for i in rows)])
+        pixels = batch["pixel_values"]
+        images = pixels.split(batch["image_grid_thw"].prod(1).tolist())
+        out["pixel_values"] = torch.cat([pixels[:0], *(images[i] for i in rows)])
     return out
 
 
@@ -324,10 +306,11 @@ def rows_of(batch, rows):
 def with_image_features(model, batch):
     """The batch with what the vision tower makes of its images in place of their pixels:
     "features", for each image (levels, tokens, d): its embeddings and, in Qwen3-VL, the deepstack.
-    Where the tower is frozen one call serves sampling, reference and update."""
+    Of a frozen tower one call serves sampling, reference and update."""
     if "pixel_values" not in batch:
         return batch
     net = network(model).model
+    # Under checkpointing a frozen tower's features would have a gradient too.
     learns = any(p.requires_grad for p in net.visual.parameters())
     with torch.set_grad_enabled(learns and torch.is_grad_enabled()), autocast(model):
         out = net.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
@@ -341,10 +324,9 @@ def with_image_features(model, batch):
 
 
 def prompt_positions(net, batch):
-    """mRoPE positions of the prompt (3, N, P), and of each completion's first token (N,). An image
-    takes as many positions as its longer side has tokens, so a completion doesn't go on from the
-    prompt's length. A batch may leave positions free between the two ("skip", (N,)): the tiny
-    base's warm-up does."""
+    """mRoPE positions of the prompt (3, N, P), and of each completion's first token (N,): an image
+    takes as many positions as its longer side has tokens. A batch's "skip" (N,), from the tiny
+    base's warm-up, leaves positions free between the two."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     positions, _ = net.model.get_rope_index(
         ids, mm_token_type_ids=(ids == net.config.image_token_id).int(), attention_mask=mask,
@@ -363,8 +345,8 @@ def causal_mask(prompt_mask):
 
 
 def completion_mask(prompt_mask, T):
-    """What a completion's T tokens see: the prompt, and the completion's own earlier tokens.
-    prompt_mask (N, P) -> (N, 1, T, P+T) bool, True = attends."""
+    """What a completion's T tokens see, the prompt and their own earlier ones: prompt_mask (N, P)
+    -> (N, 1, T, P+T) bool."""
     N, P = prompt_mask.shape
     own = torch.ones(T, T, dtype=torch.bool, device=prompt_mask.device).tril()
     return torch.cat([prompt_mask.bool()[:, None].expand(N, T, P), own.expand(N, T, T)], 2)[:, None]
@@ -372,7 +354,7 @@ def completion_mask(prompt_mask, T):
 
 def hidden_states(net, ids, mask, positions, batch=None, cache=None, prompt_mask=None):
     """Token ids (n, S), positions (3, n, S) -> last hidden states (n, S, d). `batch` holds the
-    ids' images, if any (with_image_features); the masks are grouped_attention's."""
+    ids' images, if any; the masks are grouped_attention's."""
     language = net.model.language_model
     x, more = language.embed_tokens(ids), {}
     if batch and "features" in batch:
@@ -407,8 +389,8 @@ transformers.AttentionMaskInterface.register(GROUPED, sdpa_mask)  # in a stock f
 
 
 def attend_in_group(q, k, v, prompt_mask, mask, scaling):
-    """A group's completions need no scores against each other, so the row is cut: the prompt by
-    itself, then G rows over [prompt, own]: G*T*(P+T) scores for them and not (P+G*T)^2."""
+    """The row is cut, because completions don't see each other: the prompt by itself, then G rows
+    over [prompt, own], G*T*(P+T) scores and not (P+G*T)^2."""
     N, P = len(q), prompt_mask.shape[-1]
     T = mask.shape[-1] - P
     G = (q.shape[2] - P) // T
@@ -427,8 +409,8 @@ def attend_in_group(q, k, v, prompt_mask, mask, scaling):
 
 def attend(q, k, v, mask, scaling):
     """softmax(q k^T * scaling) v: q (N, H, T, d), k, v (N, h, keys, d), mask (N, 1, T, keys) bool
-    -> (N, H, T, d). The H/h heads that share keys and values become more queries of one head, so
-    that keys and values, most of what decoding reads, are not copied for each head."""
+    -> (N, H, T, d). The H/h heads that share keys and values become more queries of one head:
+    what decoding mostly reads is not copied for each head."""
     N, H, T, d = q.shape
     shared = H // k.shape[1]
     q = q.reshape(N, H // shared, shared * T, d)
@@ -457,151 +439,142 @@ def never_drawn(net):
 def next_token_logits(net, hidden, temperature):
     """Hidden states (..., d) -> logits of the distribution that is sampled (..., V), float32."""
     logits = net.lm_head(hidden).float().index_fill_(-1, never_drawn(net), -torch.inf)
-    return logits if temperature == 1 else logits / temperature
+    if temperature in (0, 1):  # 0: draw takes the largest
+        return logits
+    return logits / temperature
 
 
 # --- sampling -------------------------------------------------------------------------------------
 
 class KVCache:
-    """Keys and values of the rows that are sampled, in buffers of their final length: each token is
-    written where it belongs. transformers' DynamicCache copies all of them at every token, which
-    was 43 % of a rollout's time on the CPU."""
+    """Keys and values of the sampled rows, in buffers of their final length: a token is written
+    where it belongs. transformers' DynamicCache copies all of them at every token, which was 43 %
+    of a rollout's time on the CPU.
 
-    def __init__(self, G, room):
-        self.G = G        # rows per prompt
-        self.room = room  # places behind the prompt
-        self.k, self.v = [], []  # one buffer per layer
-        self.at = None                              # (1,) the place of the token that is computed
-        self.end = None   # places that attention reads
+    prompt_mask (N, P); G rows per prompt; `room` places behind it. With `fixed` attention reads
+    all places at every token, else those that have been written."""
+
+    def __init__(self, prompt_mask, G, room, fixed):
+        P = prompt_mask.shape[1]
+        self.layers = []  # keys and values of each, (2, rows, h, P+room, d)
+        self.at = torch.tensor([P - 1], device=prompt_mask.device)  # the last token's place
+        self.fixed = fixed
+        self.end = P + room if fixed else P  # of what attention reads
+        seen = prompt_mask.bool().repeat_interleave(G, 0)
+        self.seen = torch.cat([seen, seen.new_zeros(len(seen), room)], 1)       # (rows, P+room)
+
+    def advance(self):
+        """Turn to the next token's place -> the mask of what that token sees, (rows, 1, 1, end)."""
+        self.at.add_(1)
+        self.seen.index_fill_(1, self.at, True)
+        if not self.fixed:
+            self.end += 1
+        return self.seen[:, None, None, :self.end]
 
     def update(self, k, v, layer, *_, **__):
         """A layer's keys and values -> those to attend to. First the prompt's (N, h, P, d), which
         are repeated for G rows; then a token's (rows, h, 1, d), answered with all up to `end`."""
         k = k.to(v.dtype)  # under autocast rotary positions leave k in fp32 and v in bf16
-        if layer == len(self.k):
-            self.k.append(self.buffer(k))
-            self.v.append(self.buffer(v))
+        if layer == len(self.layers):
+            (N, h, P, d), (rows, length) = k.shape, self.seen.shape
+            buffer = k.new_zeros(2, rows, h, length, d)
+            buffer[0, :, :, :P] = k.repeat_interleave(rows // N, 0)
+            buffer[1, :, :, :P] = v.repeat_interleave(rows // N, 0)
+            self.layers.append(buffer)
             return k, v
-        self.k[layer].index_copy_(2, self.at, k)
-        self.v[layer].index_copy_(2, self.at, v)
-        return self.k[layer][:, :, :self.end], self.v[layer][:, :, :self.end]
-
-    def buffer(self, x):
-        """(N, h, P, d) -> (N*G, h, P+room, d), the places behind the prompt 0."""
-        N, h, P, d = x.shape
-        out = x.new_zeros(N * self.G, h, P + self.room, d)
-        out[:, :, :P] = x.repeat_interleave(self.G, 0)
-        return out
+        keys, values = self.layers[layer]
+        keys.index_copy_(2, self.at, k)
+        values.index_copy_(2, self.at, v)
+        return keys[:, :, :self.end], values[:, :, :self.end]
 
     def keep(self, rows):
-        for buffers in (self.k, self.v):
-            for i, x in enumerate(buffers):  # old and new are both there for one layer alone
-                buffers[i] = x[rows]
+        self.seen = self.seen[rows]
+        for i, buffer in enumerate(self.layers):  # old and new are both there for one layer alone
+            self.layers[i] = buffer[:, rows]
 
 
 @torch.no_grad()
-def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1.0, generator=None,
-           when_done=None):
+def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1.0, generator=None):
     """G completions for each of the batch's N questions -> tokens (N, G, T) int64, mask bool.
 
     The mask holds every token up to and with the first stop token; T is the longest completion's
-    length. temperature 0 is greedy. when_done(n, tokens, mask), if given, is called for each
-    question once its group (1, G, ..) has ended, while others are still sampled.
-
-    The prompt runs once per question; rows that have finished leave the batch. On CUDA a token's
-    step is one CUDA graph, because launching its thousand small kernels takes longer than running
-    them. Shapes in a graph are fixed: it reads the cache to its end and is captured again when rows
-    have left. Only a look every LOOK_EVERY tokens at how many are unfinished waits for the device.
-    """
+    length. temperature 0 is greedy. On CUDA, where a look at how many rows are unfinished waits for
+    the device, there is one only every LOOK_EVERY tokens."""
     net, training = network(model), model.training
     model.eval()  # gradient checkpointing would silently switch the cache off
-    (N, P), G, device = batch["input_ids"].shape, group_size, batch["input_ids"].device
-    scale = temperature or 1.0  # of the logits: where temperature is 0 it doesn't matter
+    N, G, device = len(batch["input_ids"]), group_size, batch["input_ids"].device
     tokens = torch.full((N * G, max_new_tokens), batch["pad_id"], device=device)
     mask = torch.zeros(N * G, max_new_tokens, dtype=torch.bool, device=device)
-    waiting = set(range(N)) if when_done else set()  # questions to call when_done for
+    graphed = device.type in GRAPHED
+    look_every = LOOK_EVERY if graphed else 1
 
-    # The state of a step. Rows are those completions that have not left the batch.
-    rows = torch.arange(N * G, device=device)
-    alive = torch.ones(N * G, dtype=torch.bool, device=device)
-    seen = torch.cat([batch["attention_mask"].bool().repeat_interleave(G, 0),
-                      torch.zeros_like(mask)], 1)                               # (rows, P+max)
+    # The completions that have not left the batch, one row each.
+    rows = torch.arange(N * G, device=device)                                   # (rows,)
+    alive = torch.ones(N * G, dtype=torch.bool, device=device)                  # (rows,)
     positions, following = prompt_positions(net, batch)
     position = following.repeat_interleave(G)[:, None]                          # (rows, 1)
-    cache = KVCache(G, max_new_tokens)
-    cache.at = torch.tensor([P], device=device)
-    cache.end = P + max_new_tokens
+    cache = KVCache(batch["attention_mask"], G, max_new_tokens, fixed=graphed)
 
     def step(y):
         """The rows' last tokens (rows,) -> logits of their next ones (rows, V)."""
-        seen.index_fill_(1, cache.at, True)
-        h = hidden_states(net, y[:, None], seen[:, None, None, :cache.end],
-                          position.expand(3, -1, -1), cache=cache)
+        h = hidden_states(net, y[:, None], cache.advance(), position.expand(3, -1, -1), cache=cache)
         position.add_(1)
-        cache.at.add_(1)
-        return next_token_logits(net, h[:, -1], scale)
+        return next_token_logits(net, h[:, -1], temperature)
 
-    def report(unfinished):
-        for n in sorted(waiting - unfinished):
-            group = slice(n * G, n * G + G)
-            when_done(n, tokens[None, group], mask[None, group])
-        waiting.intersection_update(unfinished)
-
+    next_logits = Graphed(step) if graphed else step
     with lora_merged(model), autocast(model):
         h = hidden_states(net, batch["input_ids"], causal_mask(batch["attention_mask"]), positions,
                           with_image_features(model, batch), cache)
-        logits = next_token_logits(net, h[:, -1], scale).repeat_interleave(G, 0)  # (rows, V)
-        graphed, replay = device.type in GRAPHED, None
+        logits = next_token_logits(net, h[:, -1], temperature).repeat_interleave(G, 0)
         for t in range(max_new_tokens):
             y = torch.where(alive, draw(logits, temperature, top_p, generator), batch["pad_id"])
             tokens[rows, t], mask[rows, t] = y, alive
             alive = alive & ~torch.isin(y, batch["stop_ids"])
             if t + 1 == max_new_tokens:
                 break
-
-            if not graphed or t % LOOK_EVERY == 0:
-                unfinished = int(alive.sum())
-                if waiting:
-                    report(set((rows[alive] // G).tolist()))
-                if unfinished == 0:
+            if t % look_every == 0:
+                unfinished = alive.nonzero()[:, 0]
+                if len(unfinished) == 0:
                     break
-                if unfinished <= STAY * len(rows):  # not for every row: it copies the cache
-                    stay = alive.nonzero()[:, 0]
-                    cache.keep(stay)
-                    rows, alive, y = rows[stay], alive[stay], y[stay]
-                    seen, position = seen[stay], position[stay]
-                    replay = None
-
-            if not graphed:
-                cache.end = P + t + 1
-            if replay:
-                logits = replay(y)
-                continue
-            logits = step(y)  # also before a capture: kernels are set up when they first run
-            if graphed:
-                replay = captured(step, y)
-                graphed = replay is not None
-    report(set())
+                if len(unfinished) <= STAY * len(rows):  # not for every row: it copies the cache
+                    cache.keep(unfinished)
+                    rows, alive, y, position = (x[unfinished] for x in (rows, alive, y, position))
+            logits = next_logits(y)
     model.train(training)
     T = int(mask.any(0).sum())
     return tokens[:, :T].view(N, G, T), mask[:, :T].view(N, G, T)
 
 
+class Graphed:
+    """A step as one CUDA graph, because launching its thousand small kernels takes longer than
+    running them. Shapes in a graph are fixed: it is captured again when rows have left."""
+
+    def __init__(self, step):
+        self.step, self.replay, self.rows = step, None, 0
+
+    def __call__(self, y):
+        if len(y) == self.rows:
+            return self.replay(y)
+        self.replay, self.rows = None, len(y)  # frees the last graph
+        logits = self.step(y)  # before the capture: kernels are set up when they first run
+        self.replay = captured(self.step, y)
+        return logits
+
+
 def captured(step, y):
-    """`step` as one CUDA graph -> a function like it; None, with a warning, where it can't be."""
+    """`step` as one CUDA graph -> a function like it; `step`, with a warning, if it can't be."""
+    given = y.clone()
     try:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(y.device)
-        given = y.clone()
-        own = torch.cuda.Stream(y.device)
-        with (torch.cuda.device(y.device),
-              torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local")):
-            logits = step(given)  # recorded, not run; other threads may go on meanwhile
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(y.device),
+                              capture_error_mode="thread_local"):  # other threads may go on
+            logits = step(given)  # recorded, not run
     except (RuntimeError, ValueError) as e:  # ValueError: not a CUDA device
         reason = str(e).splitlines()[0]
         warnings.warn(f"sampling without a CUDA graph, so more slowly: {reason}", stacklevel=2)
         if y.is_cuda:
             torch.cuda.set_stream(stream)
-        return None
+        return step
 
     def replay(y):
         given.copy_(y)
@@ -612,8 +585,8 @@ def captured(step, y):
 
 def draw(logits, temperature, top_p, generator):
     """Logits (rows, V) -> one token each (rows,). top_p < 1 keeps the smallest set of tokens that
-    holds that much probability; the ratio of Eq. (8) is then biased, since log-probabilities stay
-    those of the whole vocabulary."""
+    holds that much probability, which biases the ratio of Eq. (8): log-probabilities stay those of
+    the whole vocabulary."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, order = logits.softmax(-1), None
@@ -649,8 +622,8 @@ def finished(batch, tokens, mask):
 
 def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
     """log pi(y_t | I, Q, y_<t) of given completions (N, G, T) -> (N, G, T) float32, 0 outside
-    `mask`; with gradient if grad is enabled. The distribution is the one `sample` draws from:
-    logits / temperature, vision ids excluded. Image and prompt run once per group."""
+    `mask`; with gradient if grad is enabled. The distribution is the one `sample` draws from. A
+    group is one row, [image, prompt | completion 1 | ... | completion G]."""
     net = network(model)
     (N, G, T), P = tokens.shape, batch["input_ids"].shape[1]
     prompt_mask = batch["attention_mask"]

@@ -537,7 +537,7 @@ def build_tiny(texts, names=(), *, image_size, seed=0):
     net = transformers.Qwen2_5_VLForConditionalGeneration(config).float().eval()
     net.set_attn_implementation(M.ATTENTION)
     images = M.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=image_size**2)
-    return net, M.Processor(tokenizer, images, "Qwen2_5_VLProcessor")
+    return net, M.Processor(tokenizer, images)
 
 
 def make_base(folder, seed):
