@@ -39,7 +39,8 @@ from data import DataError, expect
 from judge import daemon_threads, failures, make_judge, parse_spec
 from sft import SHARED, Knob
 
-# The values of `paper` are those of the paper's section 4.1, where it gives them.
+# Knob(type, default of the `tiny` preset, of `paper`, meaning): `paper` has the figures of the
+# paper's section 4.1, where it gives them. F is a rule in both; --judge names a model.
 KNOBS = dict(
     model=Knob(str, None, None, "folder of pi_SFT, policy and reference alike (default: ROOT/sft)",
                may_change=True),
@@ -145,7 +146,7 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
 
     logp, old_logp, ref_logp (B, T) float32; mask (B, T) bool; advantages (B,). The ratio r_t is
     pi_theta / pi_SFT where old_logp is ref_logp (the paper), and pi_theta / pi_old where it is the
-    sampling policy's. The KL stands inside the sum over t.
+    sampling policy's. The KL is estimated at each token and stands inside the sum over t.
 
     loss_norm: "sum" mean over B of the sum over t (Eq. 8); "sequence" mean over t, then over B
     (Shao et al.); "token" mean over all tokens; "constant" sum over t divided by max_tokens, then
@@ -214,7 +215,7 @@ def rollout(policy, processor, records, generator, args):
 
 def score(texts, items, judge):
     """Eqs. (4) to (6) for n texts and the record of each -> (3, n) float32: fmt, acc, con; con is
-    nan where F failed."""
+    nan where F failed, and where no thought is asked for."""
     rows = rewards.score(texts, items, judge)
     return torch.tensor([[row[part] for row in rows] for part in ("fmt", "acc", "con")])
 
@@ -257,7 +258,7 @@ def update(policy, parameters, optimizer, batch, tokens, mask, A, ref_logp, old_
     for rows, *part in micro_batches(batch, tokens, mask, args):
         logp = M.token_logprobs(policy, *part, temperature=args.temperature)  # (n, G, T)
         logps[rows] = logp.detach()
-        old = logps if old_logp is None else old_logp
+        old = logps if old_logp is None else old_logp                    # None: the ratio is 1
         loss, metrics = policy_loss(
             logp.flatten(0, 1), old[rows].flatten(0, 1), ref_logp[rows].flatten(0, 1),
             A[rows].flatten(), mask[rows].flatten(0, 1), eps=args.eps, beta=args.beta,
@@ -309,8 +310,7 @@ def check_gold(records, judge, lexical=True):
         return
     scores = score([rewards.answer_text(r) for r in records], records, judge)  # (3, n)
     con = scores[2]
-    asked = records[0].get("thinking") != "none"
-    if asked and not lexical:
+    if not lexical and records[0].get("thinking") != "none":
         expect(not con.isnan().all(), f"--judge: F failed on all of {len(con)} gold thoughts: "
                                       f"{failures(judge.usage)}")
         print(f"F agrees with {int(con.nansum())} of {len(con)} gold thoughts and failed on "
@@ -353,7 +353,7 @@ MEANS = dict(  # the figures of a step, by what they are means over
 def figures_of(texts, ended, scores, R, mask, trained_mask, logp, sums, args):
     """A step's figures, over all processes. mask, trained_mask: of the completions that were
     sampled, and of those that were trained on. sampled_nll is minus the mean log-probability of the
-    tokens, an estimate of the policy's entropy per token."""
+    latter's tokens (logp is 0 outside the mask), an estimate of the policy's entropy per token."""
     fmt, acc, con = scores
     thoughts = [rewards.parse_completion(text, args.thinking)[0] for text in texts]
     thoughts = [thought for thought in thoughts if thought is not None]
@@ -413,9 +413,9 @@ def main(argv=None):
         check_gold(records, judge, args.judge == "lexical")
     sft.open_run(args.out, args, rank)
 
-    trained_on = args.batch // args.G            # questions per rollout, over all processes
-    asked = round(trained_on * args.oversample)  # sampled for them
-    epoch_rollouts = max(1, len(records) // asked)
+    wanted = args.batch // args.G                  # questions to train on, over all processes
+    sampled = round(wanted * args.oversample)      # questions to sample for them
+    epoch_rollouts = max(1, len(records) // sampled)
     steps = max(1, round(args.epochs * epoch_rollouts)) * args.mu
     start = sft.load_state(args, policy, optimizer, rank) if args.resume else 0
     end = math.ceil(min(steps, args.max_steps or steps) / args.mu) * args.mu  # whole rollouts
@@ -430,14 +430,14 @@ def main(argv=None):
 
         # This process's share of the questions. A resumed run has the same, and the same samples.
         epoch, place = divmod(step // args.mu, epoch_rollouts)
-        order = sft.epoch_order(len(records), epoch, args.seed)[place * asked:][:asked]
+        order = sft.epoch_order(len(records), epoch, args.seed)[place * sampled:][:sampled]
         mine = [records[i] for i in order[rank::world]]
         generator.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)
 
         # Eq. (2): G completions for each.
         batch, tokens, mask, texts = rollout(policy, processor, mine, generator, args)
         ended = M.finished(batch, tokens, mask)                                  # (N, G)
-        sampled = mask
+        sampled_mask = mask
         clock.tick("rollout")
 
         # Eqs. (3) to (6): the rewards. Eq. (7): the advantages.
@@ -453,7 +453,8 @@ def main(argv=None):
 
         # The groups to train on: all, or those with spread.
         if args.drop_no_spread:
-            rows = group_spread(R).nonzero()[:trained_on // world, 0].tolist()
+            most = len(range(rank, wanted, world))  # this process's part of them
+            rows = group_spread(R).nonzero()[:most, 0].tolist()
             batch, tokens, mask, A = M.rows_of(batch, rows), tokens[rows], mask[rows], A[rows]
             ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)
             clock.tick("reference")
@@ -469,7 +470,7 @@ def main(argv=None):
         clock.tick("update")
 
         done = step + args.mu
-        figures = figures_of(texts, ended, scores, R, sampled, mask, logp, sums, args)
+        figures = figures_of(texts, ended, scores, R, sampled_mask, mask, logp, sums, args)
         failed.append(figures["judge_failed"])
         stop = len(failed) == JUDGE_WINDOW and sum(failed) > JUDGE_WINDOW * args.judge_failures
         seconds = sum(x for name, x in clock.figures.items() if name.startswith("seconds"))
@@ -480,7 +481,7 @@ def main(argv=None):
         if rank == 0:
             sft.log(args.out, step=done, **figures, grad_norm=norm,
                     lr=optimizer.param_groups[0]["lr"], **clock.figures,
-                    tokens_per_second=figures["length"] * asked * args.G / seconds)
+                    tokens_per_second=figures["length"] * sampled * args.G / seconds)
             if step // args.mu % args.show_every == 0:
                 show(args.out, done, mine, texts, torch.stack([*scores, R], -1))
             if done >= end or stop or passes(step, args.mu, args.save_every):
