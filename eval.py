@@ -249,7 +249,7 @@ PAGE = """<!doctype html>
 {% endfor %}
 {% for line in remarks %}<p class="what">{{ line }}</p>{% endfor %}
 
-<h2>Questions that the last checkpoint answers wrong, then such that it answers right</h2>
+<h2>Questions that the last checkpoint answers wrong, then some that it answers right</h2>
 {% for image, asked, answers in shown %}
   <section>
     <img src="{{ image }}" alt="">
