@@ -15,7 +15,6 @@ Left out on purpose: dataset classes, augmentation, download, resizing (model.py
 import argparse
 import csv
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
@@ -49,7 +48,6 @@ MED_R1_TASKS = {  # its files don't name them: the first rule found in the quest
 KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "answer", "thought",
         "source", "group", "split")
 SPLITS = ("train", "val", "test")
-FOREIGN = {"gt_answer", "problem", "conversations"}  # keys of OmniMedVQA, Med-R1 and VLM-R1
 MAX_PIXELS = 2**26  # pixels an image may have; looked at before anything is decoded
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, and warns from here on
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -90,8 +88,8 @@ def is_text(x):
 
 
 def check_record(record, folder):
-    """The record with "path" added; DataError with half a sentence (read_records adds file and
-    line) if anything is wrong."""
+    """The record with "path" added; DataError with half a sentence (read_file adds file and line)
+    if anything is wrong."""
     expect(isinstance(record, dict), f"expected a JSON object, got {record!r:.60}")
     for key in KEYS:
         expect(key in record, f"key {key!r} is missing, expected {', '.join(KEYS)}")
@@ -125,9 +123,8 @@ def read_records(files, split=None, only=(), thinking="before"):
     texts like "modality=CT", keeps those with one of the values given for each key. thinking (of
     rewards.INSTRUCTIONS) goes with them into prompt and target.
 
-    DataError names file, line and what was expected. Others' questions (FOREIGN), not ours to
-    mend, are left out where they can't be used, counted and told on stderr. Whether the images
-    exist is load_image's business.
+    DataError names file, line and what was expected. Whether the images exist is load_image's
+    business.
     """
     wanted = defaultdict(set)
     for text in only:
@@ -149,15 +146,16 @@ def read_records(files, split=None, only=(), thinking="before"):
 
 
 def read_file(file, used):
-    """All records of a file: a JSON list of another's questions (.json), else JSONL. used, {id:
-    file} of what was read before, is added to."""
-    whole, folder = str(file).endswith(".json"), Path(file).absolute().parent
+    """All records of a file: JSONL, or a JSON list of others' questions (.json). Those aren't ours
+    to mend: what can't be used is left out, counted and told on stderr. used, {id: file} of what
+    was read before, is added to."""
+    foreign, folder = str(file).endswith(".json"), Path(file).absolute().parent
     if folder.parent.name == "QA_information":  # OmniMedVQA's paths start at its root
         folder = folder.parents[1]
-    form = "a JSON list of questions" if whole else "one JSON object per line"
+    form = "a JSON list of questions" if foreign else "one JSON object per line"
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
-        items = json.loads(text or "[]") if whole else text.split("\n")
+        items = json.loads(text) if foreign else text.split("\n")
     except (OSError, ValueError, RecursionError) as e:
         why = getattr(e, "strerror", None) or e
         raise DataError(f"{file}: {why}, expected UTF-8 text with {form}") from None
@@ -166,15 +164,13 @@ def read_file(file, used):
 
     records, left_out = [], Counter()
     for k, item in enumerate(items, 1):
-        if not whole and not item.strip():
-            continue
-        foreign = whole
         try:
-            if not whole:
-                item = json.loads(item)
-                foreign = isinstance(item, dict) and not FOREIGN.isdisjoint(item)
             if foreign:
                 item = foreign_record(item, Path(file).stem, k)
+            elif item.strip() == "":
+                continue
+            else:
+                item = json.loads(item)
             record = check_record(item, folder)
             name = record["id"]
             expect(name not in used, f"id {name!r} was already used in {used.get(name)}")
@@ -194,31 +190,27 @@ def read_file(file, used):
 
 
 def foreign_record(item, stem, k):
-    """The record of question k of another's file `stem`; DataError with half a sentence if its
-    form isn't known.
-
-    OmniMedVQA: "question", "option_A".., "gt_answer" (an option's text), "image_path".
-    Med-R1: "image", "problem": "Q? A)x, B)y", "solution": "<answer> B </answer>".
-    VLM-R1: problem and solution as the two turns of "conversations".
-    """
+    """The record of question k of OmniMedVQA's or Med-R1's file `stem`; DataError with half a
+    sentence if its form isn't known."""
     expect(isinstance(item, dict), "expected an object")
-    form = omnimedvqa_record if "gt_answer" in item else med_r1_record
-    record = form(item, stem, k)
+    if "gt_answer" in item:
+        record = omnimedvqa_record(item, stem)
+    else:
+        record = med_r1_record(item, stem, k)
     return {**record, "anatomy": "unknown", "thought": None, "group": record["image"]}
 
 
-def omnimedvqa_record(item, stem, _):
+def omnimedvqa_record(item, stem):
+    """Of "question", "option_A".., "gt_answer" (an option's text), "image_path"."""
     def bare(text):
         return re.sub(r"[\W_]+", "", text).casefold()
 
+    def fitting(fold):
+        truth = fold(str(item["gt_answer"]))
+        return [LETTERS[i] for i, x in enumerate(options) if fold(str(x)) == truth != ""]
+
     options = [item[f"option_{x}"] for x in LETTERS if item.get(f"option_{x}")]
-    truth, right = str(item["gt_answer"]), []
-    for fold in (str.strip, bare):  # exactly; else case, punctuation and spaces are forgiven
-        for letter, option in zip(LETTERS, options, strict=False):
-            if fold(str(option)) == fold(truth) != "":
-                right.append(letter)
-        if right:
-            break
+    right = fitting(str.strip) or fitting(bare)  # exactly; else letters and digits alone count
     expect(len(right) == 1, f"gt_answer fits {len(right)} options, expected one")
     image = item.get("image_path")
     in_train = zlib.crc32(str(image).encode()) % 100 < 100 * TRAIN_SHARE  # theirs has no split
@@ -230,15 +222,9 @@ def omnimedvqa_record(item, stem, _):
 
 
 def med_r1_record(item, stem, k):
-    talk = item.get("conversations")
-    if isinstance(talk, list) and len(talk) > 1 and all(isinstance(x, dict) for x in talk):
-        problem, solution = str(talk[0].get("value")), str(talk[1].get("value"))
-        if "<answer>" not in solution:
-            solution = f"<answer>{solution}</answer>"
-        item = {"problem": problem.replace("<image>", ""), "solution": solution, **item}
+    """Of "image", "problem": "Q? A)x, B)y", "solution": "<answer> B </answer>"."""
     expect(all(isinstance(item.get(x), str) for x in ("image", "problem", "solution")),
            "expected an object with the texts image, problem and solution")
-
     parts = [item["problem"]]  # the question, then the options
     for letter in LETTERS:  # a marker stands after a space or comma: "(H&E)" is no option E
         found = re.split(rf"(?<=[\s,;:?.]){letter}\)", parts[-1], maxsplit=1)
@@ -278,11 +264,11 @@ def write_records(records, file):
 
 def move_aside(path):
     """Rename what is there to the first free path.1, path.2, .. -> that name."""
-    for k in itertools.count(1):
-        aside = f"{path}.{k}"
-        if not os.path.exists(aside):
-            os.rename(path, aside)
-            return aside
+    k = 1
+    while os.path.exists(f"{path}.{k}"):
+        k += 1
+    os.rename(path, f"{path}.{k}")
+    return f"{path}.{k}"
 
 
 @contextmanager

@@ -530,20 +530,6 @@ def test_omnimedvqa(tmp_path, capsys):
     sides = Counter((r["image"], r["split"]) for r in data.read_records(tmp_path / name))
     assert set(sides.values()) == {2} and 110 <= sum(split == "train" for _, split in sides) <= 170
 
-def test_vlm_r1(tmp_path, capsys):
-    """JSONL with conversations (the answer bare or in its tags) or with problem and solution; bad ones are counted."""
-    def talk(*said):
-        return {"image": "a.png", "conversations": [{"from": "any", "value": text} for text in said]}
-    write(tmp_path, {"ct_test.jsonl": says(*map(json.dumps, (
-        talk("<image>Which? A)CT, B)MRI", "B"), talk("<image>\nWhich organ? A)Lung, B)Liver, C)Skin", "<answer> C </answer>"),
-        {"image": "a.png", "problem": "Is it normal? A)Yes, B)No", "solution": "<answer> A </answer>"},
-        talk("Which? A)CT, B)MRI", "MRI"), talk())))})
-    records = data.read_records(tmp_path / "ct_test.jsonl")
-    assert [(r["question"], r["options"], r["answer"]) for r in records] == [
-        ("Which?", ["CT", "MRI"], "B"), ("Which organ?", ["Lung", "Liver", "Skin"], "C"), ("Is it normal?", ["Yes", "No"], "A")]
-    assert {(r["modality"], r["split"], r["path"]) for r in records} == {("CT", "test", str((tmp_path / "a.png").resolve()))}
-    assert "2 of" in (err := capsys.readouterr().err) and err.count("\n") == 1
-
 def test_only(two):
     """Values of one key are alternatives, keys go together, case doesn't count; what can't be is told."""
     file = two / "whole" / "medad38k.jsonl"
