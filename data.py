@@ -32,7 +32,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
 LETTERS = "ABCDEF"
@@ -760,6 +760,11 @@ def table(column, value):
     return read
 
 
+def findings(row):  # chest X-rays
+    names = row["Finding Labels"].replace("_", " ").lower().split("|")
+    return [x for x in names if x != "no finding"]
+
+
 def chest_boxes(file):
     out = defaultdict(list)
     for row in rows_of(file):  # the comma of their head "Bbox [x,y,w,h]" parts columns
@@ -786,7 +791,9 @@ def via_outlines(file):
     out, t = defaultdict(list), np.linspace(0, 2 * np.pi, 32)
     for entry in json.loads(file.read_text()).values():
         regions, name = entry["regions"], Path(entry["filename"]).stem
-        for region in regions.values() if isinstance(regions, dict) else regions:
+        if isinstance(regions, dict):
+            regions = regions.values()
+        for region in regions:
             s = region["shape_attributes"]
             if s["name"] in ("ellipse", "circle"):
                 a, b = s.get("rx", s.get("r")) * np.cos(t), s.get("ry", s.get("r")) * np.sin(t)
@@ -815,15 +822,13 @@ class Source(NamedTuple):
     key: str
     modality: str
     anatomy: str
-    images: str           # pattern; `kind`: key of kinds; `group`: patient, volume, lesion (or id)
-    kinds: object = None  # lesions (name,) of all or per kind, () if healthy; None: labels tell
-    masks: str = ""       # pattern; several masks of one id are one lesion
-    labels: tuple = ()    # pattern of the files that tell, reader: file -> {id: lesions}
-    groups: tuple = ()    # the same, {id: group}
-    outlines: tuple = ()  # the same, {id: polygons, px}
-    canvas: tuple = ()    # width and height the outlines refer to, px (else the image's)
-    least: int = 1        # value in a volume's mask from which on it is lesion; below is the organ
-    window: tuple = ()    # HU shown as black and as white (else percentiles 1 and 99)
+    images: str         # pattern; `kind`: key of kinds; `group`: patient, volume, lesion (or id)
+    kinds: dict = {}    # {kind: lesions, () if healthy}; key "" without kinds; {}: a table tells
+    masks: str = ""     # pattern; several masks of one id are one lesion
+    tells: list = []    # ("kinds", "group" or "outlines" (px), pattern, reader: file -> {id: it})
+    canvas: tuple = ()  # width and height the outlines refer to, px (else the image's)
+    least: int = 1      # value in a volume's mask from which on it is lesion; below is the organ
+    window: tuple = ()  # HU shown as black and as white (else percentiles 1 and 99)
 
 
 BMAD = dict(
@@ -831,10 +836,10 @@ BMAD = dict(
            r"(?P<id>((?P<group>[^/]+)_)?[^/_]+)\.\w+$",
     masks=r"(?P<at>train|valid|val|test)/.*(label|mask).*/(?P<id>[^/]+)\.\w+$")
 SOURCES = (
-    Source("brats2021", "MRI", "Brain", r"BraTS2021_(?P<id>\d+)_flair\.nii", ("glioma",),
+    Source("brats2021", "MRI", "Brain", r"BraTS2021_(?P<id>\d+)_flair\.nii", {"": ("glioma",)},
            r"BraTS2021_(?P<id>\d+)_seg\.nii"),
     Source("brats2021", "MRI", "Brain", kinds={"good": (), "ungood": ("glioma",)}, **BMAD),
-    Source("liverct", "CT", "Liver", r"(^|/)volume-(?P<id>\d+)\.nii", ("tumor",),
+    Source("liverct", "CT", "Liver", r"(^|/)volume-(?P<id>\d+)\.nii", {"": ("tumor",)},
            r"segmentation-(?P<id>\d+)\.nii", least=2, window=(-200, 250)),
     Source("liverct", "CT", "Liver", kinds={"good": (), "ungood": ("tumor",)}, **BMAD),
     Source("resc", "OCT", "Retina", kinds={"good": (), "ungood": ("edema",)}, **BMAD),
@@ -844,43 +849,43 @@ SOURCES = (
            r"/(?P<id>[^/]*\))_mask\w*\.png$"),
     Source("isic2018", "Dermoscopy", "Skin", r"_Input/(?P<id>ISIC_\d+)\.jpg$",
            masks=r"(?P<id>ISIC_\d+)_segmentation\.png$",
-           labels=(r"Task3_\w+_GroundTruth\.csv$",
-                   table("image", lambda r: [SKIN[k] for k in SKIN if float(r[k]) > .5])),
-           groups=(r"LesionGroupings\.csv$", table("image", lambda r: r["lesion_id"]))),
+           tells=[("kinds", r"Task3_\w+_GroundTruth\.csv$", table(
+                      "image", lambda r: [SKIN[k] for k in SKIN if float(r[k]) > .5])),
+                  ("group", r"LesionGroupings\.csv$", table("image", lambda r: r["lesion_id"]))]),
     Source("mosmed", "CT", "Lung", r"(?P<kind>CT-\d)/(?P<id>study_\d+)\.nii",
            {"ct-0": (), **{f"ct-{k}": ("COVID-19 pneumonia",) for k in (1, 2, 3, 4)}},
            r"(?P<id>study_\d+)_mask\.nii", window=(-1000, 400)),
-    Source("atlas", "CE-MRI", "Liver", r"imagesTr/(?P<id>\w+?)(_0000)?\.nii", ("tumor",),
+    Source("atlas", "CE-MRI", "Liver", r"imagesTr/(?P<id>\w+?)(_0000)?\.nii", {"": ("tumor",)},
            r"labelsTr/(?P<id>\w+)\.", least=2),
-    Source("ddti", "Ultrasound", "Thyroid", r"(^|/)(?P<id>(?P<group>\d+)_\d+)\.jpg$", ("nodule",),
-           outlines=(r"\.xml$", ddti_outlines)),
-    Source("ddti", "Ultrasound", "Thyroid", r"1_or_data/image/(?P<id>\d+)\.png$", ("nodule",),
-           r"1_or_data/mask/(?P<id>\d+)\."),
-    Source("kvasirseg", "Endoscopy", "Alimentary", r"images/(?P<id>[^/]+)\.jpg$", ("polyp",),
+    Source("ddti", "Ultrasound", "Thyroid", r"(^|/)(?P<id>(?P<group>\d+)_\d+)\.jpg$",
+           {"": ("nodule",)}, tells=[("outlines", r"\.xml$", ddti_outlines)]),
+    Source("ddti", "Ultrasound", "Thyroid", r"1_or_data/image/(?P<id>\d+)\.png$",
+           {"": ("nodule",)}, r"1_or_data/mask/(?P<id>\d+)\."),
+    Source("kvasirseg", "Endoscopy", "Alimentary", r"images/(?P<id>[^/]+)\.jpg$", {"": ("polyp",)},
            r"masks/(?P<id>[^/]+)\.jpg$"),
     Source("cvcclinicdb", "Endoscopy", "Alimentary",  # neighbours are alike: by hundreds at least
-           r"Original/(?P<id>(?P<group>\d*?)\d{1,2})\.(tif|png)$", ("polyp",),
+           r"Original/(?P<id>(?P<group>\d*?)\d{1,2})\.(tif|png)$", {"": ("polyp",)},
            r"Ground Truth/(?P<id>\d+)\.(tif|png)$",
-           groups=(r"metadata\.csv$", table("frame_id", lambda r: r["sequence_id"]))),
+           tells=[("group", r"metadata\.csv$", table("frame_id", lambda r: r["sequence_id"]))]),
     Source("ph2", "Dermoscopy", "Skin", r"_Dermoscopic_Image/(?P<id>IMD\d+)\.bmp$",
            masks=r"(?P<id>IMD\d+)_lesion\.bmp$",
-           labels=(r"PH2_dataset\.txt$",
-                   table("Name", lambda r: [NEVI[int(r["Clinical Diagnosis"])]]))),
+           tells=[("kinds", r"PH2_dataset\.txt$", table(
+               "Name", lambda r: [NEVI[int(r["Clinical Diagnosis"])]]))]),
     Source("idrid", "Fundus", "Retina", r"images/(.*/)?(?P<id>IDRiD_\d\d)\.jpg$",
-           ("diabetic retinopathy",), r"(?P<id>IDRiD_\d\d)_(MA|HE|EX|SE)\.\w+$"),
+           {"": ("diabetic retinopathy",)}, r"(?P<id>IDRiD_\d\d)_(MA|HE|EX|SE)\.\w+$"),
     Source("idrid", "Fundus", "Retina", r"(?P<at>Training|Testing) Set/(?P<id>IDRiD_\d{3})\.jpg$",
-           labels=(r"Grading_(?P<at>Training|Testing) Labels\.csv$", table("Image name",
-                   lambda r: ["diabetic retinopathy"] if int(r["Retinopathy grade"]) else []))),
+           tells=[("kinds", r"Grading_(?P<at>Training|Testing) Labels\.csv$",
+                   table("Image name", lambda r: ["diabetic retinopathy"]
+                         if int(r["Retinopathy grade"]) else []))]),
     Source("pedidemi", "MRI", "Brain",
            r"^(?P<id>.+)/(?![^/]*(mask|seg|lesion|label|roi))[^/]*flair[^/]*\.nii",
-           ("demyelination",), r"^(?P<id>.+)/[^/]*(mask|seg|lesion|label|roi)[^/]*\.nii"),
+           {"": ("demyelination",)}, r"^(?P<id>.+)/[^/]*(mask|seg|lesion|label|roi)[^/]*\.nii"),
     Source("br35h", "MRI", "Brain", r"(^|/)(?P<kind>yes|no)/(?P<id>[^/]+)\.jpe?g$",
-           {"yes": ("tumor",), "no": ()}, outlines=(r"annotations_\w+\.json$", via_outlines)),
+           {"yes": ("tumor",), "no": ()},
+           tells=[("outlines", r"annotations_\w+\.json$", via_outlines)]),
     Source("chestxray14", "X-ray", "Chest", r"images[^/]*/(?P<id>(?P<group>\d{8})_\d{3}\.png)$",
-           labels=(r"Data_Entry_2017\w*\.csv$", table("Image Index", lambda r: [
-               x.replace("_", " ").lower() for x in r["Finding Labels"].split("|")
-               if x != "No Finding"])),
-           outlines=(r"BBox_List_2017\w*\.csv$", chest_boxes), canvas=(1024, 1024)),
+           tells=[("kinds", r"Data_Entry_2017\w*\.csv$", table("Image Index", findings)),
+                  ("outlines", r"BBox_List_2017\w*\.csv$", chest_boxes)], canvas=(1024, 1024)),
     Source("malignantlymphoma", "Microscopy", "Lymph Node",
            r"(?P<kind>CLL|FL|MCL)/(?P<id>(?P<group>sj-\d+-\d+)[^/]*)\.tiff?$",
            {"cll": ("chronic lymphocytic leukemia",), "fl": ("follicular lymphoma",),
@@ -892,28 +897,29 @@ SOURCES = (
 
 
 def matches(pattern, files):
-    """The files whose path fits -> [(file, id, kind, group)]; none without a pattern."""
-    found = []
+    """(file, id, kind, group) of each file whose path fits; none without a pattern."""
     for file in files:
         m = pattern and re.search(pattern, file, re.I)
         if m:
             named = {"at": "", "id": "", "kind": "", "group": None, **m.groupdict()}
             name = named["at"].lower() + named["id"]
-            found.append((file, name, named["kind"].lower(), named["group"]))
-    return found
+            group = name if named["group"] is None else named["group"]
+            yield file, name, named["kind"].lower(), group
 
 
-def read_tables(folder, files, pattern="", reader=None):
-    """What the files of this pattern tell, {id: ..}."""
-    out = {}
-    for file, at, _, _ in matches(pattern, files):
-        try:
-            for name, value in reader(folder / file).items():
-                out[at + name] = value
-        except (ValueError, LookupError, TypeError, AttributeError, ElementTree.ParseError) as e:
-            why = f"{type(e).__name__} {e}"
-            raise DataError(f"{folder / file} isn't as expected: {why}") from None
-    return out
+def told_by_tables(source, folder, files):
+    """{id: {"kinds", "group", "outlines": ..}}, each only where a file of the source tells it."""
+    told = defaultdict(dict)
+    for what, pattern, reader in source.tells:
+        for file, at, *_ in matches(pattern, files):
+            try:
+                for name, value in reader(folder / file).items():
+                    told[at + name][what] = value
+            except (ValueError, LookupError, TypeError, AttributeError,
+                    ElementTree.ParseError) as e:
+                why = f"{type(e).__name__} {e}"
+                raise DataError(f"{folder / file} isn't as expected: {why}") from None
+    return told
 
 
 def find(key, folder):
@@ -925,28 +931,22 @@ def find(key, folder):
     for form, s in enumerate(SOURCES):
         if s.key != key:
             continue
-        labels = read_tables(folder, files, *s.labels)
-        groups = read_tables(folder, files, *s.groups)
-        outlines = read_tables(folder, files, *s.outlines)
-        masks = defaultdict(list)
-        for file, name, _, _ in matches(s.masks, files):
+        told, masks = told_by_tables(s, folder, files), defaultdict(list)
+        for file, name, *_ in matches(s.masks, files):
             masks[name].append(str(folder / file))
         for file, name, kind, group in matches(s.images, files):
-            kinds = s.kinds or labels.get(name)
-            if isinstance(s.kinds, dict):
-                kinds = s.kinds.get(kind)
-            group = groups.get(name, name if group is None else group)
-            job = dict(
-                form=form, file=file, path=str(folder / file), kinds=kinds, masks=masks[name],
-                outlines=outlines.get(name, []), group=f"{key} {group}")
+            job = {"form": form, "n": len(jobs), "file": file, "path": str(folder / file),
+                   "kinds": s.kinds.get(kind), "masks": masks[name], "outlines": [],
+                   "group": group, **told[name]}
+            job["group"] = f"{key} {job['group']}"
             old = jobs.setdefault((form, name), job)
-            same = Path(old["file"]).stem == Path(file).stem and old["kinds"] == kinds
+            same = Path(old["file"]).stem == Path(file).stem and old["kinds"] == job["kinds"]
             expect(same, f"{key}={folder}: {old['file']} and {file} can't be told apart,"
                          f" expected one image of {name!r}")
     expected = " or ".join(s.images for s in SOURCES if s.key == key)
     found = ", ".join(files[:3]) or "no file"
     expect(jobs, f"{key}={folder}: no image of it, expected paths with {expected}, found {found}")
-    return [{**job, "n": n} for n, job in enumerate(jobs.values())]
+    return list(jobs.values())
 
 
 # ---- MedAD-38K: from image and mask to facts -----------------------------------------------------
@@ -975,22 +975,19 @@ def lesion_of(job, size):
     colour map."""
     if not job["masks"] and not job["outlines"]:
         return None
-    size = SOURCES[job["form"]].canvas or size
-    mask = Image.new("L", size)
-    for path in job["masks"]:
-        one = load_image({"id": job["file"], "path": path}, grey=True)
-        if one.size != size:
-            one = one.resize(size, Image.Resampling.NEAREST)
-        least = 128 if path.lower().endswith(("jpg", "jpeg")) else 1
-        levels = [255 if level >= least else 0 for level in range(256)]
-        for band in one.split():
-            mask = ImageChops.lighter(mask, band.point(levels))
-    pen = ImageDraw.Draw(mask)
+    size = SOURCES[job["form"]].canvas or size  # W, H
+    outlined = Image.new("1", size)
     for polygon in job["outlines"]:
         if len(polygon) < 3:  # one that can't be read: the lesion isn't known
             return None
-        pen.polygon(polygon, fill=255)
-    return np.asarray(mask) > 0
+        ImageDraw.Draw(outlined).polygon(polygon, fill=1)
+    mask = np.array(outlined)
+    for path in job["masks"]:
+        image = load_image({"id": job["file"], "path": path})
+        image = image.resize(size, Image.Resampling.NEAREST)
+        least = 128 if path.lower().endswith(("jpg", "jpeg")) else 1
+        mask |= np.asarray(image).max(-1) >= least
+    return mask
 
 
 def spread(items, n):
@@ -1056,11 +1053,8 @@ def examine(job, folder, max_side):
     for image, mask, suffix in pictures:
         kinds, box, location = job["kinds"], None, None
         drawn = mask is not None and bool(mask.any())
-        if volume and not drawn:
-            if mask is not None:  # a slice beside the lesion
-                kinds = ()
-            elif kinds:  # a lesion, not known in which slices
-                kinds = None
+        if volume and kinds and not drawn:  # a slice beside the lesion, if there is a mask to tell
+            kinds = None if mask is None else ()
         agree = mask is None or kinds is None or drawn == bool(kinds)
         if drawn:
             (y, x), (h, w) = mask.nonzero(), mask.shape
@@ -1117,47 +1111,46 @@ def true_answer(f, task):
         return f[task], None
     if not f["agree"]:
         return None, "label and mask disagree"
-    if kinds is not None and not kinds:
-        return ("Normal", None) if task == "anomaly" else (None, "healthy")
-    if task == "anomaly" and kinds:
-        return "Abnormal", None
-    if kinds and len(kinds) > 1:  # an outline may be of one of them
-        return None, "several kinds of lesion"
-    if task == "location":
-        if f["location"]:
-            return f["location"], None
-        return None, "in several regions" if f["box"] else "no mask or outline"
-    if kinds is None:
+    if kinds is None and task != "location":
         return None, "no label"
-    return kinds[0], None
+    if task == "anomaly":
+        return "Abnormal" if kinds else "Normal", None
+    if kinds is not None and len(kinds) != 1:  # of several, an outline may be of one
+        return None, "several kinds of lesion" if kinds else "healthy"
+    if task == "pathology":
+        return kinds[0], None
+    if f["location"]:
+        return f["location"], None
+    return None, "in several regions" if f["box"] else "no mask or outline"
 
 
 def balanced(pool, rng):
     """{answer: pictures} -> (picture, its answer, the answers to choose from), so that the answers
     to choose from tell nothing: in each round the (up to four) answers with most pictures left get
-    a picture each and are offered together. Ends when a round has fewer answers than the first."""
-    left = {}
+    a picture each and are offered together. Ends when a round has fewer answers than the first;
+    the pictures that are left over stay in the pool."""
     for answer, pictures in sorted(pool.items()):
-        left[answer] = [pictures[i] for i in rng.permutation(len(pictures))]
-    size = None
+        pool[answer] = [pictures[i] for i in rng.permutation(len(pictures))]
+    size = 0
     while True:
         offered = []
-        for answer in sorted(left, key=lambda x: -len(left[x])):
+        for answer in sorted(pool, key=lambda x: (-len(pool[x]), x)):
             alike = any({answer, other} in ALIKE for other in offered)
-            if left[answer] and len(offered) < 4 and not alike:
+            if pool[answer] and len(offered) < 4 and not alike:
                 offered.append(answer)
-        if size is None:
-            size = max(2, len(offered))
+        size = size or max(2, len(offered))
         if len(offered) < size:
             return
         for answer in offered:
-            yield left[answer].pop(), answer, offered
+            yield pool[answer].pop(), answer, offered
 
 
 def medad_records(facts, seed, left_out):
     """The records of pictures that have a split. Counts in left_out[source, reason] what isn't
     asked."""
     rng, rounds = np.random.default_rng(seed), defaultdict(list)
+    names = {"anatomy": ANATOMIES, "modality": MODALITIES, "anomaly": STATES,
+             "pathology": DISTRACTORS, "location": LOCATIONS}
     records = []
 
     def add(f, task, truth, others):
@@ -1171,24 +1164,18 @@ def medad_records(facts, seed, left_out):
             truth, why = true_answer(f, task)
             if why:
                 left_out[f["source"], f"{task}: {why}"] += 1
-            elif task == "anatomy":
-                add(f, task, truth, ANATOMIES)
-            elif task == "modality":
-                add(f, task, truth, MODALITIES)
-            elif task == "location":
-                pools[task, f["split"], "", ""][truth].append(f)
+            elif task in ("anatomy", "modality"):
+                add(f, task, truth, names[task])
             else:
-                pools[task, f["split"], f["modality"], f["anatomy"]][truth].append(f)
+                where = () if task == "location" else (f["modality"], f["anatomy"])
+                pools[task, f["split"], *where][truth].append(f)
 
-    fill = {"anomaly": STATES, "pathology": DISTRACTORS, "location": LOCATIONS}
     for (task, *_), pool in sorted(pools.items()):
-        rest = Counter(f["source"] for pictures in pool.values() for f in pictures)
         for f, truth, offered in balanced(pool, rng):
-            rest[f["source"]] -= 1
-            others = offered + [x for x in fill[task] if x not in offered]
+            others = offered + [x for x in names[task] if x not in offered]
             add(f, task, truth, others[:4])
-        for source, n in rest.items():
-            left_out[source, f"{task}: no picture with another answer to balance it"] += n
+        for f in sum(pool.values(), []):
+            left_out[f["source"], f"{task}: no picture with another answer to balance it"] += 1
     return records
 
 
@@ -1261,8 +1248,7 @@ def about(command, facts, records, left_out):
         text += f"\nQuestions by {key}: {counted(records, key)}.\n"
     text += "\nLeft out:\n\n"
     for (source, why), n in sorted(left_out.items()):
-        if n:
-            text += f"- {source}, {why}: {n}\n"
+        text += f"- {source}, {why}: {n}\n"
     return text
 
 
@@ -1272,7 +1258,7 @@ def counted(records, key):
 
 
 # ---- command line --------------------------------------------------------------------------------
-def parse_args():
+def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     shown = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1294,11 +1280,8 @@ def parse_args():
     p.add_argument("--workers", type=int, help="processes (default: one per core)")
     p = commands.add_parser("check", help="validate and count questions")
     p.add_argument("files", nargs="+")
-    return parser.parse_args()
 
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     if args.command == "phantoms":
         print(make_phantoms(args.out, args.seed, args.n, args.thoughts, args.careless))
         if args.show:
