@@ -823,9 +823,9 @@ class Source(NamedTuple):
     modality: str
     anatomy: str
     images: str         # pattern; `kind`: key of kinds; `group`: patient, volume, lesion (or id)
-    kinds: dict = {}    # {kind: lesions, () if healthy}; key "" without kinds; {}: a table tells
+    kinds: dict = {}    # {`kind`, "" if the pattern has none: lesions, () if healthy}; {}: tells
     masks: str = ""     # pattern; several masks of one id are one lesion
-    tells: list = []    # ("kinds", "group" or "outlines" (px), pattern, reader: file -> {id: it})
+    tells: list = []    # (kinds, group or outlines (px); pattern; reader: file -> {id: it})
     canvas: tuple = ()  # width and height the outlines refer to, px (else the image's)
     least: int = 1      # value in a volume's mask from which on it is lesion; below is the organ
     window: tuple = ()  # HU shown as black and as white (else percentiles 1 and 99)
