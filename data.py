@@ -15,7 +15,6 @@ Left out on purpose: dataset classes, augmentation, download, resizing (model.py
 import argparse
 import csv
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
@@ -33,7 +32,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
 LETTERS = "ABCDEF"
@@ -49,7 +48,6 @@ MED_R1_TASKS = {  # its files don't name them: the first rule found in the quest
 KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "answer", "thought",
         "source", "group", "split")
 SPLITS = ("train", "val", "test")
-FOREIGN = {"gt_answer", "problem", "conversations"}  # keys of OmniMedVQA, Med-R1 and VLM-R1
 MAX_PIXELS = 2**26  # pixels an image may have; looked at before anything is decoded
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, and warns from here on
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -90,8 +88,8 @@ def is_text(x):
 
 
 def check_record(record, folder):
-    """The record with "path" added; DataError with half a sentence (read_records adds file and
-    line) if anything is wrong."""
+    """The record with "path" added; DataError with half a sentence (read_file adds file and line)
+    if anything is wrong."""
     expect(isinstance(record, dict), f"expected a JSON object, got {record!r:.60}")
     for key in KEYS:
         expect(key in record, f"key {key!r} is missing, expected {', '.join(KEYS)}")
@@ -125,9 +123,8 @@ def read_records(files, split=None, only=(), thinking="before"):
     texts like "modality=CT", keeps those with one of the values given for each key. thinking (of
     rewards.INSTRUCTIONS) goes with them into prompt and target.
 
-    DataError names file, line and what was expected. Others' questions (FOREIGN), not ours to
-    mend, are left out where they can't be used, counted and told on stderr. Whether the images
-    exist is load_image's business.
+    DataError names file, line and what was expected. Whether the images exist is load_image's
+    business.
     """
     wanted = defaultdict(set)
     for text in only:
@@ -149,15 +146,16 @@ def read_records(files, split=None, only=(), thinking="before"):
 
 
 def read_file(file, used):
-    """All records of a file: a JSON list of another's questions (.json), else JSONL. used, {id:
-    file} of what was read before, is added to."""
-    whole, folder = str(file).endswith(".json"), Path(file).absolute().parent
+    """All records of a file: JSONL, or a JSON list of others' questions (.json). Those aren't ours
+    to mend: what can't be used is left out, counted and told on stderr. used, {id: file} of what
+    was read before, is added to."""
+    foreign, folder = str(file).endswith(".json"), Path(file).absolute().parent
     if folder.parent.name == "QA_information":  # OmniMedVQA's paths start at its root
         folder = folder.parents[1]
-    form = "a JSON list of questions" if whole else "one JSON object per line"
+    form = "a JSON list of questions" if foreign else "one JSON object per line"
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
-        items = json.loads(text or "[]") if whole else text.split("\n")
+        items = json.loads(text) if foreign else text.split("\n")
     except (OSError, ValueError, RecursionError) as e:
         why = getattr(e, "strerror", None) or e
         raise DataError(f"{file}: {why}, expected UTF-8 text with {form}") from None
@@ -166,15 +164,13 @@ def read_file(file, used):
 
     records, left_out = [], Counter()
     for k, item in enumerate(items, 1):
-        if not whole and not item.strip():
-            continue
-        foreign = whole
         try:
-            if not whole:
-                item = json.loads(item)
-                foreign = isinstance(item, dict) and not FOREIGN.isdisjoint(item)
             if foreign:
                 item = foreign_record(item, Path(file).stem, k)
+            elif item.strip() == "":
+                continue
+            else:
+                item = json.loads(item)
             record = check_record(item, folder)
             name = record["id"]
             expect(name not in used, f"id {name!r} was already used in {used.get(name)}")
@@ -194,31 +190,27 @@ def read_file(file, used):
 
 
 def foreign_record(item, stem, k):
-    """The record of question k of another's file `stem`; DataError with half a sentence if its
-    form isn't known.
-
-    OmniMedVQA: "question", "option_A".., "gt_answer" (an option's text), "image_path".
-    Med-R1: "image", "problem": "Q? A)x, B)y", "solution": "<answer> B </answer>".
-    VLM-R1: problem and solution as the two turns of "conversations".
-    """
+    """The record of question k of OmniMedVQA's or Med-R1's file `stem`; DataError with half a
+    sentence if its form isn't known."""
     expect(isinstance(item, dict), "expected an object")
-    form = omnimedvqa_record if "gt_answer" in item else med_r1_record
-    record = form(item, stem, k)
+    if "gt_answer" in item:
+        record = omnimedvqa_record(item, stem)
+    else:
+        record = med_r1_record(item, stem, k)
     return {**record, "anatomy": "unknown", "thought": None, "group": record["image"]}
 
 
-def omnimedvqa_record(item, stem, _):
+def omnimedvqa_record(item, stem):
+    """Of "question", "option_A".., "gt_answer" (an option's text), "image_path"."""
     def bare(text):
         return re.sub(r"[\W_]+", "", text).casefold()
 
+    def fitting(fold):
+        truth = fold(str(item["gt_answer"]))
+        return [LETTERS[i] for i, x in enumerate(options) if fold(str(x)) == truth != ""]
+
     options = [item[f"option_{x}"] for x in LETTERS if item.get(f"option_{x}")]
-    truth, right = str(item["gt_answer"]), []
-    for fold in (str.strip, bare):  # exactly; else case, punctuation and spaces are forgiven
-        for letter, option in zip(LETTERS, options, strict=False):
-            if fold(str(option)) == fold(truth) != "":
-                right.append(letter)
-        if right:
-            break
+    right = fitting(str.strip) or fitting(bare)  # exactly; else letters and digits alone count
     expect(len(right) == 1, f"gt_answer fits {len(right)} options, expected one")
     image = item.get("image_path")
     in_train = zlib.crc32(str(image).encode()) % 100 < 100 * TRAIN_SHARE  # theirs has no split
@@ -230,15 +222,9 @@ def omnimedvqa_record(item, stem, _):
 
 
 def med_r1_record(item, stem, k):
-    talk = item.get("conversations")
-    if isinstance(talk, list) and len(talk) > 1 and all(isinstance(x, dict) for x in talk):
-        problem, solution = str(talk[0].get("value")), str(talk[1].get("value"))
-        if "<answer>" not in solution:
-            solution = f"<answer>{solution}</answer>"
-        item = {"problem": problem.replace("<image>", ""), "solution": solution, **item}
+    """Of "image", "problem": "Q? A)x, B)y", "solution": "<answer> B </answer>"."""
     expect(all(isinstance(item.get(x), str) for x in ("image", "problem", "solution")),
            "expected an object with the texts image, problem and solution")
-
     parts = [item["problem"]]  # the question, then the options
     for letter in LETTERS:  # a marker stands after a space or comma: "(H&E)" is no option E
         found = re.split(rf"(?<=[\s,;:?.]){letter}\)", parts[-1], maxsplit=1)
@@ -278,11 +264,11 @@ def write_records(records, file):
 
 def move_aside(path):
     """Rename what is there to the first free path.1, path.2, .. -> that name."""
-    for k in itertools.count(1):
-        aside = f"{path}.{k}"
-        if not os.path.exists(aside):
-            os.rename(path, aside)
-            return aside
+    k = 1
+    while os.path.exists(f"{path}.{k}"):
+        k += 1
+    os.rename(path, f"{path}.{k}")
+    return f"{path}.{k}"
 
 
 @contextmanager
@@ -774,6 +760,11 @@ def table(column, value):
     return read
 
 
+def findings(row):  # chest X-rays
+    names = row["Finding Labels"].replace("_", " ").lower().split("|")
+    return [x for x in names if x != "no finding"]
+
+
 def chest_boxes(file):
     out = defaultdict(list)
     for row in rows_of(file):  # the comma of their head "Bbox [x,y,w,h]" parts columns
@@ -800,7 +791,9 @@ def via_outlines(file):
     out, t = defaultdict(list), np.linspace(0, 2 * np.pi, 32)
     for entry in json.loads(file.read_text()).values():
         regions, name = entry["regions"], Path(entry["filename"]).stem
-        for region in regions.values() if isinstance(regions, dict) else regions:
+        if isinstance(regions, dict):
+            regions = regions.values()
+        for region in regions:
             s = region["shape_attributes"]
             if s["name"] in ("ellipse", "circle"):
                 a, b = s.get("rx", s.get("r")) * np.cos(t), s.get("ry", s.get("r")) * np.sin(t)
@@ -829,15 +822,13 @@ class Source(NamedTuple):
     key: str
     modality: str
     anatomy: str
-    images: str           # pattern; `kind`: key of kinds; `group`: patient, volume, lesion (or id)
-    kinds: object = None  # lesions (name,) of all or per kind, () if healthy; None: labels tell
-    masks: str = ""       # pattern; several masks of one id are one lesion
-    labels: tuple = ()    # pattern of the files that tell, reader: file -> {id: lesions}
-    groups: tuple = ()    # the same, {id: group}
-    outlines: tuple = ()  # the same, {id: polygons, px}
-    canvas: tuple = ()    # width and height the outlines refer to, px (else the image's)
-    least: int = 1        # value in a volume's mask from which on it is lesion; below is the organ
-    window: tuple = ()    # HU shown as black and as white (else percentiles 1 and 99)
+    images: str         # pattern; `kind`: key of kinds; `group`: patient, volume, lesion (or id)
+    kinds: dict = {}    # {`kind`, "" if the pattern has none: lesions, () if healthy}; {}: tells
+    masks: str = ""     # pattern; several masks of one id are one lesion
+    tells: list = []    # (kinds, group or outlines (px); pattern; reader: file -> {id: it})
+    canvas: tuple = ()  # width and height the outlines refer to, px (else the image's)
+    least: int = 1      # value in a volume's mask from which on it is lesion; below is the organ
+    window: tuple = ()  # HU shown as black and as white (else percentiles 1 and 99)
 
 
 BMAD = dict(
@@ -845,10 +836,10 @@ BMAD = dict(
            r"(?P<id>((?P<group>[^/]+)_)?[^/_]+)\.\w+$",
     masks=r"(?P<at>train|valid|val|test)/.*(label|mask).*/(?P<id>[^/]+)\.\w+$")
 SOURCES = (
-    Source("brats2021", "MRI", "Brain", r"BraTS2021_(?P<id>\d+)_flair\.nii", ("glioma",),
+    Source("brats2021", "MRI", "Brain", r"BraTS2021_(?P<id>\d+)_flair\.nii", {"": ("glioma",)},
            r"BraTS2021_(?P<id>\d+)_seg\.nii"),
     Source("brats2021", "MRI", "Brain", kinds={"good": (), "ungood": ("glioma",)}, **BMAD),
-    Source("liverct", "CT", "Liver", r"(^|/)volume-(?P<id>\d+)\.nii", ("tumor",),
+    Source("liverct", "CT", "Liver", r"(^|/)volume-(?P<id>\d+)\.nii", {"": ("tumor",)},
            r"segmentation-(?P<id>\d+)\.nii", least=2, window=(-200, 250)),
     Source("liverct", "CT", "Liver", kinds={"good": (), "ungood": ("tumor",)}, **BMAD),
     Source("resc", "OCT", "Retina", kinds={"good": (), "ungood": ("edema",)}, **BMAD),
@@ -858,43 +849,43 @@ SOURCES = (
            r"/(?P<id>[^/]*\))_mask\w*\.png$"),
     Source("isic2018", "Dermoscopy", "Skin", r"_Input/(?P<id>ISIC_\d+)\.jpg$",
            masks=r"(?P<id>ISIC_\d+)_segmentation\.png$",
-           labels=(r"Task3_\w+_GroundTruth\.csv$",
-                   table("image", lambda r: [SKIN[k] for k in SKIN if float(r[k]) > .5])),
-           groups=(r"LesionGroupings\.csv$", table("image", lambda r: r["lesion_id"]))),
+           tells=[("kinds", r"Task3_\w+_GroundTruth\.csv$", table(
+                      "image", lambda r: [SKIN[k] for k in SKIN if float(r[k]) > .5])),
+                  ("group", r"LesionGroupings\.csv$", table("image", lambda r: r["lesion_id"]))]),
     Source("mosmed", "CT", "Lung", r"(?P<kind>CT-\d)/(?P<id>study_\d+)\.nii",
            {"ct-0": (), **{f"ct-{k}": ("COVID-19 pneumonia",) for k in (1, 2, 3, 4)}},
            r"(?P<id>study_\d+)_mask\.nii", window=(-1000, 400)),
-    Source("atlas", "CE-MRI", "Liver", r"imagesTr/(?P<id>\w+?)(_0000)?\.nii", ("tumor",),
+    Source("atlas", "CE-MRI", "Liver", r"imagesTr/(?P<id>\w+?)(_0000)?\.nii", {"": ("tumor",)},
            r"labelsTr/(?P<id>\w+)\.", least=2),
-    Source("ddti", "Ultrasound", "Thyroid", r"(^|/)(?P<id>(?P<group>\d+)_\d+)\.jpg$", ("nodule",),
-           outlines=(r"\.xml$", ddti_outlines)),
-    Source("ddti", "Ultrasound", "Thyroid", r"1_or_data/image/(?P<id>\d+)\.png$", ("nodule",),
-           r"1_or_data/mask/(?P<id>\d+)\."),
-    Source("kvasirseg", "Endoscopy", "Alimentary", r"images/(?P<id>[^/]+)\.jpg$", ("polyp",),
+    Source("ddti", "Ultrasound", "Thyroid", r"(^|/)(?P<id>(?P<group>\d+)_\d+)\.jpg$",
+           {"": ("nodule",)}, tells=[("outlines", r"\.xml$", ddti_outlines)]),
+    Source("ddti", "Ultrasound", "Thyroid", r"1_or_data/image/(?P<id>\d+)\.png$",
+           {"": ("nodule",)}, r"1_or_data/mask/(?P<id>\d+)\."),
+    Source("kvasirseg", "Endoscopy", "Alimentary", r"images/(?P<id>[^/]+)\.jpg$", {"": ("polyp",)},
            r"masks/(?P<id>[^/]+)\.jpg$"),
     Source("cvcclinicdb", "Endoscopy", "Alimentary",  # neighbours are alike: by hundreds at least
-           r"Original/(?P<id>(?P<group>\d*?)\d{1,2})\.(tif|png)$", ("polyp",),
+           r"Original/(?P<id>(?P<group>\d*?)\d{1,2})\.(tif|png)$", {"": ("polyp",)},
            r"Ground Truth/(?P<id>\d+)\.(tif|png)$",
-           groups=(r"metadata\.csv$", table("frame_id", lambda r: r["sequence_id"]))),
+           tells=[("group", r"metadata\.csv$", table("frame_id", lambda r: r["sequence_id"]))]),
     Source("ph2", "Dermoscopy", "Skin", r"_Dermoscopic_Image/(?P<id>IMD\d+)\.bmp$",
            masks=r"(?P<id>IMD\d+)_lesion\.bmp$",
-           labels=(r"PH2_dataset\.txt$",
-                   table("Name", lambda r: [NEVI[int(r["Clinical Diagnosis"])]]))),
+           tells=[("kinds", r"PH2_dataset\.txt$", table(
+               "Name", lambda r: [NEVI[int(r["Clinical Diagnosis"])]]))]),
     Source("idrid", "Fundus", "Retina", r"images/(.*/)?(?P<id>IDRiD_\d\d)\.jpg$",
-           ("diabetic retinopathy",), r"(?P<id>IDRiD_\d\d)_(MA|HE|EX|SE)\.\w+$"),
+           {"": ("diabetic retinopathy",)}, r"(?P<id>IDRiD_\d\d)_(MA|HE|EX|SE)\.\w+$"),
     Source("idrid", "Fundus", "Retina", r"(?P<at>Training|Testing) Set/(?P<id>IDRiD_\d{3})\.jpg$",
-           labels=(r"Grading_(?P<at>Training|Testing) Labels\.csv$", table("Image name",
-                   lambda r: ["diabetic retinopathy"] if int(r["Retinopathy grade"]) else []))),
+           tells=[("kinds", r"Grading_(?P<at>Training|Testing) Labels\.csv$",
+                   table("Image name", lambda r: ["diabetic retinopathy"]
+                         if int(r["Retinopathy grade"]) else []))]),
     Source("pedidemi", "MRI", "Brain",
            r"^(?P<id>.+)/(?![^/]*(mask|seg|lesion|label|roi))[^/]*flair[^/]*\.nii",
-           ("demyelination",), r"^(?P<id>.+)/[^/]*(mask|seg|lesion|label|roi)[^/]*\.nii"),
+           {"": ("demyelination",)}, r"^(?P<id>.+)/[^/]*(mask|seg|lesion|label|roi)[^/]*\.nii"),
     Source("br35h", "MRI", "Brain", r"(^|/)(?P<kind>yes|no)/(?P<id>[^/]+)\.jpe?g$",
-           {"yes": ("tumor",), "no": ()}, outlines=(r"annotations_\w+\.json$", via_outlines)),
+           {"yes": ("tumor",), "no": ()},
+           tells=[("outlines", r"annotations_\w+\.json$", via_outlines)]),
     Source("chestxray14", "X-ray", "Chest", r"images[^/]*/(?P<id>(?P<group>\d{8})_\d{3}\.png)$",
-           labels=(r"Data_Entry_2017\w*\.csv$", table("Image Index", lambda r: [
-               x.replace("_", " ").lower() for x in r["Finding Labels"].split("|")
-               if x != "No Finding"])),
-           outlines=(r"BBox_List_2017\w*\.csv$", chest_boxes), canvas=(1024, 1024)),
+           tells=[("kinds", r"Data_Entry_2017\w*\.csv$", table("Image Index", findings)),
+                  ("outlines", r"BBox_List_2017\w*\.csv$", chest_boxes)], canvas=(1024, 1024)),
     Source("malignantlymphoma", "Microscopy", "Lymph Node",
            r"(?P<kind>CLL|FL|MCL)/(?P<id>(?P<group>sj-\d+-\d+)[^/]*)\.tiff?$",
            {"cll": ("chronic lymphocytic leukemia",), "fl": ("follicular lymphoma",),
@@ -906,28 +897,29 @@ SOURCES = (
 
 
 def matches(pattern, files):
-    """The files whose path fits -> [(file, id, kind, group)]; none without a pattern."""
-    found = []
+    """(file, id, kind, group) of each file whose path fits; none without a pattern."""
     for file in files:
         m = pattern and re.search(pattern, file, re.I)
         if m:
             named = {"at": "", "id": "", "kind": "", "group": None, **m.groupdict()}
             name = named["at"].lower() + named["id"]
-            found.append((file, name, named["kind"].lower(), named["group"]))
-    return found
+            group = name if named["group"] is None else named["group"]
+            yield file, name, named["kind"].lower(), group
 
 
-def read_tables(folder, files, pattern="", reader=None):
-    """What the files of this pattern tell, {id: ..}."""
-    out = {}
-    for file, at, _, _ in matches(pattern, files):
-        try:
-            for name, value in reader(folder / file).items():
-                out[at + name] = value
-        except (ValueError, LookupError, TypeError, AttributeError, ElementTree.ParseError) as e:
-            why = f"{type(e).__name__} {e}"
-            raise DataError(f"{folder / file} isn't as expected: {why}") from None
-    return out
+def told_by_tables(source, folder, files):
+    """{id: {"kinds", "group", "outlines": ..}}, each only where a file of the source tells it."""
+    told = defaultdict(dict)
+    for what, pattern, reader in source.tells:
+        for file, at, *_ in matches(pattern, files):
+            try:
+                for name, value in reader(folder / file).items():
+                    told[at + name][what] = value
+            except (ValueError, LookupError, TypeError, AttributeError,
+                    ElementTree.ParseError) as e:
+                why = f"{type(e).__name__} {e}"
+                raise DataError(f"{folder / file} isn't as expected: {why}") from None
+    return told
 
 
 def find(key, folder):
@@ -939,28 +931,22 @@ def find(key, folder):
     for form, s in enumerate(SOURCES):
         if s.key != key:
             continue
-        labels = read_tables(folder, files, *s.labels)
-        groups = read_tables(folder, files, *s.groups)
-        outlines = read_tables(folder, files, *s.outlines)
-        masks = defaultdict(list)
-        for file, name, _, _ in matches(s.masks, files):
+        told, masks = told_by_tables(s, folder, files), defaultdict(list)
+        for file, name, *_ in matches(s.masks, files):
             masks[name].append(str(folder / file))
         for file, name, kind, group in matches(s.images, files):
-            kinds = s.kinds or labels.get(name)
-            if isinstance(s.kinds, dict):
-                kinds = s.kinds.get(kind)
-            group = groups.get(name, name if group is None else group)
-            job = dict(
-                form=form, file=file, path=str(folder / file), kinds=kinds, masks=masks[name],
-                outlines=outlines.get(name, []), group=f"{key} {group}")
+            job = {"form": form, "n": len(jobs), "file": file, "path": str(folder / file),
+                   "kinds": s.kinds.get(kind), "masks": masks[name], "outlines": [],
+                   "group": group, **told[name]}
+            job["group"] = f"{key} {job['group']}"
             old = jobs.setdefault((form, name), job)
-            same = Path(old["file"]).stem == Path(file).stem and old["kinds"] == kinds
+            same = Path(old["file"]).stem == Path(file).stem and old["kinds"] == job["kinds"]
             expect(same, f"{key}={folder}: {old['file']} and {file} can't be told apart,"
                          f" expected one image of {name!r}")
     expected = " or ".join(s.images for s in SOURCES if s.key == key)
     found = ", ".join(files[:3]) or "no file"
     expect(jobs, f"{key}={folder}: no image of it, expected paths with {expected}, found {found}")
-    return [{**job, "n": n} for n, job in enumerate(jobs.values())]
+    return list(jobs.values())
 
 
 # ---- MedAD-38K: from image and mask to facts -----------------------------------------------------
@@ -989,22 +975,19 @@ def lesion_of(job, size):
     colour map."""
     if not job["masks"] and not job["outlines"]:
         return None
-    size = SOURCES[job["form"]].canvas or size
-    mask = Image.new("L", size)
-    for path in job["masks"]:
-        one = load_image({"id": job["file"], "path": path}, grey=True)
-        if one.size != size:
-            one = one.resize(size, Image.Resampling.NEAREST)
-        least = 128 if path.lower().endswith(("jpg", "jpeg")) else 1
-        levels = [255 if level >= least else 0 for level in range(256)]
-        for band in one.split():
-            mask = ImageChops.lighter(mask, band.point(levels))
-    pen = ImageDraw.Draw(mask)
+    size = SOURCES[job["form"]].canvas or size  # W, H
+    outlined = Image.new("1", size)
     for polygon in job["outlines"]:
         if len(polygon) < 3:  # one that can't be read: the lesion isn't known
             return None
-        pen.polygon(polygon, fill=255)
-    return np.asarray(mask) > 0
+        ImageDraw.Draw(outlined).polygon(polygon, fill=1)
+    mask = np.array(outlined)
+    for path in job["masks"]:
+        image = load_image({"id": job["file"], "path": path})
+        image = image.resize(size, Image.Resampling.NEAREST)
+        least = 128 if path.lower().endswith(("jpg", "jpeg")) else 1
+        mask |= np.asarray(image).max(-1) >= least
+    return mask
 
 
 def spread(items, n):
@@ -1070,11 +1053,8 @@ def examine(job, folder, max_side):
     for image, mask, suffix in pictures:
         kinds, box, location = job["kinds"], None, None
         drawn = mask is not None and bool(mask.any())
-        if volume and not drawn:
-            if mask is not None:  # a slice beside the lesion
-                kinds = ()
-            elif kinds:  # a lesion, not known in which slices
-                kinds = None
+        if volume and kinds and not drawn:  # a slice beside the lesion, if there is a mask to tell
+            kinds = None if mask is None else ()
         agree = mask is None or kinds is None or drawn == bool(kinds)
         if drawn:
             (y, x), (h, w) = mask.nonzero(), mask.shape
@@ -1131,47 +1111,46 @@ def true_answer(f, task):
         return f[task], None
     if not f["agree"]:
         return None, "label and mask disagree"
-    if kinds is not None and not kinds:
-        return ("Normal", None) if task == "anomaly" else (None, "healthy")
-    if task == "anomaly" and kinds:
-        return "Abnormal", None
-    if kinds and len(kinds) > 1:  # an outline may be of one of them
-        return None, "several kinds of lesion"
-    if task == "location":
-        if f["location"]:
-            return f["location"], None
-        return None, "in several regions" if f["box"] else "no mask or outline"
-    if kinds is None:
+    if kinds is None and task != "location":
         return None, "no label"
-    return kinds[0], None
+    if task == "anomaly":
+        return "Abnormal" if kinds else "Normal", None
+    if kinds is not None and len(kinds) != 1:  # of several, an outline may be of one
+        return None, "several kinds of lesion" if kinds else "healthy"
+    if task == "pathology":
+        return kinds[0], None
+    if f["location"]:
+        return f["location"], None
+    return None, "in several regions" if f["box"] else "no mask or outline"
 
 
 def balanced(pool, rng):
     """{answer: pictures} -> (picture, its answer, the answers to choose from), so that the answers
     to choose from tell nothing: in each round the (up to four) answers with most pictures left get
-    a picture each and are offered together. Ends when a round has fewer answers than the first."""
-    left = {}
+    a picture each and are offered together. Ends when a round has fewer answers than the first;
+    the pictures that are left over stay in the pool."""
     for answer, pictures in sorted(pool.items()):
-        left[answer] = [pictures[i] for i in rng.permutation(len(pictures))]
-    size = None
+        pool[answer] = [pictures[i] for i in rng.permutation(len(pictures))]
+    size = 0
     while True:
         offered = []
-        for answer in sorted(left, key=lambda x: -len(left[x])):
+        for answer in sorted(pool, key=lambda x: (-len(pool[x]), x)):
             alike = any({answer, other} in ALIKE for other in offered)
-            if left[answer] and len(offered) < 4 and not alike:
+            if pool[answer] and len(offered) < 4 and not alike:
                 offered.append(answer)
-        if size is None:
-            size = max(2, len(offered))
+        size = size or max(2, len(offered))
         if len(offered) < size:
             return
         for answer in offered:
-            yield left[answer].pop(), answer, offered
+            yield pool[answer].pop(), answer, offered
 
 
 def medad_records(facts, seed, left_out):
     """The records of pictures that have a split. Counts in left_out[source, reason] what isn't
     asked."""
     rng, rounds = np.random.default_rng(seed), defaultdict(list)
+    names = {"anatomy": ANATOMIES, "modality": MODALITIES, "anomaly": STATES,
+             "pathology": DISTRACTORS, "location": LOCATIONS}
     records = []
 
     def add(f, task, truth, others):
@@ -1185,24 +1164,18 @@ def medad_records(facts, seed, left_out):
             truth, why = true_answer(f, task)
             if why:
                 left_out[f["source"], f"{task}: {why}"] += 1
-            elif task == "anatomy":
-                add(f, task, truth, ANATOMIES)
-            elif task == "modality":
-                add(f, task, truth, MODALITIES)
-            elif task == "location":
-                pools[task, f["split"], "", ""][truth].append(f)
+            elif task in ("anatomy", "modality"):
+                add(f, task, truth, names[task])
             else:
-                pools[task, f["split"], f["modality"], f["anatomy"]][truth].append(f)
+                where = () if task == "location" else (f["modality"], f["anatomy"])
+                pools[task, f["split"], *where][truth].append(f)
 
-    fill = {"anomaly": STATES, "pathology": DISTRACTORS, "location": LOCATIONS}
     for (task, *_), pool in sorted(pools.items()):
-        rest = Counter(f["source"] for pictures in pool.values() for f in pictures)
         for f, truth, offered in balanced(pool, rng):
-            rest[f["source"]] -= 1
-            others = offered + [x for x in fill[task] if x not in offered]
+            others = offered + [x for x in names[task] if x not in offered]
             add(f, task, truth, others[:4])
-        for source, n in rest.items():
-            left_out[source, f"{task}: no picture with another answer to balance it"] += n
+        for f in sum(pool.values(), []):
+            left_out[f["source"], f"{task}: no picture with another answer to balance it"] += 1
     return records
 
 
@@ -1275,8 +1248,7 @@ def about(command, facts, records, left_out):
         text += f"\nQuestions by {key}: {counted(records, key)}.\n"
     text += "\nLeft out:\n\n"
     for (source, why), n in sorted(left_out.items()):
-        if n:
-            text += f"- {source}, {why}: {n}\n"
+        text += f"- {source}, {why}: {n}\n"
     return text
 
 
@@ -1286,7 +1258,7 @@ def counted(records, key):
 
 
 # ---- command line --------------------------------------------------------------------------------
-def parse_args():
+def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     shown = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1308,11 +1280,8 @@ def parse_args():
     p.add_argument("--workers", type=int, help="processes (default: one per core)")
     p = commands.add_parser("check", help="validate and count questions")
     p.add_argument("files", nargs="+")
-    return parser.parse_args()
 
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     if args.command == "phantoms":
         print(make_phantoms(args.out, args.seed, args.n, args.thoughts, args.careless))
         if args.show:

@@ -66,9 +66,14 @@ def svg(*places):
     shapes = [[{"x": x, "y": y} for x, y in ((a, b), (c, b), (c, d), (a, d))] for a, b, c, d in map(BOX.get, places)]
     return f'<svg>{json.dumps([{"points": p, "annotation": {}, "regionType": "freehand"} for p in shapes])}</svg>'
 
-def via(**shapes):  # the annotator's JSON
-    return says(json.dumps({f"{x}.jpg9": {"filename": f"{x}.jpg", "size": 9, "file_attributes": {}, "regions": [
-        {"shape_attributes": s, "region_attributes": {}} for s in shapes[x]]} for x in shapes}))
+def via(regions, shapes):
+    """The annotator's JSON; regions: list, or a function that makes a dict of one."""
+    told = {}
+    for name, own in shapes.items():
+        drawn = [{"shape_attributes": s, "region_attributes": {}} for s in own]
+        told[f"{name}.jpg9"] = {"filename": f"{name}.jpg", "size": 9, "file_attributes": {},
+                                "regions": regions(drawn)}
+    return says(json.dumps(told))
 
 def write(folder, files, under=""):
     for name, (draw, _) in files.items():
@@ -80,10 +85,10 @@ def write(folder, files, under=""):
 # ---- the 17 sources: key, modality, organ, folder, files, how many pictures aren't asked and why -----------------------------
 BONE, RED = dict(mode="RGBA", ink=(38, 38, 43, 255), paper=(0, 0, 0, 255)), dict(mode="RGB", ink=(254, 0, 0))
 GASTRO = dict(mode="RGB", ink=(250, 250, 250), paper=(6, 6, 6))  # as JPEG: grey levels, around the edges more of them
-VIA = via(y0=[{"name": "polygon", "all_points_x": [6, 18, 18], "all_points_y": [6, 6, 14]}],
-          y1=[{"name": "circle", "cx": 52, "cy": 10, "r": 5}],
-          y2=[{"name": "ellipse", "cx": 32, "cy": 24, "rx": 2, "ry": 5, "theta": .2}],
-          y3=[{"name": "circle", "cx": x, "cy": y, "r": 5} for x, y in ((10, 10), (52, 40))])
+VIA = dict(y0=[{"name": "polygon", "all_points_x": [6, 18, 18], "all_points_y": [6, 6, 14]}],
+           y1=[{"name": "circle", "cx": 52, "cy": 10, "r": 5}],
+           y2=[{"name": "ellipse", "cx": 32, "cy": 24, "rx": 2, "ry": 5, "theta": .2}],
+           y3=[{"name": "circle", "cx": x, "cy": y, "r": 5} for x, y in ((10, 10), (52, 40))])
 WHY = {"healthy": ("pathology", "location"), "label and mask disagree": ("anomaly", "pathology", "location"),
        "no mask or outline": ("location",), "in several regions": ("location",)}
 A, A2, B = "A.%20Segmentation/1. Original Images/", "A.%20Segmentation/2. All Segmentation Groundtruths/", "B. Disease Grading/"
@@ -182,8 +187,10 @@ TREES = {
     "br35h": ("br35h", "MRI", "Brain", "", {  # RGB and grey; No beside no; outlines of some, twice, with copies of the images
         "yes/y0.jpg": img(0, "tumor", LU), "yes/y1.jpg": img(1, "tumor", RU, mode="L"), "yes/y2.jpg": img(2, "tumor", C),
         "yes/y3.jpg": img(3, "tumor"), "yes/y4.jpg": img(4, "tumor"), "no/no1.jpg": img(5, ""), "no/No1.jpg": img(6, ""),
-        "pred/pred0.jpg": img(), "Br35H-Mask-RCNN/TRAIN/y0.jpg": img(), "Br35H-Mask-RCNN/TRAIN/annotations_train.json": VIA,
-        "Br35H-Mask-RCNN/annotations_all.json": VIA}, {"healthy": 2, "in several regions": 1, "no mask or outline": 1}),
+        "pred/pred0.jpg": img(), "Br35H-Mask-RCNN/TRAIN/y0.jpg": img(),
+        "Br35H-Mask-RCNN/TRAIN/annotations_train.json": via(list, VIA),
+        "Br35H-Mask-RCNN/annotations_all.json": via(lambda x: dict(enumerate(x)), VIA)},
+        {"healthy": 2, "in several regions": 1, "no mask or outline": 1}),
     "chest": ("chestxray14", "X-ray", "Chest", "", {  # RGBA; boxes in px of 1024 x 1024, "Infiltrate" for "Infiltration"
         "images_001/images/00000001_000.png": img(1, "infiltration", LL, mode="RGBA"), "images_001/images/00000001_001.png":
         img(1, "", mode="L"), "images/00000002_000.png": img(2, "pleural thickening", mode="L"), "images/00000003_000.png":
@@ -529,20 +536,6 @@ def test_omnimedvqa(tmp_path, capsys):
     write(tmp_path, {name: says(json.dumps([*map(omni, range(400))]))})
     sides = Counter((r["image"], r["split"]) for r in data.read_records(tmp_path / name))
     assert set(sides.values()) == {2} and 110 <= sum(split == "train" for _, split in sides) <= 170
-
-def test_vlm_r1(tmp_path, capsys):
-    """JSONL with conversations (the answer bare or in its tags) or with problem and solution; bad ones are counted."""
-    def talk(*said):
-        return {"image": "a.png", "conversations": [{"from": "any", "value": text} for text in said]}
-    write(tmp_path, {"ct_test.jsonl": says(*map(json.dumps, (
-        talk("<image>Which? A)CT, B)MRI", "B"), talk("<image>\nWhich organ? A)Lung, B)Liver, C)Skin", "<answer> C </answer>"),
-        {"image": "a.png", "problem": "Is it normal? A)Yes, B)No", "solution": "<answer> A </answer>"},
-        talk("Which? A)CT, B)MRI", "MRI"), talk())))})
-    records = data.read_records(tmp_path / "ct_test.jsonl")
-    assert [(r["question"], r["options"], r["answer"]) for r in records] == [
-        ("Which?", ["CT", "MRI"], "B"), ("Which organ?", ["Lung", "Liver", "Skin"], "C"), ("Is it normal?", ["Yes", "No"], "A")]
-    assert {(r["modality"], r["split"], r["path"]) for r in records} == {("CT", "test", str((tmp_path / "a.png").resolve()))}
-    assert "2 of" in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 def test_only(two):
     """Values of one key are alternatives, keys go together, case doesn't count; what can't be is told."""
