@@ -411,13 +411,12 @@ def main(argv=None):
                        reference=(lambda: reference_of(policy, sft_copy), processor.tokenizer))
     if rank == 0:
         check_gold(records, judge, args.judge == "lexical")
-    sft.open_run(args.out, args, rank)
 
     wanted = args.batch // args.G                  # questions to train on, over all processes
     sampled = round(wanted * args.oversample)      # questions to sample for them
     epoch_rollouts = max(1, len(records) // sampled)
     steps = max(1, round(args.epochs * epoch_rollouts)) * args.mu
-    start = sft.load_state(args, policy, optimizer, rank) if args.resume else 0
+    start = sft.open_run(args, policy, optimizer, rank)
     end = math.ceil(min(steps, args.max_steps or steps) / args.mu) * args.mu  # whole rollouts
     generator = torch.Generator(device)
     reader = daemon_threads(1)              # the thread in which F reads

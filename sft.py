@@ -11,12 +11,14 @@ of them (`make_base`, kept in ROOT/tiny-base) and fine-tunes that.
 Left out on purpose: early stopping, packing of several questions into one row.
 """
 import argparse
+import functools
 import json
 import math
 import os
 import re
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +33,7 @@ import model as M
 import rewards
 from judge import make_judge
 
-BETAS = (0.9, 0.98)  # of AdamW in every stage
+AdamW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.0)
 
 
 class Knob(NamedTuple):
@@ -54,7 +56,6 @@ SHARED = dict(
                   "or none (Med-R1)", choices=tuple(rewards.INSTRUCTIONS)),
     root=Knob(str, "out", "out", "folder under which everything is written", may_change=True),
     seed=Knob(int, 0, 0, "of phantoms, base, LoRA, the order of the questions and the sampling"),
-    weight_decay=Knob(float, 0.0, 0.0, "AdamW's decoupled weight decay"),
     clip=Knob(float, 1.0, 1.0, "gradient norm above which the gradient is scaled down"),
     checkpointing=Knob(bool, False, True, "compute layers again in the backward pass; less "
                        "memory, more time"),
@@ -88,19 +89,6 @@ KNOBS = dict(
 
 # ---- knobs and runs, for both stages -------------------------------------------------------------
 
-def add_knob(parser, name, knob):
-    """Give the parser a knob's flag. Where it is not on the command line its value is None."""
-    kind = dict(type=knob.type, choices=knob.choices)
-    if knob.type is bool:
-        kind = dict(action=argparse.BooleanOptionalAction)
-    elif isinstance(knob.tiny, tuple):
-        kind["nargs"] = "+"
-    default = knob.tiny
-    if knob.tiny != knob.paper:
-        default = f"tiny {knob.tiny}, paper {knob.paper}"
-    parser.add_argument(f"--{name}", help=f"{knob.meaning} [{default}]", **kind)
-
-
 def check_knob(name, value, knob):
     """DataError for a number or numbers out of range."""
     if isinstance(value, int | float):
@@ -117,10 +105,16 @@ def check_knob(name, value, knob):
 
 def knobs(table, doc, argv=None):
     """The command line of a stage -> Namespace: each knob's value, the preset, and `fixed`, the
-    names of the knobs that a resumed run must leave as they are. DataError for bad values."""
+    values that a resumed run must have had. DataError for bad values."""
     parser = data.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, knob in table.items():
-        add_knob(parser, name, knob)
+        kind = dict(type=knob.type, choices=knob.choices)
+        if knob.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(knob.tiny, tuple):
+            kind["nargs"] = "+"
+        meaning = f"{knob.meaning} [tiny {knob.tiny}, paper {knob.paper}]"
+        parser.add_argument(f"--{name}", help=meaning, **kind)  # not given: None
     parser.add_argument("--preset", choices=["tiny", "paper"], help="which defaults to take "
                         "(default: tiny if no model is named or a tiny one, else paper)")
     parser.add_argument("--print", action="store_true",
@@ -136,25 +130,44 @@ def knobs(table, doc, argv=None):
     if args.print:
         print(json.dumps(vars(args), indent=2))
         raise SystemExit(0)
-    args.fixed = [name for name, knob in table.items() if not knob.may_change]
+    args.fixed = {name: getattr(args, name) for name in table if not table[name].may_change}
     return args
 
 
-def open_run(folder, args, rank):
-    """Prepare a run's folder on rank 0. An earlier run in it is moved aside, never overwritten."""
+def open_run(args, policy, optimizer, rank):
+    """Prepare --out -> the number of steps that are done.
+
+    With --resume the checkpoint's weights and optimiser state are put back, and the logs' later
+    lines dropped: they will be written again. Without, an earlier run is moved aside."""
+    done, metrics = 0, os.path.join(args.out, "metrics.jsonl")
+    if args.resume:
+        path = os.path.join(args.out, "state.pt")
+        data.expect(os.path.exists(path), f"{args.out}: nothing to resume: there is no state.pt")
+        state = torch.load(path, weights_only=True)
+        for name, value in state["knobs"].items():
+            given = args.fixed.get(name)
+            data.expect(given == value,
+                        f"{args.out}: the run to resume had --{name} {value}, not {given}")
+        policy.load_state_dict(state["trained"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
     if rank > 0:
-        return
-    if os.path.exists(os.path.join(folder, "metrics.jsonl")) and not args.resume:
-        print(f"{folder} held an earlier run: moved to {data.move_aside(folder)}")
-    os.makedirs(folder, exist_ok=True)
-    data.write_text(os.path.join(folder, "knobs.json"), json.dumps(vars(args), indent=2))
+        return done
+    if not args.resume and os.path.exists(metrics):
+        print(f"{args.out} held an earlier run: moved to {data.move_aside(args.out)}")
+    os.makedirs(args.out, exist_ok=True)
+    data.write_text(os.path.join(args.out, "knobs.json"), json.dumps(vars(args), indent=2))
+    for path in (metrics, os.path.join(args.out, "completions.jsonl")):
+        if args.resume and os.path.exists(path):
+            with open(path) as f:
+                whole = [line for line in f if line.endswith("\n")]  # a kill cuts the last short
+            kept = [line for line in whole if json.loads(line)["step"] <= done]
+            data.write_text(path, "".join(kept))
+    return done
 
 
 def log(folder, **figures):
     """Append one line to metrics.jsonl."""
-    for name, value in figures.items():
-        if isinstance(value, float):
-            figures[name] = round(value, 6)
     with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
         f.write(json.dumps(figures) + "\n")
 
@@ -163,43 +176,11 @@ def save_state(args, policy, optimizer, step):
     """Write what a resumed run needs. There is no random state: the order of the questions and
     the sampling are functions of seed and step."""
     path = os.path.join(args.out, "state.pt")
-    fixed = {name: getattr(args, name) for name in args.fixed}
-    state = dict(trained=trained(policy), optimizer=optimizer.state_dict(), step=step, knobs=fixed)
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    state = dict(trained=trained, optimizer=optimizer.state_dict(), step=step, knobs=args.fixed)
     with open(f"{path}.writing", "wb") as f:  # given a name, torch hides that the disk is full
         torch.save(state, f)
     os.replace(f"{path}.writing", path)
-
-
-def load_state(args, policy, optimizer, rank):
-    """Put a checkpoint's weights and optimiser state back -> the step after which it was saved.
-    The logs' later lines are dropped: they will be written again."""
-    path = os.path.join(args.out, "state.pt")
-    data.expect(os.path.exists(path), f"{args.out}: nothing to resume: there is no state.pt")
-    state = torch.load(path, weights_only=True)
-    for name, value in state["knobs"].items():
-        given = getattr(args, name)
-        data.expect(given == value,
-                    f"{args.out}: the run to resume had --{name} {value}, not {given}")
-    policy.load_state_dict(state["trained"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    if rank == 0:
-        drop_lines_after(state["step"], os.path.join(args.out, "metrics.jsonl"))
-        drop_lines_after(state["step"], os.path.join(args.out, "completions.jsonl"))
-    return state["step"]
-
-
-def drop_lines_after(step, path):
-    """Keep the lines of a log up to a step; a last line that was cut short goes too."""
-    if os.path.exists(path):
-        with open(path) as f:
-            whole = [line for line in f if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        data.write_text(path, "".join(kept))
-
-
-def trained(policy):
-    """The parameters that are trained, by name."""
-    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
 def trainable(policy, args):
@@ -210,10 +191,8 @@ def trainable(policy, args):
         policy.requires_grad_(True)
     if args.checkpointing:
         M.enable_checkpointing(policy)
-    parameters = list(trained(policy).values())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS,
-                                  weight_decay=args.weight_decay)
-    return policy, parameters, optimizer
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    return policy, parameters, AdamW(parameters, lr=args.lr)
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -310,21 +289,17 @@ def letter_batch(processor, names, skip, records, full, rng, n):
 
     A prompt's answers don't see each other, so no letter is guessed by elimination. Up to `skip`
     positions before them are left free, so that the distance doesn't matter."""
-    prompts, openings, completions = [], [], []
-    for _ in range(n):
-        prompt, opening, answers = letter_question(names, records, full, rng)
-        prompts.append(prompt)
-        openings.append(opening)
-        completions += answers
-    tokens, _, letters = groups_of_four(processor, completions, 2)       # letter, stop token
+    lessons = [letter_question(names, records, full, rng) for _ in range(n)]
+    prompts, openings, answers = zip(*lessons, strict=True)
+    tokens, _, letters = groups_of_four(processor, sum(answers, []), 2)  # letter, stop token
     batch = M.tensors(processor, prompts, [None] * n, openings=openings)
     batch["skip"] = torch.from_numpy(rng.integers(0, skip + 1, n))
     return batch, tokens, letters
 
 
 def blind_batch(processor, records, images, rng, n=8):
-    """n records behind another's image (or none), each with four gold completions, one for each
-    option: they teach how thoughts are worded and which letter follows, but nothing of images.
+    """n records behind any of the images, each with four gold completions, one for each option:
+    they teach how thoughts are worded and which letter follows, but nothing of images.
     -> batch, tokens (n, 4, T), mask, mask of the letters alone."""
     chosen = [records[i] for i in rng.choice(len(records), n)]
     completions = []
@@ -334,9 +309,7 @@ def blind_batch(processor, records, images, rng, n=8):
             variant = dict(r, thought=f"{thought}{x}.", answer=letter)
             completions.append(rewards.answer_text(variant))
     tokens, mask, letters = groups_of_four(processor, completions, 3)    # letter, </answer>, stop
-    others = [None] * n
-    if images:
-        others = [images[i] for i in rng.integers(0, len(images), n)]
+    others = [images[i] for i in rng.integers(0, len(images), n)]
     batch = M.tensors(processor, [rewards.question_text(r) for r in chosen], others)
     return batch, tokens, mask, letters
 
@@ -359,24 +332,6 @@ def base_phantoms(seed):
     return images, facts, records
 
 
-def caption(facts):
-    """A lesion in three words, say " blob Left Upper"."""
-    return f" {data.STYLES[facts['style']].split()[-1]} {facts['location']}"
-
-
-def style_of_tokens(facts, side):
-    """What each of side x side image tokens shows -> (side * side) int64: 0 no lesion, k + 1 one
-    of the k-th style."""
-    shown = torch.zeros(side, side, dtype=torch.long)
-    if facts["lesion"]:
-        x, y = data.CENTERS[facts["location"]]
-        places = (torch.arange(side) + 0.5) / side                       # as fractions of the side
-        rows = (places - y).abs() < 0.25
-        columns = (places - x).abs() < 0.25
-        shown[rows[:, None] & columns] = 1 + list(data.STYLES).index(facts["style"])
-    return shown.flatten()
-
-
 def descend(optimizer, loss, k, lr=BASE_LR):
     """Optimiser step number k, the learning rate rising over the first 50."""
     optimizer.param_groups[0]["lr"] = lr * min(1, (k + 1) / 50)
@@ -389,7 +344,7 @@ def descend(optimizer, loss, k, lr=BASE_LR):
 def learn_letters(net, processor, names, records, rng):
     """Name an option by its letter: LETTER_STAGES, one after the other as each is solved. Every
     few steps also how thoughts are worded."""
-    optimizer = torch.optim.AdamW(net.parameters(), betas=BETAS, weight_decay=0.0)
+    optimizer = AdamW(net.parameters())
     stage, right = 0, 0.25
     bar = tqdm(range(LETTER_STEPS), desc="base: letters", unit="step")
     for k in bar:
@@ -400,7 +355,7 @@ def learn_letters(net, processor, names, records, rng):
         logp = M.token_logprobs(net, batch, tokens, letters)[letters]
         loss = -logp.mean()
         if k % WORDING_EVERY == 0:
-            batch, tokens, mask, _ = blind_batch(processor, records, None, rng)
+            batch, tokens, mask, _ = blind_batch(processor, records, [None], rng)
             loss = loss - M.token_logprobs(net, batch, tokens, mask)[mask].mean()
         descend(optimizer, loss, k)
         right += 0.1 * (logp.detach().exp().mean().item() - right)       # a running mean
@@ -417,14 +372,19 @@ def open_eyes(net, images, facts, rng):
     tokens tells modality and organ, each token the style of the lesion it shows, if any."""
     vision = net.config.vision_config
     side = data.SIZE // (vision.patch_size * vision.spatial_merge_size)  # tokens
-    styles = torch.stack([style_of_tokens(f, side) for f in facts])      # (images, side * side)
+    places = (torch.arange(side) + 0.5) / side                           # as fractions of the side
+    styles = torch.zeros(len(facts), side, side, dtype=torch.long)       # 0: no lesion
+    for shown, f in zip(styles, facts, strict=True):
+        if f["lesion"]:
+            x, y = data.CENTERS[f["location"]]
+            rows, columns = (places - y).abs() < 0.25, (places - x).abs() < 0.25
+            shown[rows[:, None] & columns] = 1 + list(data.STYLES).index(f["style"])
     pairs = torch.tensor([data.PAIRS.index((f["modality"], f["anatomy"])) for f in facts])
     pair_head = torch.nn.Linear(vision.out_hidden_size, len(data.PAIRS))
     style_head = torch.nn.Linear(vision.out_hidden_size, 1 + len(data.STYLES))
     parameters = [p for m in (net.model.visual, pair_head, style_head) for p in m.parameters()]
-    optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=0.0)
-    bar = tqdm(range(EYE_STEPS), desc="base: eyes", unit="step")
-    for k in bar:
+    optimizer = AdamW(parameters)
+    for k in tqdm(range(EYE_STEPS), desc="base: eyes", unit="step"):
         chosen = rng.integers(0, len(images), EYE_BATCH)
         patches = torch.cat([images[i][0] for i in chosen])
         grids = torch.cat([images[i][1] for i in chosen])
@@ -432,29 +392,27 @@ def open_eyes(net, images, facts, rng):
         seen = torch.stack(list(seen))                                   # (n, side * side, d)
         pair_loss = cross_entropy(pair_head(seen.mean(1)), pairs[chosen])
         style_loss = cross_entropy(style_head(seen).flatten(0, 1), styles[chosen].flatten())
-        loss = pair_loss + 4 * style_loss
-        descend(optimizer, loss, k, 2 * BASE_LR)
-        bar.set_postfix(loss=f"{loss.item():.2f}")
+        descend(optimizer, pair_loss + 4 * style_loss, k, 2 * BASE_LR)
 
 
 def learn_to_read(net, processor, records, images, facts, rng):
     """Say in three words what the eyes see, where every token counts; every other step also
     wording and letters, behind other images."""
-    optimizer = torch.optim.AdamW(net.parameters(), betas=BETAS, weight_decay=0.0)
-    lesions = [i for i, f in enumerate(facts) if f["lesion"]]
-    bar = tqdm(range(READ_STEPS), desc="base: reading", unit="step")
-    for k in bar:
-        chosen = rng.choice(lesions, READ_BATCH, replace=False)
-        tokens, mask = M.encode_completions(processor, [caption(facts[i]) for i in chosen])
+    optimizer = AdamW(net.parameters())
+    captions = {}  # of the images with a lesion, say " blob Left Upper"
+    for i, f in enumerate(facts):
+        if f["lesion"]:
+            captions[i] = f" {data.STYLES[f['style']].split()[-1]} {f['location']}"
+    for k in tqdm(range(READ_STEPS), desc="base: reading", unit="step"):
+        chosen = rng.choice(list(captions), READ_BATCH, replace=False)
+        tokens, mask = M.encode_completions(processor, [captions[i] for i in chosen])
         batch = M.tensors(processor, ["See."] * READ_BATCH, [images[i] for i in chosen])
-        seen = -M.token_logprobs(net, batch, tokens, mask)[mask].mean()
-        loss = 3 * seen
+        loss = -3 * M.token_logprobs(net, batch, tokens, mask)[mask].mean()
         if k % 2 == 1:
             batch, tokens, mask, letters = blind_batch(processor, records, images, rng)
             logp = M.token_logprobs(net, batch, tokens, mask)
             loss = loss - logp[letters].mean() - logp[mask].mean()
         descend(optimizer, loss, k)
-        bar.set_postfix(seen=f"{seen.item():.2f}", loss=f"{loss.item():.2f}")
 
 
 def attend_to_the_same(net):
@@ -556,46 +514,28 @@ def make_base(folder, seed):
     open_eyes(net, images, facts, rng)
     learn_to_read(net, processor, records, images, facts, rng)
     M.save(net, processor, folder)
-    data.write_text(os.path.join(folder, "base.json"), json.dumps(base_recipe(seed)))
-
-
-def base_recipe(seed):
-    """What a base depends on, as it is read back from base.json."""
-    stages = [list(stage) for stage in LETTER_STAGES]
-    return dict(seed=seed, likeness=LIKENESS,
-                letters=[stages, LETTER_OWN, LETTER_SOLVED, LETTER_FULL, LETTER_STEPS],
-                wording=WORDING_EVERY, eyes=EYE_STEPS, reading=READ_STEPS, images=BASE_IMAGES)
 
 
 def prepare_tiny(args, rank):
     """Phantoms and base under ROOT, made once -> base folder, file of records."""
     phantoms = os.path.join(args.root, "phantoms")
     base = os.path.join(args.root, "tiny-base")
-    recipe = os.path.join(base, "base.json")
+    made = Path(base, "base.json")  # written last: what the base depends on
+    recipe = json.dumps(dict(
+        seed=args.seed, likeness=LIKENESS,
+        letters=[LETTER_STAGES, LETTER_OWN, LETTER_SOLVED, LETTER_FULL, LETTER_STEPS],
+        wording=WORDING_EVERY, eyes=EYE_STEPS, reading=READ_STEPS, images=BASE_IMAGES))
     if rank == 0:
         data.make_phantoms(phantoms, args.seed, args.images, args.thoughts)
-        if not os.path.exists(recipe):
+        if not made.exists():
             make_base(base, args.seed)
-        with open(recipe) as f:
-            data.expect(json.load(f) == base_recipe(args.seed),
-                        f"{base} was made with another seed or recipe: remove it, or name "
-                        "another --root")
+            data.write_text(made, recipe)
+        data.expect(made.read_text() == recipe, f"{base} was made with another seed or recipe: "
+                                                "remove it, or name another --root")
     M.sum_over_ranks(0)  # the other processes wait here
     return base, os.path.join(phantoms, "phantoms.jsonl")
 
 # ---- the loop ------------------------------------------------------------------------------------
-
-def with_thoughts(records, rank):
-    """The records that supervised fine-tuning can learn from: those with a thought, or all where
-    no thought is asked for. How many are left out is told."""
-    usable = [r for r in records if r["thought"] is not None or r.get("thinking") == "none"]
-    data.expect(usable, f"none of the {len(records)} training questions has a thought, which "
-                        "supervised fine-tuning needs (judge.py annotate writes them)")
-    if rank == 0 and len(usable) < len(records):
-        print(f"{len(usable)} training questions have a thought; {len(records) - len(usable)} "
-              "have none and are left to grpo.py")
-    return usable
-
 
 def held_out_accuracy(policy, processor, records, judge, max_new_tokens):
     """Greedy accuracy on this process's share of the held-out questions, over all processes."""
@@ -614,8 +554,13 @@ def main(argv=None):
         args.data = args.data or [phantoms]
     data.expect(args.data, "--model was given without --data: name the files of records to "
                            "train on")
-    records = data.read_records(args.data, "train", args.only, args.thinking)
-    records = with_thoughts(records, rank)
+    every = data.read_records(args.data, "train", args.only, args.thinking)
+    records = [r for r in every if r["thought"] is not None or args.thinking == "none"]
+    data.expect(records, f"none of the {len(every)} training questions has a thought, which "
+                         "supervised fine-tuning needs (judge.py annotate writes them)")
+    if rank == 0 and len(records) < len(every):
+        print(f"{len(records)} training questions have a thought; {len(every) - len(records)} "
+              "have none and are left to grpo.py")
     held_out = held_out_questions(args)[rank::world]
     data.expect(min(args.batch, len(records)) >= world,
                 f"--batch {args.batch}: expected at least one question for each of the {world} "
@@ -625,11 +570,10 @@ def main(argv=None):
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
     M.check_texts(processor, records, rewards.answer_text)
-    open_run(args.out, args, rank)
     policy, parameters, optimizer = trainable(policy, args)
     epoch_steps = max(1, len(records) // args.batch)
     steps = math.ceil(args.epochs * epoch_steps)
-    start = load_state(args, policy, optimizer, rank) if args.resume else 0
+    start = open_run(args, policy, optimizer, rank)
     end = min(steps, args.max_steps or steps)
 
     bar = tqdm(range(start, end), initial=start, total=end, desc="sft", unit="step",

@@ -132,9 +132,9 @@ def test_the_model_chooses_the_preset(stage, world):
 @pytest.mark.parametrize("table", [sft.KNOBS, grpo.KNOBS], ids=["sft", "grpo"])
 def test_what_is_given_is_used(table):
     """A value on the command line replaces the preset's, also when it is 0: --lora 0 is full fine-tuning, not rank 64."""
-    args = used(table, "--preset", "paper", "--lora", "0", "--weight_decay", "0.1", "--warmup", "0", "--save_every", "0",
+    args = used(table, "--preset", "paper", "--lora", "0", "--clip", "0.1", "--warmup", "0", "--save_every", "0",
                 "--data", "a.jsonl", "b.jsonl", "--seed", "3")
-    assert (args.lora, args.weight_decay, args.warmup, args.save_every, args.seed) == (0, 0.1, 0, 0, 3)
+    assert (args.lora, args.clip, args.warmup, args.save_every, args.seed) == (0, 0.1, 0, 0, 3)
     assert list(args.data) == ["a.jsonl", "b.jsonl"] and args.lr == table["lr"].paper and args.resume is False
     if "beta" in table:
         args = used(table, "--preset", "paper", "--beta", "0", "--weights", "0.8", "0.1", "0.1", "--drop_no_spread")
@@ -207,7 +207,9 @@ def test_records_without_thoughts_are_counted_and_left_out(world, tmp_path, monk
     with pytest.raises(data.DataError, match=f"none of the {len(records)} training questions"):
         sft.main([*flags, "--out", str(tmp_path / "y")])
     assert not (tmp_path / "y").exists()
-    assert len(sft.with_thoughts([r | dict(thinking="none", thought=None) for r in records], 0)) == len(records)
+    learned.clear()
+    sft.main([*flags, "--out", str(tmp_path / "z"), "--thinking", "none"])
+    assert len(learned) == 8 and "have none" not in capsys.readouterr().out
 
 
 def test_the_base_is_made_of_phantoms_of_its_own():
@@ -222,6 +224,26 @@ def test_the_base_is_made_of_phantoms_of_its_own():
             lesion = str(rng.choice(list(data.STYLES))), str(rng.choice(data.LOCATIONS))
         drawn = data.draw_phantom(rng, *data.PAIRS[i % len(data.PAIRS)], lesion)[0]
         assert not any(np.array_equal(drawn, x) for x in sft_images[i::len(data.PAIRS)])
+
+
+def test_a_base_of_another_seed_or_recipe_is_refused(monkeypatch, tmp_path):
+    """A base is made once; one that was made otherwise than it would be now is not taken."""
+    made = []
+
+    def make(folder, seed):
+        made.append(seed)
+        os.makedirs(folder)
+    monkeypatch.setattr(sft, "make_base", make)
+    monkeypatch.setattr(data, "make_phantoms", lambda *args: None)
+    args = argparse.Namespace(root=str(tmp_path), seed=3, images=10, thoughts=1)
+    assert sft.prepare_tiny(args, 0)[0] == sft.prepare_tiny(args, 0)[0] and made == [3]
+    args.seed = 4
+    with pytest.raises(data.DataError, match="another seed or recipe"):
+        sft.prepare_tiny(args, 0)
+    args.seed = 3
+    monkeypatch.setattr(sft, "LETTER_STAGES", sft.LETTER_STAGES[:-1])
+    with pytest.raises(data.DataError, match="another seed or recipe"):
+        sft.prepare_tiny(args, 0)
 
 
 def test_held_out_questions_are_those_of_val_where_there_are_any(world):
