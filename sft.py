@@ -56,6 +56,7 @@ SHARED = dict(
                   "or none (Med-R1)", choices=tuple(rewards.INSTRUCTIONS)),
     root=Knob(str, "out", "out", "folder under which everything is written", may_change=True),
     seed=Knob(int, 0, 0, "of phantoms, base, LoRA, the order of the questions and the sampling"),
+    weight_decay=Knob(float, 0.0, 0.0, "AdamW's decoupled weight decay"),
     clip=Knob(float, 1.0, 1.0, "gradient norm above which the gradient is scaled down"),
     checkpointing=Knob(bool, False, True, "compute layers again in the backward pass; less "
                        "memory, more time"),
@@ -168,6 +169,9 @@ def open_run(args, policy, optimizer, rank):
 
 def log(folder, **figures):
     """Append one line to metrics.jsonl."""
+    for name, value in figures.items():
+        if isinstance(value, float):
+            figures[name] = round(value, 6)
     with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
         f.write(json.dumps(figures) + "\n")
 
@@ -192,7 +196,8 @@ def trainable(policy, args):
     if args.checkpointing:
         M.enable_checkpointing(policy)
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    return policy, parameters, AdamW(parameters, lr=args.lr)
+    optimizer = AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    return policy, parameters, optimizer
 
 
 def learning_rate(step, steps, peak, warmup):

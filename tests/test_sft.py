@@ -132,9 +132,9 @@ def test_the_model_chooses_the_preset(stage, world):
 @pytest.mark.parametrize("table", [sft.KNOBS, grpo.KNOBS], ids=["sft", "grpo"])
 def test_what_is_given_is_used(table):
     """A value on the command line replaces the preset's, also when it is 0: --lora 0 is full fine-tuning, not rank 64."""
-    args = used(table, "--preset", "paper", "--lora", "0", "--clip", "0.1", "--warmup", "0", "--save_every", "0",
+    args = used(table, "--preset", "paper", "--lora", "0", "--weight_decay", "0.1", "--warmup", "0", "--save_every", "0",
                 "--data", "a.jsonl", "b.jsonl", "--seed", "3")
-    assert (args.lora, args.clip, args.warmup, args.save_every, args.seed) == (0, 0.1, 0, 0, 3)
+    assert (args.lora, args.weight_decay, args.warmup, args.save_every, args.seed) == (0, 0.1, 0, 0, 3)
     assert list(args.data) == ["a.jsonl", "b.jsonl"] and args.lr == table["lr"].paper and args.resume is False
     if "beta" in table:
         args = used(table, "--preset", "paper", "--beta", "0", "--weights", "0.8", "0.1", "0.1", "--drop_no_spread")
