@@ -171,7 +171,7 @@ def log(folder, **figures):
     """Append one line to metrics.jsonl."""
     for name, value in figures.items():
         if isinstance(value, float):
-            figures[name] = round(value, 6)
+            figures[name] = float(f"{value:.6g}")  # digits, not places: lr may be 1e-7
     with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
         f.write(json.dumps(figures) + "\n")
 

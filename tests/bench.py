@@ -103,8 +103,9 @@ def ours(a):
 
     import grpo
     import model as M
+    import sft
     torch.set_num_threads(a.threads)
-    encode, log, ends = M.encode, grpo.log, []
+    encode, log, ends = M.encode, sft.log, []
     M.encode = lambda *args: encode(*args) | dict(stop_ids=M.never_drawn(network)[:1])  # a token that can't come
     load = M.load
 
@@ -116,8 +117,8 @@ def ours(a):
     def logging(out, **figures):
         ends.append((time.perf_counter(), figures))
         log(out, **figures)
-    network, M.load, grpo.log = None, loading, logging
-    M.save = grpo.save_state = lambda *args, **kwargs: None
+    network, M.load, sft.log = None, loading, logging
+    M.save = sft.save_state = lambda *args, **kwargs: None
     grpo.main(["--model", a.folder, "--data", f"{a.folder}/records.jsonl", "--out", f"{a.folder}/run-{os.getpid()}", "--preset",
                "tiny", "--no-drop_no_spread",
                "--batch", str(a.questions * a.G), "--G", str(a.G), "--max_new_tokens", str(a.tokens), "--beta", "0.04",
