@@ -823,7 +823,7 @@ class Source(NamedTuple):
     modality: str
     anatomy: str
     images: str         # pattern; `kind`: key of kinds; `group`: patient, volume, lesion (or id)
-    kinds: dict = {}    # {`kind`, "" if the pattern has none: lesions, () if healthy}; {}: tells
+    kinds: dict = {}    # {`kind`, "" if there is none: lesions, () if healthy}; {}: see tells
     masks: str = ""     # pattern; several masks of one id are one lesion
     tells: list = []    # (kinds, group or outlines (px); pattern; reader: file -> {id: it})
     canvas: tuple = ()  # width and height the outlines refer to, px (else the image's)
