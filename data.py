@@ -717,14 +717,14 @@ def draw_phantoms(folder, seed, n_images, thoughts, careless):
 
 
 def contact_sheet(cells, file):
-    """Pictures with labels, [(image, label)], five in a row -> a PNG to look at."""
+    """Pictures of at most 2 * SIZE px per side with labels, [(image, label)], five in a row -> a
+    PNG to look at."""
     side, columns = 2 * SIZE, 5
     height = side + 14
     page = Image.new("RGB", (columns * side, math.ceil(len(cells) / columns) * height), "white")
     pen = ImageDraw.Draw(page)
     for k, (image, label) in enumerate(cells):
         x, y = k % columns * side, k // columns * height
-        image.thumbnail((side, side))
         page.paste(image, (x, y + 14))
         pen.text((x + 4, y + 1), label, fill="black")
     page.save(file)

@@ -39,6 +39,10 @@ from data import DataError, expect
 from judge import daemon_threads, failures, make_judge, parse_spec
 from sft import SHARED, Knob
 
+GOLD_ASKED = 32    # gold thoughts that F, if it is a model, is asked about before the first step
+JUDGE_WINDOW = 20  # rollouts over which the share of F's failures is taken
+SHOWN = 4          # groups per rollout that are written to completions.jsonl
+
 # Knob(type, default of the `tiny` preset, of `paper`, meaning): `paper` has the figures of the
 # paper's section 4.1, where it gives them. F is a rule in both; --judge names a model.
 KNOBS = dict(
@@ -84,7 +88,7 @@ KNOBS = dict(
     judge_timeout=Knob(float, 60.0, 60.0, "seconds a request to it may take; replies are kept in "
                        "ROOT/replies.jsonl", positive=True, may_change=True),
     judge_failures=Knob(float, 0.5, 0.5, "share of thoughts on which F failed, over "
-                        "JUDGE_WINDOW rollouts, past which the run saves and stops",
+                        f"{JUDGE_WINDOW} rollouts, past which the run saves and stops",
                         may_change=True),
     micro_tokens=Knob(int, 8192, 8192, "tokens per forward pass on one device: whole groups, each "
                       "a prompt and its G completions", positive=True),
@@ -95,10 +99,6 @@ KNOBS = dict(
     show_every=Knob(int, 10, 10, "rollouts between samples of completions in completions.jsonl, "
                     "for eyes", may_change=True),
     **SHARED)
-
-GOLD_ASKED = 32    # gold thoughts that F, if it is a model, is asked about before the first step
-JUDGE_WINDOW = 20  # rollouts over which the share of F's failures is taken
-SHOWN = 4          # groups per rollout that are written to completions.jsonl
 
 # ---- the equations -------------------------------------------------------------------------------
 

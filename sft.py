@@ -114,8 +114,10 @@ def knobs(table, doc, argv=None):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(knob.tiny, tuple):
             kind["nargs"] = "+"
-        meaning = f"{knob.meaning} [tiny {knob.tiny}, paper {knob.paper}]"
-        parser.add_argument(f"--{name}", help=meaning, **kind)  # not given: None
+        default = knob.tiny
+        if knob.tiny != knob.paper:
+            default = f"tiny {knob.tiny}, paper {knob.paper}"
+        parser.add_argument(f"--{name}", help=f"{knob.meaning} [{default}]", **kind)  # else None
     parser.add_argument("--preset", choices=["tiny", "paper"], help="which defaults to take "
                         "(default: tiny if no model is named or a tiny one, else paper)")
     parser.add_argument("--print", action="store_true",
