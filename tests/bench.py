@@ -42,7 +42,7 @@ def parse(argv=None):
     p.add_argument("--grow", action="store_true", help="how the update's time grows with G and the image, and nothing else")
     p.add_argument("--questions", type=int, default=8, help="a step")
     p.add_argument("--G", type=int, default=8, help="completions a question")
-    p.add_argument("--tokens", type=int, help="tokens a completion, exactly [tiny 64, 3b 256]")
+    p.add_argument("--tokens", type=int, help="tokens per completion, exactly [tiny 64, 3b 256]")
     p.add_argument("--size", type=int, help="px, side of the image [tiny 112, 3b 392]")
     p.add_argument("--layers", type=int, help="of the language model [tiny 4, 3b 36]; fewer to try the script out")
     p.add_argument("--lora", type=int, help="rank on the language model, 0 = every parameter is trained [tiny 0, 3b 64]")
@@ -98,7 +98,7 @@ def make_work(a, folder):
 # --------------------------------------------------------------------------------------------------- a process of either side
 
 def ours(a):
-    """grpo.main, its completions kept from stopping early -> seconds a step, and the last lines of its metrics."""
+    """grpo.main, its completions kept from stopping early -> seconds per step, and the last lines of its metrics."""
     import torch
 
     import grpo
@@ -134,7 +134,7 @@ def ours(a):
     return out | roofline(a, network, out["split"])
 
 def roofline(a, net, split):
-    """What decoding and the update reach of what this machine measured here does: bytes a second, arithmetic a second."""
+    """What decoding and the update reach of what this machine measured here does: bytes and operations per second."""
     import torch
     device, n = net.device, 2**28 if net.device.type == "cuda" else 2**25
     dtype, k = (torch.bfloat16, 8192) if net.device.type == "cuda" else (torch.float32, 1024)
@@ -163,7 +163,7 @@ def roofline(a, net, split):
                 update_share_of_matrix=needed / split["update"] / multiplied)
 
 def trl(a):
-    """TRL's GRPOTrainer on the same records -> seconds a step and peak memory."""
+    """TRL's GRPOTrainer on the same records -> seconds per step and peak memory."""
     import contextlib
     import io
 
@@ -253,14 +253,14 @@ def compare(a):
                 if done.returncode:
                     raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
                 runs[side].append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"round {k + 1}, {side}: {statistics.median(runs[side][-1]['seconds']):.3f} s a step", file=sys.stderr)
+                print(f"round {k + 1}, {side}: {statistics.median(runs[side][-1]['seconds']):.3f} s per step", file=sys.stderr)
     out = dict(knobs=vars(a), runs=runs)
     for side in sides:
         steps = [statistics.median(r["seconds"]) for r in runs[side]]
         out[side] = dict(seconds=statistics.median(steps), least=min(steps), most=max(steps),
                          peak_mb=statistics.median(r["peak_mb"] for r in runs[side]))
         out[side]["tokens_per_second"] = a.questions * a.G * a.tokens / out[side]["seconds"]
-    print("| | s a step (median of rounds; least, most) | completion tokens / s | peak memory, MB |\n|---|---|---|---|")
+    print("| | seconds per step (median of rounds; least, most) | completion tokens per second | peak memory, MB |\n|---|---|---|---|")
     for side in sides:
         s = out[side]
         version = f" {runs[side][0]['version']}" if "version" in runs[side][0] else ""
@@ -269,7 +269,7 @@ def compare(a):
     if a.peer:
         x, y = out["ours"], out[a.peer]
         out["ratio"] = dict(speed=y["seconds"] / x["seconds"], memory=x["peak_mb"] / y["peak_mb"])
-        print(f"\n{out['ratio']['speed']:.2f} times the peer's steps a second, {out['ratio']['memory']:.2f} of its memory")
+        print(f"\n{out['ratio']['speed']:.2f} times the peer's steps per second, {out['ratio']['memory']:.2f} of its memory")
     mid = lambda *keys: statistics.median(r[keys[0]][keys[1]] if len(keys) > 1 else r[keys[0]] for r in runs["ours"])  # noqa: E731
     print("ours: " + ", ".join(f"{k} {mid('split', k):.3f} s" for k in runs["ours"][0]["split"])
           + "; peak MB " + ", ".join(f"{k} {mid('peaks', k):.0f}" for k in runs["ours"][0]["peaks"]))
@@ -279,14 +279,14 @@ def compare(a):
     Path(a.json).write_text(json.dumps(out, indent=1))
 
 def grow(a):
-    """The update's seconds (forward and backward) for groups and images that grow: one row a group beside one a completion."""
+    """The update's seconds (forward and backward) for groups and images that grow: one row per group beside one per completion."""
     import torch
 
     import data
     import model as M
     torch.set_num_threads(a.threads)
     out = []
-    print("| G | image, px | prompt, tokens | one row a group, s | one row a completion, s | ratio of times | of tokens |\n"
+    print("| G | image, px | prompt, tokens | one row per group, s | one row per completion, s | ratio of times | of tokens |\n"
           "|---|---|---|---|---|---|---|")
     for G, size in [(G, 112) for G in (2, 4, 8, 16, 32)] + [(8, size) for size in (224, 336, 448)]:
         with tempfile.TemporaryDirectory() as folder:

@@ -97,7 +97,7 @@ def test_learning_rate_rises_then_falls_to_nothing():
 
 
 def test_epoch_order_is_a_permutation_of_the_seed_alone():
-    """Every question once an epoch; another order each epoch and seed; the same at every call, whatever was drawn between."""
+    """Every question once per epoch; another order for each epoch and seed; the same at every call, whatever was drawn between."""
     a = sft.epoch_order(100, 0, 0)
     torch.rand(7)
     assert sorted(a) == list(range(100)) and a == sft.epoch_order(100, 0, 0)
