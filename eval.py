@@ -383,11 +383,12 @@ def checkpoints_of(texts):
     for text in texts:
         name, equals, several = text.partition("=")
         paths = several.split(",")
-        if not equals or os.path.isdir(text) or text.startswith("openai:"):
+        if not equals or os.path.isdir(text):
             name, paths = text, [text]
-        if paths[0].startswith("openai:"):  # its address and name may hold "=" and ","
-            paths = [text if name == text else several]
-            expect(SPEC.fullmatch(paths[0]) and ",openai:" not in paths[0],
+        server = re.fullmatch("(?:([^=]+)=)?(openai:.*)", text)
+        if server:  # its address and model may hold "=" and ","
+            name, paths = server[1] or text, [server[2]]
+            expect(SPEC.fullmatch(server[2]) and ",openai:" not in server[2],
                    "--ckpt openai:..: expected one openai:BASE_URL#MODEL, as in "
                    "openai:http://localhost:8000/v1#qwen, the key in OPENAI_API_KEY")
         expect(name and all(paths), f"--ckpt {text}: expected a checkpoint, or NAME=A,B,..")
