@@ -11,11 +11,15 @@ checkpoints are:
     python eval.py --ckpt out/tiny-base out/sft out/grpo         # on out/phantoms
     python eval.py --ckpt out/grpo --temperature 1 --seeds 0 1 2 # mean and deviation over seeds
     python eval.py --ckpt SFT=out/sft,out1/sft GRPO=out/grpo,out1/grpo    # over checkpoints
+    python eval.py --ckpt GLM=openai:http://localhost:8000/v1#MODEL --data my.jsonl
     python eval.py --ckpt out/grpo --image scan.png --question "What is this?" --options MRI CT
 
 The columns are named by task. Those of the paper's Table 1 are anatomy ("Anatomy ID." there),
 anomaly ("Anomaly Det."), location ("Lesion Loc."), modality ("Modality Class.") and pathology
 ("Pathology Char."); other tasks, say Med-R1's, follow.
+
+Models that were not trained here (openai:, and folders without knobs.json or base.json) may answer
+without our tags: rewards.read_leniently. How they were read is counted under the tables.
 
 Left out on purpose: partial credit, majority votes, significance tests, several processes. Greedy
 results do not depend on --batch except for rounding; those at a temperature do, since a batch
@@ -37,11 +41,13 @@ import data
 import model as M
 import rewards
 from data import expect
-from judge import data_url, make_judge
+from judge import SPEC, Replies, Server, data_url, failures, make_judge
 
 KNOBS = dict(  # the flags, as argparse takes them
     ckpt=dict(nargs="+", default=["out/grpo"], help="checkpoints, folders or names on the hub, or "
-              "NAME=A,B,..: one row with mean and standard deviation over A, B, .. [out/grpo]"),
+              "NAME=A,B,..: one row with mean and standard deviation over A, B, .. [out/grpo]; "
+              "[NAME=]openai:BASE_URL#MODEL: a chat server's, the key in OPENAI_API_KEY, replies "
+              "kept in OUT/replies.jsonl, --batch requests at a time"),
     data=dict(nargs="+", default=[], help="files of records, .jsonl or Med-R1's .json (default: "
               "phantoms/phantoms.jsonl beside each checkpoint)"),
     split=dict(choices=data.SPLITS, default="test", help="which of their records [%(default)s]"),
@@ -69,16 +75,17 @@ KNOBS = dict(  # the flags, as argparse takes them
 LEAST = dict(questions=0, temperature=0, batch=1, max_new_tokens=0, max_pixels=1)
 SHOWN = 20       # on the page, questions answered wrong at most, and as many answered right
 THUMBNAIL = 224  # px, longer side of an image on the page
+TIMEOUT = 300.0  # s that a chat server may take for an answer
 
 # ---- the measurement -----------------------------------------------------------------------------
 
 def evaluate(policy, processor, records, judge, *, max_new_tokens, temperature=0.0, seed=0,
-             batch=64, progress="eval"):
+             batch=64, progress="eval", score=rewards.score):
     """Answer each record's question once -> one dict (row) per record, in their order.
 
     A row: what rewards.score tells of it (fmt, acc and con are Eqs. 4-6); the record's path; seed;
-    cut_off (the completion reached max_new_tokens). progress: the bar's name, or False. DataError
-    for an image that can't be read.
+    cut_off (the completion reached max_new_tokens). progress: the bar's name, or False. score: or
+    rewards.score_leniently. DataError for an image that can't be read.
     """
     device = next(policy.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -91,9 +98,25 @@ def evaluate(policy, processor, records, judge, *, max_new_tokens, temperature=0
                                 temperature=temperature, generator=generator)  # (n, 1, T)
         texts = [group[0] for group in M.decode(processor, tokens, mask)]
         ended = M.finished(inputs, tokens, mask)[:, 0].tolist()                # n
-        scored = rewards.score(texts, items, judge)
+        scored = score(texts, items, judge)
         for item, row, end in zip(items, scored, ended, strict=True):
             rows.append(row | dict(path=item["path"], seed=seed, cut_off=not end))
+    return rows
+
+
+def ask_server(spec, records, judge, args, replies):
+    """As `evaluate`, the questions answered by a chat server, with every seed -> rows. A question
+    that got no reply has nan for fmt, acc and con."""
+    server = Server(spec, replies, args.max_new_tokens or 512, TIMEOUT, args.batch)
+    rows = []
+    for seed in args.seeds:
+        said = server.answers(records, args.max_pixels, temperature=args.temperature, seed=seed)
+        said = list(tqdm(said, f"{spec}, seed {seed}", len(records)))
+        scored = rewards.score_leniently([text for text, _ in said], records, judge)
+        for item, row, (_, cut_off) in zip(records, scored, said, strict=True):
+            rows.append(row | dict(path=item["path"], seed=seed, cut_off=cut_off))
+    if any(row["read_as"] == "failed" for row in rows):
+        print(f"{spec}: some questions got no reply: {failures(server.usage)}")
     return rows
 
 
@@ -135,6 +158,8 @@ def summary(rows):
     A task's accuracy is its right answers / its questions; overall is all right answers / all
     questions, not the mean of the tasks. A completion without a readable answer is wrong.
     judge_failed: completions on which F failed, left out of consistency (None if it failed on all).
+    read_as: how many completions were read in which way, {} for a model trained here; those that
+    "failed" got no reply and are left out of every mean, though not of n.
     """
     tasks = grouped(rows, "task", data.TASKS)
     modalities = grouped(rows, "modality", data.MODALITIES)
@@ -148,6 +173,7 @@ def summary(rows):
         "checkpoints": list(dict.fromkeys(row["ckpt"] for row in rows)),
         "judge_failed": sum(rewards.failed(row["verdict"]) for row in rows),
         "cut_off": spread(rows, "cut_off")["mean"],
+        "read_as": dict(Counter(row["read_as"] for row in rows if "read_as" in row)),
     }
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -174,7 +200,8 @@ def tables(results):
         figures = [entry["tasks"].get(task) for task in tasks]
         figures += [entry["overall"], entry["format"], entry["consistency"]]
         cells = [percent(figure, several) for figure in figures]
-        params, n = f"{entry['params'] / 1e6:.1f}", str(entry["overall"]["n"])
+        params = f"{entry['params'] / 1e6:.1f}" if entry["params"] else "-"
+        n = str(entry["overall"]["n"])
         by_task.append([name, params, *cells, n])
         cells = [percent(entry["modality"].get(modality), several) for modality in modalities]
         by_modality.append([name, *cells])
@@ -193,6 +220,8 @@ def markdown(table):
 
 def given_option(row):
     """The text of the option that a row's completion answers."""
+    if rewards.failed(row["acc"]):
+        return "no reply"
     if row["given"] is None:
         return "unreadable"
     return row["options"][data.LETTERS.index(row["given"])]
@@ -211,8 +240,12 @@ def remarks(results, rows):
         for task, members in grouped(rows[name], "task", data.TASKS).items():
             said = commonest([given_option(row) for row in members])
             lines.append(f"{name}, {task}, answers given: {said}")
-        letters = commonest([row["given"] or "unreadable" for row in rows[name]])
+        letters = commonest([row["given"] or given_option(row) for row in rows[name]])
         lines.append(f"{name}, letters given: {letters}")
+        if entry["read_as"]:
+            ways = ", ".join(f"{how} {n}" for how, n in entry["read_as"].items())
+            missing = " (no reply: in no mean)" if "failed" in entry["read_as"] else ""
+            lines.append(f"{name}, answers read as: {ways}{missing}")
         if entry["judge_failed"]:
             lines.append(f"{name}, left out of consistency, F failed: {entry['judge_failed']}")
         if entry["cut_off"]:
@@ -283,7 +316,8 @@ def page(results, rows, what):
 
     first = {}
     for name, answers in rows.items():  # backwards: the first of several answers is the one kept
-        first[name] = {(row["path"], row["id"]): row for row in reversed(answers)}
+        came = [row for row in reversed(answers) if not rewards.failed(row["acc"])]
+        first[name] = {(row["path"], row["id"]): row for row in came}
     last = list(first.values())[-1]
     shuffled = random.Random(0).sample(list(last), len(last))
     wrong = [question for question in shuffled if not last[question]["acc"]]
@@ -351,6 +385,12 @@ def checkpoints_of(texts):
         paths = several.split(",")
         if not equals or os.path.isdir(text):
             name, paths = text, [text]
+        server = re.fullmatch("(?:([^=]+)=)?(openai:.*)", text)
+        if server:  # its address and model may hold "=" and ","
+            name, paths = server[1] or text, [server[2]]
+            expect(SPEC.fullmatch(server[2]) and ",openai:" not in server[2],
+                   "--ckpt openai:..: expected one openai:BASE_URL#MODEL, as in "
+                   "openai:http://localhost:8000/v1#qwen, the key in OPENAI_API_KEY")
         expect(name and all(paths), f"--ckpt {text}: expected a checkpoint, or NAME=A,B,..")
         expect(name not in checkpoints, f"--ckpt: {name} is there twice, expected it once")
         checkpoints[name] = paths
@@ -387,18 +427,24 @@ def questions_of(ckpt, args):
     return records
 
 
-def answer(ckpt, records, judge, args):
-    """A checkpoint answers the records, with every seed -> rows, parameters of the network."""
+def answer(ckpt, records, judge, args, replies):
+    """A checkpoint answers the records, with every seed -> rows, parameters of the network (None:
+    unknown). replies: those kept of chat servers."""
+    if ckpt.startswith("openai:"):
+        rows = ask_server(ckpt, records, judge, args, replies)
+        return [dict(ckpt=ckpt) | row for row in rows], None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy, processor = M.load_unmerged(ckpt, dtype=dtype, device=device,
                                         max_pixels=args.max_pixels)
     limit = args.max_new_tokens or (80 if M.is_tiny(ckpt) else 512)
+    ours = any(os.path.isfile(os.path.join(ckpt, x)) for x in ("knobs.json", "base.json"))
     rows = []
     for seed in args.seeds:
         answers = evaluate(policy, processor, records, judge, max_new_tokens=limit,
                            temperature=args.temperature, seed=seed, batch=args.batch,
-                           progress=f"{ckpt}, seed {seed}")
+                           progress=f"{ckpt}, seed {seed}",
+                           score=rewards.score if ours else rewards.score_leniently)
         rows += [dict(ckpt=ckpt) | row for row in answers]
     return rows, policy.num_parameters()
 
@@ -409,7 +455,7 @@ def answer_one(checkpoints, args):
            f"one question needs --image, --question and 2 to {len(data.LETTERS)} --options")
     item = vars(args) | dict(id="--image", path=args.image, task="", modality="", answer="")
     for ckpt in sum(checkpoints.values(), []):
-        rows, _ = answer(ckpt, [item], make_judge(), args)
+        rows, _ = answer(ckpt, [item], make_judge(), args, Replies())
         for row in rows:
             print(f"{ckpt}\n  {row['completion']}\n  read as: {given_option(row)}")
 
@@ -422,7 +468,8 @@ def main(argv=None):
     ckpts = sum(checkpoints.values(), [])
     out = args.out or folder_of(ckpts[0])
     files = file_names(list(checkpoints), out)
-    judge = make_judge(args.judge, args.judge_sees, cache=os.path.join(out, "replies.jsonl"))
+    replies = Replies(os.path.join(out, "replies.jsonl"))
+    judge = make_judge(args.judge, args.judge_sees, cache=replies.file)
     questions = {ckpt: questions_of(ckpt, args) for ckpt in ckpts}
     os.makedirs(out, exist_ok=True)
     path = os.path.join(out, "results.json")
@@ -432,7 +479,7 @@ def main(argv=None):
     for name, paths in checkpoints.items():
         rows[name] = []
         for ckpt in paths:
-            answers, params = answer(ckpt, questions[ckpt], judge, args)
+            answers, params = answer(ckpt, questions[ckpt], judge, args, replies)
             rows[name] += answers
         results[name] = summary(rows[name]) | dict(params=params, knobs=vars(args))
         data.write_records(map(without_nan, rows[name]), files[name])

@@ -10,6 +10,8 @@ F reads a thought without image and answer, and says which option it supports. I
     openai:BASE_URL#MODEL       an OpenAI-compatible server; its key stands in the environment, in
                                 OPENAI_API_KEY or, for one host, OPENAI_API_KEY_API_EXAMPLE_COM
 
+eval.py measures a chat server's model on the same spec: openai:BASE_URL#MODEL.
+
 Annotators write the chains of thought: a describer sees the image; a writer sees it too and is told
 the answer. What it writes is verified by rule; then a person may accept or reject it:
 
@@ -254,6 +256,7 @@ class LocalAnnotator:
 # ---- a chat server, and the replies that are kept ------------------------------------------------
 
 TRIES = 6      # of a request, the first included
+GIVE_UP = 8    # first questions to a model without one reply after which it isn't asked on
 BACKOFF = 1.0  # s before the second try, about; doubled each time
 FINAL = {f"HTTP {x}" for x in range(300, 500)} - {"HTTP 408", "HTTP 429"}  # not asked again
 
@@ -301,9 +304,19 @@ class Replies(dict):
         return read(reply)
 
 
+def message_text(choice):
+    return choice["message"]["content"]
+
+
+def text_and_end(choice):
+    """-> [what a model under test said, whether it was cut off at max_tokens]."""
+    return [choice["message"].get("content") or "", choice.get("finish_reason") == "length"]
+
+
 class Server:
-    """A chat server, as F or as an annotator. timeout: seconds a request may take. usage: calls
-    and failures by a status or an exception's name, never by a text: that may hold the key."""
+    """A chat server, as F, as an annotator or under test. timeout: seconds a request may take.
+    usage: calls and failures by a status or an exception's name, never by a text: that may hold
+    the key."""
 
     def __init__(self, spec, replies, max_tokens, timeout, concurrency):
         _, url, model = parse_spec(spec)
@@ -332,17 +345,37 @@ class Server:
         image = dict(type="image_url", image_url=dict(url=data_url(record, SIDE)))
         return self.ask([dict(type="text", text=prompt), image], read_text)
 
-    def ask(self, content, read):
-        """A user's message -> read(the reply), or nan where none came."""
-        return self.replies.ask(partial(self.request, content, read), read, self.spec, content)
+    def answers(self, records, max_pixels, **knobs):
+        """As a model under test, each record's question in the words of our own training: yields
+        (text, whether it was cut off), or (nan, nan) where none came. max_pixels: of an image that
+        is sent. knobs: temperature, seed. DataError if the first GIVE_UP got no reply."""
+        def ask(record):
+            url = data_url(record, math.inf, max_pixels)
+            content = [dict(type="image_url", image_url=dict(url=url)),
+                       dict(type="text", text=rewards.question_text(record))]
+            return self.ask(content, list, text_and_end, **self.knobs | knobs)
 
-    def request(self, content, read):
-        """-> the reply's text, or nan when it failed TRIES times. Never raises.
+        lost = 0
+        for k, reply in enumerate(self.askers.imap(ask, records), start=1):
+            lost += failed(reply)
+            expect(lost < k or k < min(GIVE_UP, len(records)),
+                   f"{self.spec}: no reply to the first questions: {failures(self.usage)}")
+            yield (math.nan, math.nan) if failed(reply) else reply
+
+    def ask(self, content, read, part=message_text, **knobs):
+        """A user's message -> read(the reply), or nan where none came. part: what is kept of the
+        reply's choice. knobs: sent, and where given a part of what the reply is kept by."""
+        request = partial(self.request, content, read, part, knobs)
+        key = [self.spec, content, knobs] if knobs else [self.spec, content]
+        return self.replies.ask(request, read, *key)
+
+    def request(self, content, read, part, knobs):
+        """-> the reply, or nan when it failed TRIES times. Never raises.
 
         read(reply) gives nan for a reply that can't be used: it is asked for again, later each time
         and at a random moment, as after 408, 429, 5xx, a cut or slow connection or broken JSON.
         """
-        body = self.knobs | dict(messages=[dict(role="user", content=content)])
+        body = self.knobs | knobs | dict(messages=[dict(role="user", content=content)])
         body = json.dumps(body).encode()
         for k in range(TRIES):
             if k:
@@ -352,9 +385,9 @@ class Server:
                 why = f"HTTP {status}"
                 if status == 200:
                     self.count("calls")
-                    text = json.loads(reply)["choices"][0]["message"]["content"]
-                    if not failed(read(text)):
-                        return text
+                    said = part(json.loads(reply)["choices"][0])
+                    if not failed(read(said)):
+                        return said
                     why = "a reply that is no answer"
             except Exception as e:  # a cut connection, a reply of another shape
                 why = type(e).__name__
@@ -400,10 +433,11 @@ WRITE_TOKENS = 512
 SIDE = 1024  # px, longer side of an image sent; on the review page a quarter
 
 
-def data_url(record, side):
-    """The record's image as a PNG, its longer side at most `side` px, in a data: URL."""
+def data_url(record, side, max_pixels=math.inf):
+    """The record's image as a PNG in a data: URL, its longer side at most `side` px."""
     image, file = data.load_image(record), io.BytesIO()
-    image.thumbnail((side, side))
+    scale = min(1, math.sqrt(max_pixels / math.prod(image.size)))
+    image.thumbnail([max(1, min(side, scale * length)) for length in image.size])
     image.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 

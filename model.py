@@ -44,6 +44,7 @@ FAMILIES = dict(  # model type: its stock processor, which AutoProcessor builds
     qwen2_5_vl="Qwen2_5_VLProcessor",
     qwen3_vl="Qwen3VLProcessor",
 )
+OTHERS = "for others eval.py --ckpt openai:BASE_URL#MODEL asks a chat server that runs them"
 GROUPED = "one_row_per_group"  # transformers' name for grouped_attention
 ATTENTION = dict(text_config=GROUPED, vision_config="sdpa")  # of every network here
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # not the vision tower
@@ -71,11 +72,12 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        raise DataError(f"{name}: no such checkpoint: expected a folder with a config.json, or a "
-                        f"name on the hub that can be reached ({type(e).__name__})") from e
+        raise DataError(f"{name}: no such checkpoint, or one that needs code of its own: expected "
+                        "a folder with a config.json, or a name on the hub that can be reached "
+                        f"({type(e).__name__}); {OTHERS}") from e
     expect(config.model_type in FAMILIES,
            f"{name}: a checkpoint of another architecture ({config.model_type}); "
-           f"expected one of {', '.join(FAMILIES)}")
+           f"expected one of {', '.join(FAMILIES)}; {OTHERS}")
     try:
         net, info = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True,

@@ -11,7 +11,8 @@
 Format, accuracy and consistency are separate rewards: text after the answer block costs the
 format, not the accuracy. Whatever the text, the time is linear in its length.
 
-Left out on purpose: partial credit, length rewards, any guess at an answer outside its tags.
+Left out on purpose: partial credit, length rewards, any guess at an answer outside its tags but
+in `score_leniently`, by which eval.py measures models that were not trained here.
 """
 
 import math
@@ -129,6 +130,78 @@ def answer_letter(answer, options):
         if named or not rest:
             read |= named | {letter}  # a label and a text that disagree are two readings
     return read.pop() if len(read) == 1 and read <= texts.keys() else None
+
+
+# ---- the answer of a model that was not trained here, never read so for a reward -----------------
+
+# Of Markdown, LaTeX, templates: "**B**", "\\boxed{B}", "<|begin_of_box|>B<|end_of_box|>".
+DECORATION = re.compile(r"</?(?:think|answer)>|<\|[^<|>]*\|>|\\(?:boxed|text)\b|[*_`#>${}]|^ *[-•]")
+THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
+SENTENCE_END = re.compile(r"\n|(?<=[.!?;]) (?=\S+ \S+ \S)")  # "B. CT" is a label and its option
+STATED = re.compile(r"^(?!.*\b(?:if|unless|were)\b).*\banswer(?: (?:is|would be):?|:) (?:option )?"
+                    r"(.+?)(?:,? (?:because|since)\b.*)?$", re.IGNORECASE)
+
+
+def plain(text):
+    """A line without decoration, its blanks single."""
+    return " ".join(DECORATION.sub("", text).split())
+
+
+def letters_stated(line, options):
+    """-> the letters that a line gives alone ("(B)") or as "the answer is B", a set."""
+    said = [line] if re.fullmatch(r"\W*[a-f]\W*", line, re.IGNORECASE) else []
+    for sentence in SENTENCE_END.split(line):
+        said += STATED.findall(sentence)
+    return {answer_letter(x, options) for x in said} - {None}
+
+
+def read_leniently(text, item):
+    """A completion -> (thought, letter, how it was read); thought and letter may be None.
+
+    tags         the answer block says it, and nothing outside is looked at
+    last line    it is a letter alone ("B", "**B**") or says "The answer is (B)."; if it does
+                 not, the other lines that do must agree
+    option text  no line does; lines that are an option ("CT", "B) CT") agree
+    unreadable   no letter or several; nothing in or behind an unfinished thought is an answer
+    """
+    if "</think>" in text and "<think>" not in text:  # a template has opened it
+        text = "<think>" + text
+    thought, answer = parse_completion(text, item.get("thinking", "before"))
+    letter = answer_letter(answer, item["options"])
+    if letter:
+        return thought, letter, "tags"
+    options = [plain(option) for option in item["options"]]
+    lines = [plain(line) for line in (answer or THOUGHT.sub("", text)).splitlines()]
+    lines = [line for line in lines if line] or [""]
+    stated = [letters_stated(line, options) for line in lines]
+    letters, how = stated[-1] or set().union(*stated), "last line"
+    if not letters:
+        letters, how = {answer_letter(line, options) for line in lines} - {None}, "option text"
+    if len(letters) != 1:
+        return thought, None, "unreadable"
+    if answer:
+        return thought, letters.pop(), "tags"
+    if thought is None and how == "last line":  # it is whatever states no letter
+        sentences = SENTENCE_END.split("\n".join(lines))
+        thought = " ".join(x for x in sentences if not letters_stated(x, options))
+    return thought, letters.pop(), how
+
+
+def score_leniently(texts, items, judge):
+    """`score`, the completions read leniently; format is that of the text as it came. A row's
+    read_as: see above, or "failed" for a text that is nan (no reply came), whose fmt, acc and con
+    are nan."""
+    came = ["" if failed(text) else text for text in texts]
+    read = [read_leniently(text, item) for text, item in zip(came, items, strict=True)]
+    told = [answer_text(dict(item, thought=thought or "", answer=letter or ""))
+            for item, (thought, letter, _) in zip(items, read, strict=True)]
+    rows = score(told, items, judge)
+    for i, row in enumerate(rows):
+        row |= dict(completion=came[i], read_as=read[i][2])
+        row["fmt"] = format_reward(came[i], items[i].get("thinking", "before"))
+        if failed(texts[i]):
+            row |= dict(fmt=math.nan, acc=math.nan, con=math.nan, read_as="failed")
+    return rows
 
 
 # ---- the rewards ---------------------------------------------------------------------------------

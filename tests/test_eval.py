@@ -270,7 +270,7 @@ def test_from_checkpoint_to_results(out, monkeypatch, capsys):
     assert results["elsewhere"] == {"overall": {"mean": 0.5}} and len(results) == 2
     entry, rows = results[str(out / "sft")], [json.loads(x) for x in (out / "completions-sft.jsonl").read_text().splitlines()]
     assert set(rows[0]) == {"ckpt", "seed", "id", "task", "modality", "question", "options", "answer", "completion", "thought",
-                            "given", "verdict", "fmt", "acc", "con", "cut_off"}
+                            "given", "verdict", "fmt", "acc", "con", "cut_off", "read_as"}
     test = data.read_records(str(out / "phantoms" / "phantoms.jsonl"), "test")
     assert {r["id"] for r in rows} == {r["id"] for r in evaluation.subset(test, 30)} and len(rows) == 30
     assert entry["overall"] == {"mean": sum(r["acc"] for r in rows) / 30, "std": 0.0, "n": 30}
