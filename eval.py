@@ -212,34 +212,36 @@ def difference(before, after):
     one of the two has no value is left out."""
     def asked(rows):
         return [(row["path"], row["id"], row["seed"]) for row in rows]
-
-    figures = {}
     if asked(before) != asked(after):
-        return figures
+        return {}
+    figures = {}
     for name, key in DIFFERENCES.items():
         sets = defaultdict(lambda: defaultdict(lambda: np.zeros(2)))  # checkpoint: group: sums
         for old, new in zip(before, after, strict=True):
             change = new[key] - old[key]
-            if not rewards.failed(change):
-                sets[new["ckpt"]][new["group"]] += change, 1
-        if sets:
-            figures[name] = bootstrap([np.array(list(groups.values())) for groups in sets.values()])
+            sets[new["ckpt"]][new["group"]] += (0, 0) if rewards.failed(change) else (change, 1)
+        known = [groups for groups in sets.values() if sum(groups.values())[1] > 0]
+        if known:
+            figures[name] = bootstrap(known)
     return figures
 
 
 def bootstrap(sets):
-    """For each checkpoint (groups, 2), sum of differences and their number -> "mean", and "low" and
-    "high" of its 95 % interval. What is drawn again is a group (an image; of real
-    data a patient), since the questions of one image are right or wrong together. The checkpoints
-    stay: the interval is about other images, not about other seeds of the training.
+    """For each checkpoint {group: (sum of differences, their number)} -> "mean", and "low" and
+    "high" of its 95 % interval. What is drawn again is a group (an image; of real data a patient),
+    since the questions of one image are right or wrong together; checkpoints that were asked about
+    the same groups get the same draw. The checkpoints stay: the interval is about other images,
+    not about other seeds of the training.
     """
     rng = np.random.default_rng(0)
-    means, drawn = [], []
+    draws, means, drawn = {}, [], []
     for groups in sets:
-        n = len(groups)
-        again = rng.integers(n, size=(RESAMPLES, n))
-        drawn.append(groups[again, 0].sum(1) / groups[again, 1].sum(1))
-        means.append(groups[:, 0].sum() / groups[:, 1].sum())
+        names, sums = tuple(groups), np.array(list(groups.values()))  # (groups, 2)
+        if names not in draws:
+            draws[names] = rng.integers(len(names), size=(RESAMPLES, len(names)))
+        again = sums[draws[names]].sum(1)                             # (RESAMPLES, 2)
+        drawn.append(again[:, 0] / again[:, 1])
+        means.append(sums[:, 0].sum() / sums[:, 1].sum())
     low, high = np.quantile(np.mean(drawn, 0), (0.025, 0.975)).tolist()
     return {"mean": float(np.mean(means)), "low": low, "high": high}
 
@@ -290,17 +292,16 @@ def tables(results):
         for line in cells[1:]:
             line.append(PAPER_OVERALL.get(line[0], "-"))
         cells += paper_rows(cells[0])
-    by_task = {name: entry["tasks"] for name, entry in results.items()}
-    by_modality = {name: entry["modality"] for name, entry in results.items()}
-    found = [Table("Accuracy by task, and rates", cells), grid("Accuracy by modality", by_modality)]
 
+    def part(key):
+        return {name: entry.get(key, {}) for name, entry in results.items()}
+    found = [Table("Accuracy by task", cells), grid("Accuracy by modality", part("modality"))]
     matrix = list(entries)[-1].get("matrix")
     if matrix:
-        return [*found, square(matrix, by_task if matrix == "task" else by_modality)]
-    changes = {name: entry.get("difference", {}) for name, entry in results.items()}
-    if any(changes.values()):
+        found.append(square(matrix, part("tasks" if matrix == "task" else matrix)))
+    elif any(part("difference").values()):
         found.append(grid("Each row minus the one before, on the same questions, in points; 95 % "
-                          "intervals over images, for these checkpoints", changes))
+                          "intervals over images, for these checkpoints", part("difference")))
     return found
 
 
