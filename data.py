@@ -4,7 +4,8 @@ thought), and MedAD-38K, built from the 17 public sources of the paper's section
 A record is one JSON line: {"id", "image", "modality", "anatomy", "task", "question", "options":
 [..], "answer": "B", "thought": str | null, "source", "group", "split"}. `image` is relative to the
 file's folder and may not leave it; `group` (patient, volume, lesion) is never split between train
-and test. Phantoms and real data take the same path: files on disk, then read_records.
+and test. A phantom's record also has "shows", what was drawn, which eval.py holds thoughts against.
+Phantoms and real data take the same path: files on disk, then read_records.
 
     python data.py phantoms --out out/phantoms --n 2000 --seed 0 --show sheet.png
     python data.py build --out medad38k busi=DIR br35h=DIR chestxray14=DIR
@@ -47,6 +48,7 @@ MED_R1_TASKS = {  # its files don't name them: the first rule found in the quest
                               "visuali[sz]ed|seen|represent"}
 KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "answer", "thought",
         "source", "group", "split")
+SHOWN = ("modality", "anatomy", "lesion", "style", "location")  # optional, in a key "shows"
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = 2**26  # pixels an image may have; looked at before anything is decoded
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, and warns from here on
@@ -109,6 +111,13 @@ def check_record(record, folder):
                                  ("split", "splits", SPLITS)):
         expect(record[key] in allowed,
                f"{key} {record[key]!r:.60} is not among the {plural} {', '.join(allowed)}")
+
+    shows = record.get("shows")
+    expect(shows is None or (isinstance(shows, dict) and shows.keys() == set(SHOWN)
+                             and shows["style"] in (None, *STYLES)
+                             and all(x is None or is_text(x) for x in shows.values())),
+           f"'shows' is {shows!r:.200}, expected texts or null for {', '.join(SHOWN)}, the style "
+           f"one of {', '.join(STYLES)}")
 
     image, root = record["image"], os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, image))  # follows links
@@ -712,7 +721,7 @@ def draw_phantoms(folder, seed, n_images, thoughts, careless):
         in_train += split == "train"
         if split == "train" and thoughts is not None and in_train > thoughts:
             made = [{**r, "thought": None} for r in made]
-        records += made
+        records += [{**r, "shows": facts} for r in made]
     return records
 
 

@@ -686,6 +686,15 @@ def sum_over_ranks(x):
     return total if torch.is_tensor(x) else total.item()
 
 
+def gather(rows):
+    """The lists of all processes as one, on all of them alike."""
+    if not dist.is_initialized():
+        return rows
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, rows)
+    return sum(lists, [])
+
+
 def sum_gradients(parameters):
     """Add up the processes' gradients, once per optimiser step. Each rank's loss is already
     divided by global counts."""

@@ -7,6 +7,7 @@
     score(texts, items, judge)       completions -> R_fmt, R_acc, R_con of Eqs. (4), (5), (6)
     total_reward(fmt, acc, con)      R(Y) = l_fmt R_fmt + l_acc R_acc + l_con R_con, Eq. (3)
     lexical_verdict(thought, item)   F, the evaluator of Eq. (6), as a rule (judge.py: as a model)
+    grounding(thought, shows)        is a thought true of its phantom? No reward: for eval.py
 
 Format, accuracy and consistency are separate rewards: text after the answer block costs the
 format, not the accuracy. Whatever the text, the time is linear in its length.
@@ -18,7 +19,7 @@ in `score_leniently`, by which eval.py measures models that were not trained her
 import math
 import re
 
-from data import LETTERS, expect
+from data import ANATOMIES, KINDS, LETTERS, LOCATIONS, SIGNS, STATES, STYLES, expect
 
 INSTRUCTIONS = {  # by --thinking: where the thought stands
     "before": "First think in <think></think>, then give the letter in <answer></answer>.",
@@ -390,3 +391,39 @@ def lexical_verdict(thought, item, sees_letters=False):
     last = max(stands.values(), default=None)
     decided = [option for option, sentence in stands.items() if sentence == last]
     return LETTERS[item["options"].index(decided[0])] if len(decided) == 1 else None
+
+# ---- is the thought true? ------------------------------------------------------------------------
+
+def signs_of(texts):
+    return " and ".join(texts).split(" and ")
+
+
+CLAIMS = {fold(x) for x in (  # what a sentence may say of a phantom, in the words of data.py
+    "lesion", *STATES, *SIGNS, *signs_of(SIGNS.values()), *ANATOMIES, *LOCATIONS,
+    *STYLES.values(), *sum(KINDS.values(), ()))}
+
+
+def statements(thought, shows):
+    """A thought and what its picture shows (a record's "shows") -> {sentence: is it true?}.
+
+    A sentence is a statement if it names a modality or a sign of one, a region, a place, a state,
+    how a lesion looks or what it is called. It is true if all that it affirms holds and nothing
+    that it denies does. Others are left out.
+    """
+    state = ("lesion", "Abnormal") if shows["lesion"] else ("Normal",)
+    signs = signs_of([SIGNS.get(shows["modality"], "")])
+    style = STYLES.get(shows["style"])
+    holding = {fold(x) for x in (*state, *signs, style, *shows.values()) if x}
+    sentences, told = re.split(SCANNED["sentence"], thought), {}
+    for number, name, denied in mentions(thought, CLAIMS):
+        sentence = sentences[number].strip()
+        told[sentence] = told.get(sentence, True) and (name in holding) != denied
+    return told
+
+
+def grounding(thought, shows):
+    """-> {"grounding": share of the statements that are true, "false_statements": the others}; nan
+    and none where there is no statement, or no thought or no "shows" (None)."""
+    told = statements(thought, shows) if thought and shows else {}
+    share = sum(told.values()) / len(told) if told else math.nan
+    return dict(grounding=share, false_statements=[x for x, true in told.items() if not true])

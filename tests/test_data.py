@@ -66,6 +66,9 @@ BAD = {  # what line 2 holds -> what the sentence must say
     "answer is null": (record(answer=None), "'answer' is None"),
     "unknown task": (record(task="sex"), "task 'sex' is not among the tasks"),
     "unknown split": (record(split="dev"), "split 'dev' is not among the splits train, val, test"),
+    "shows is a text": (record(shows="a cyst"), "'shows' is 'a cyst', expected texts or null for modality"),
+    "shows lacks a key": (record(shows={"modality": "CT"}), "'shows' is {'modality': 'CT'}"),
+    "shows an unknown style": (record(shows=dict.fromkeys(data.SHOWN, "cyst")), "the style one of solid, cystic"),
     "same id": (record(), "id 'x1' was already used in"),
     "surrogate in path": (json.dumps(record(id="x2", image="\ud800.png")), ""),
     "null byte in path": (record(id="x2", image="a\0.png"), ""),
@@ -432,6 +435,19 @@ def test_few_thoughts_and_careless_ones_change_nothing_else(tmp_path):
             assert s["thought"].endswith(f" {rewards.right_option(r)}.") and "There is a" in s["thought"]
             seen = r["thought"].split(". ")[2]
             assert seen not in s["thought"]
+
+
+def test_a_record_tells_what_was_drawn(phantoms):
+    """"shows" agrees with what the questions ask, on every image; no other key, and no prompt, holds it."""
+    for r in phantoms[1]:
+        shows, truth = r["shows"], rewards.right_option(r)
+        assert tuple(shows) == data.SHOWN and (shows["modality"], shows["anatomy"]) == (r["modality"], r["anatomy"])
+        state = "Abnormal" if shows["lesion"] else "Normal"
+        told = dict(shows, pathology=shows["lesion"], anomaly=state)
+        assert told[r["task"]] == truth
+        if shows["lesion"]:
+            assert data.KINDS[shows["anatomy"]][list(data.STYLES).index(shows["style"])] == shows["lesion"]
+    assert list(phantoms[1][0])[-2:] == ["shows", "path"]  # behind the keys that were there before
 
 
 def test_phantoms_are_split_in_three(phantoms):

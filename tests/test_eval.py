@@ -4,8 +4,11 @@ import math
 import os
 import re
 import statistics
+import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig
@@ -23,7 +26,7 @@ STATES = ["Normal", "Abnormal", "Artifact", "Uncertain"]
 def row(task, modality, acc, **other):
     given = dict(id="q", ckpt="c", seed=0, task=task, modality=modality, question="Q?",
                  options=STATES, answer="A", completion="", thought="t", given="A", verdict=None,
-                 fmt=1.0, acc=float(acc), con=1.0, cut_off=False)
+                 fmt=1.0, acc=float(acc), con=1.0, grounding=NAN, false_statements=[], group="g", cut_off=False)
     return given | other
 
 
@@ -32,6 +35,10 @@ ROWS = [  # 3 of 4, 1 of 2 and 0 of 1 right: 4 of 7 overall, where the tasks' me
     row("anomaly", "CT", 0, con=NAN, given="B", verdict=NAN),
     row("location", "MRI", 1, con=0.0), row("location", "CT", 0, fmt=0.0, con=0.0, given=None, cut_off=True),
     row("pathology", "CT", 0, fmt=0.0, given="C")]
+
+
+def cells_of(results):
+    return [table.cells for table in evaluation.tables(results)]
 
 
 def accuracies(entries):
@@ -70,7 +77,7 @@ def test_accuracy_is_section_41s():
     """Per task right / questions of that task; overall all right / all questions, which is not the mean of the tasks."""
     s = evaluation.summary(ROWS)
     assert accuracies(s["tasks"]) == {"anomaly": (0.75, 4), "location": (0.5, 2), "pathology": (0.0, 1)}
-    assert s["overall"] == {"mean": 4 / 7, "std": 0.0, "n": 7}
+    assert s["overall"] == {"mean": 4 / 7, "std": 0.0, "n": 7, "runs": 1}
     assert s["overall"]["mean"] != pytest.approx(statistics.fmean([0.75, 0.5, 0]))
     assert accuracies(s["modality"]) == {"MRI": (1.0, 3), "CT": (0.25, 4)}
     assert list(s["tasks"]) == ["anomaly", "location", "pathology"]
@@ -79,14 +86,14 @@ def test_accuracy_is_section_41s():
 def test_rates_and_a_failed_judge():
     """Format over all seven; consistency over the six that F could judge: a failure is neither 0 nor hidden."""
     s = evaluation.summary(ROWS)
-    assert s["format"] == {"mean": pytest.approx(4 / 7), "std": 0.0, "n": 7}
-    assert s["consistency"] == {"mean": pytest.approx(3 / 6), "std": 0.0, "n": 7}
+    assert s["format"] == {"mean": pytest.approx(4 / 7), "std": 0.0, "n": 7, "runs": 1}
+    assert s["consistency"] == {"mean": pytest.approx(3 / 6), "std": 0.0, "n": 7, "runs": 1}
     assert s["judge_failed"] == 1
     assert s["cut_off"] == pytest.approx(1 / 7)
     rows = [row("anomaly", "CT", 1, con=NAN, verdict=NAN)]
     failed = evaluation.summary(rows)
     assert failed["consistency"]["mean"] is None and failed["judge_failed"] == 1
-    table, _ = evaluation.tables({"x": failed | {"params": 1}})
+    table, _ = cells_of({"x": failed | {"params": 1}})
     assert table[1][table[0].index("consistency")] == "-"
     lines = evaluation.remarks({"x": failed}, {"x": rows})
     assert "x, left out of consistency, F failed: 1" in lines
@@ -96,7 +103,7 @@ def test_without_thoughts_there_is_no_consistency(world):
     """--thinking none: the answer alone is well formed and right, consistency has no value and F is not said to have failed."""
     r = data.read_records(world.jsonl, thinking="none")[0]
     scored = rewards.score([rewards.answer_text(r)], [r], make_judge())
-    rows = [answer | dict(ckpt="c", seed=0, cut_off=False) for answer in scored]
+    rows = [answer | dict(ckpt="c", seed=0, cut_off=False, grounding=NAN) for answer in scored]
     assert rows[0]["completion"] == f"<answer>{r['answer']}</answer>" and rows[0]["fmt"] == rows[0]["acc"] == 1
     s = evaluation.summary(rows)
     assert s["consistency"]["mean"] is None and s["judge_failed"] == 0
@@ -108,10 +115,10 @@ def test_mean_and_deviation_over_seeds():
     right = {0: (1, 1, 0, 0), 1: (1, 1, 1, 1), 2: (1, 1, 1, 0)}
     rows = [row("anomaly" if i < 2 else "pathology", "CT", acc, seed=s) for s, x in right.items() for i, acc in enumerate(x)]
     s = evaluation.summary(rows)
-    assert s["overall"] == {"mean": 0.75, "std": pytest.approx(0.25), "n": 4}
-    assert s["tasks"]["anomaly"] == {"mean": 1.0, "std": 0.0, "n": 2}
-    assert s["tasks"]["pathology"] == {"mean": 0.5, "std": pytest.approx(0.5), "n": 2}  # 0, 1, 1/2
-    table, _ = evaluation.tables({"x": s | {"params": 3_750_000_000}})
+    assert s["overall"] == {"mean": 0.75, "std": pytest.approx(0.25), "n": 4, "runs": 3}
+    assert s["tasks"]["anomaly"] == {"mean": 1.0, "std": 0.0, "n": 2, "runs": 3}
+    assert s["tasks"]["pathology"] == {"mean": 0.5, "std": pytest.approx(0.5), "n": 2, "runs": 3}  # 0, 1, 1/2
+    table, _ = cells_of({"x": s | {"params": 3_750_000_000}})
     cells = dict(zip(*table, strict=True))
     assert (cells["overall"], cells["pathology"]) == ("75.0 ± 25.0", "50.0 ± 50.0")
     assert (cells["n"], cells["params, M"]) == ("4", "3750.0")
@@ -124,8 +131,8 @@ def test_mean_and_deviation_over_checkpoints():
     for (ckpt, seed), answers in right.items():
         rows += [row("anomaly", "CT", acc, seed=seed, ckpt=ckpt) for acc in answers]
     s = evaluation.summary(rows)
-    assert s["overall"] == {"mean": 0.5, "std": pytest.approx(math.sqrt(2) / 4), "n": 4}
-    table, _ = evaluation.tables({"x": s | {"params": 1}})
+    assert s["overall"] == {"mean": 0.5, "std": pytest.approx(math.sqrt(2) / 4), "n": 4, "runs": 2}
+    table, _ = cells_of({"x": s | {"params": 1}})
     assert dict(zip(*table, strict=True))["overall"] == "50.0 ± 35.4"
 
 
@@ -146,14 +153,14 @@ def test_rates_have_a_deviation_too():
             row("anomaly", "CT", 1, fmt=0.0, con=NAN, verdict=NAN),
             row("anomaly", "CT", 1, seed=1), row("anomaly", "CT", 1, seed=1)]
     s = evaluation.summary(rows)
-    assert s["format"] == {"mean": 0.75, "std": pytest.approx(math.sqrt(2) / 4), "n": 2}
-    assert s["consistency"] == {"mean": 0.5, "std": pytest.approx(math.sqrt(2) / 2), "n": 2}
-    table, _ = evaluation.tables({"x": s | {"params": 1}})
+    assert s["format"] == {"mean": 0.75, "std": pytest.approx(math.sqrt(2) / 4), "n": 2, "runs": 2}
+    assert s["consistency"] == {"mean": 0.5, "std": pytest.approx(math.sqrt(2) / 2), "n": 2, "runs": 2}
+    table, _ = cells_of({"x": s | {"params": 1}})
     cells = dict(zip(*table, strict=True))
     assert (cells["format"], cells["consistency"]) == ("75.0 ± 35.4", "50.0 ± 70.7")
     once = evaluation.summary(rows[2:])
     assert once["format"]["std"] == once["consistency"]["std"] == 0
-    table, _ = evaluation.tables({"x": once | {"params": 1}})
+    table, _ = cells_of({"x": once | {"params": 1}})
     cells = dict(zip(*table, strict=True))
     assert (cells["format"], cells["consistency"]) == ("100.0", "100.0")
 
@@ -172,8 +179,8 @@ def test_a_name_cannot_break_a_table(world):
     name, task = "out/" + "very_long_name" * 20, "two\nlines | <b>"
     rows = [row(task, "CT", 1, path=world.records[0]["path"])]
     results = {name: evaluation.summary(rows) | {"params": 1}}
-    table, _ = evaluation.tables(results)
-    lines = evaluation.markdown(table).splitlines()
+    table, _ = cells_of(results)
+    lines = evaluation.markdown(evaluation.Table("title", table)).splitlines()[2:]
     assert len(lines) == 3 and all(len(re.split(r"(?<!\\)\|", x)) == len(table[0]) + 2 for x in lines)
     page = evaluation.page(results, {name: rows}, "what")
     assert f"<td>{name}</td>" in page and re.search(r"td:first-child {[^}]*overflow-wrap: anywhere", page)
@@ -195,20 +202,145 @@ def test_table_1s_columns():
     """The paper's tasks in its order, Med-R1's behind them; "-" where there was no question."""
     ours = evaluation.summary(ROWS) | {"params": 1_100_000}
     theirs = evaluation.summary([row("lesion grading", "Fundus", 1)]) | {"params": 1_100_000}
-    table, modality = evaluation.tables({"a|b": ours, "c": theirs})
+    table, modality = cells_of({"a|b": ours, "c": theirs})
     assert table[0] == ["model", "params, M", "anatomy", "anomaly", "location", "modality",
-                        "pathology", "lesion grading", "overall", "format", "consistency", "n"]
+                        "pathology", "lesion grading", "overall", "format", "consistency", "grounding", "n"]
     assert table[1] == ["a|b", "1.1", "-", "75.0", "50.0", "-", "0.0", "-", "57.1", "57.1", "50.0",
-                        "7"]
+                        "-", "7"]
     assert table[2][2:9] == ["-"] * 5 + ["100.0", "100.0"]
     assert modality == [["model", "MRI", "CT", "Fundus"], ["a|b", "100.0", "25.0", "-"],
                         ["c", "-", "-", "100.0"]]
-    lines = evaluation.markdown(table).splitlines()  # the | of a name is escaped
+    lines = evaluation.markdown(evaluation.Table("title", table)).splitlines()[2:]  # the | of a name is escaped
     cells = [re.split(r"(?<!\\)\|", line) for line in lines]
     assert len(lines) == 4 and all(len(x) == len(table[0]) + 2 for x in cells)
 
 
+def test_the_papers_figures_stand_beside(world):
+    """--paper: Table 1's seventeen rows (cells read off the paper again here), under our columns, and the overall of Tables 2
+    and 3 for our rows of those names. Tasks that the paper has not are "-"."""
+    ours = evaluation.summary(ROWS) | {"params": 1e6, "paper": True}
+    other = evaluation.summary([row("lesion grading", "CT", 1)]) | {"params": 1e6, "paper": True}
+    table, _ = cells_of({"Acc-only": ours, "mine": other})
+    header, first, second, *paper = table
+    assert header[2:8] == [*data.TASKS, "lesion grading"] and header[-1] == "overall in the paper"
+    assert (first[-1], second[-1]) == ("78.85 ± 1.08", "-") and len(paper) == 17
+    assert all(len(line) == len(header) for line in table)
+    rows = {line[0]: dict(zip(header, line, strict=True)) for line in paper}
+    assert len(rows) == 17 and {x["lesion grading"] for x in rows.values()} == {x["n"] for x in rows.values()} == {"-"}
+    best, grok = rows["MedAD-R1 (paper)"], rows["Grok4-Fast (paper)"]
+    assert (best["params, M"], grok["params, M"]) == ("3000", "-")
+    assert (best["anatomy"], best["anomaly"], best["location"]) == ("98.87 ± 0.35", "78.24 ± 0.84", "55.90 ± 1.02")
+    assert (best["modality"], best["pathology"], best["overall"]) == ("97.14 ± 0.76", "79.49 ± 1.20", "85.15 ± 0.95")
+    assert (grok["pathology"], grok["overall"]) == ("39.49 ± 1.05", "77.00 ± 1.00")
+    for x in rows.values():  # no row has its overall outside of its tasks
+        tasks = [float(x[task].split()[0]) for task in data.TASKS]
+        assert min(tasks) < float(x["overall"].split()[0]) < max(tasks)
+    assert "(paper)" not in str(cells_of({"a": ours | {"paper": False}}))
+
+
+def test_the_square_of_med_r1():
+    """Trained on one task (line), asked about all (columns): the cells are the accuracies, the means those of lines and of the
+    columns over lines that are named like one; in Markdown the diagonal alone is bold."""
+    right = {"anomaly": ((1, 1), (1, 0)), "location": ((0, 0), (1, 1)), "start": ((0, 1), (0, 0))}
+    results = {}
+    for name, (anomaly, location) in right.items():
+        rows = [row("anomaly", "CT", x) for x in anomaly] + [row("location", "CT", x) for x in location]
+        results[name] = evaluation.summary(rows) | {"params": 1, "matrix": "task"}
+    *_, table = evaluation.tables(results)
+    assert table.heat and table.cells == [
+        ["model", "anomaly", "location", "mean"], ["anomaly", "100.0", "50.0", "75.0"],
+        ["location", "0.0", "100.0", "50.0"], ["start", "50.0", "0.0", "25.0"], ["mean", "50.0", "75.0", "62.5"]]
+    text = evaluation.markdown(table)
+    assert re.findall(r"\*\*(.*?)\*\*", text) == ["100.0", "100.0"] and "| anomaly | **100.0** | 50.0 |" in text
+    assert "| location | 0.0 | **100.0** |" in text and text.startswith(f"{table.title}\n\n| model |")
+
+
+def chain(acc, place="a", con=1.0):
+    """Rows of a checkpoint: {image: accuracies of its questions}."""
+    rows = []
+    for image, answers in acc.items():
+        for i, x in enumerate(answers):
+            rows.append(row("anomaly", "CT", x, id=f"{image}-{i}", path=image, group=image, ckpt=place, con=con))
+    return rows
+
+
+def test_differences_counted_by_hand():
+    """Image p rises in both of its questions, q in neither: the mean is 1/2, and drawing two images of two gives 0, 1/2 or 1,
+    the ends with 1/4 each: an interval from 0 to 1. Where every image rises by 1/2 the interval is that point. Checkpoints are
+    paired by their place and weigh alike; a question without a value is left out; other questions have no difference."""
+    before, after = chain({"p": (0, 0), "q": (1, 1)}, con=NAN), chain({"p": (1, 1), "q": (1, 1)}, "b")
+    found = evaluation.difference(before, after)
+    assert found == {"accuracy": {"mean": 0.5, "low": 0.0, "high": 1.0}}  # no consistency before, no grounding at all
+    after = chain({"p": (1, 0), "q": (0, 1), "r": (1, 0)}, con=0.0)
+    found = evaluation.difference(chain({"p": (0, 0), "q": (0, 0), "r": (0, 0)}), after)
+    assert found["accuracy"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert found["consistency"] == {"mean": -1.0, "low": -1.0, "high": -1.0}
+    one, four = {"p": (0,)}, {"s": (0, 0), "t": (0, 0)}
+    rose = chain({"p": (1,)}, "c") + chain(four, "d")
+    found = evaluation.difference(chain(one, "a") + chain(four, "b"), rose)
+    assert found["accuracy"]["mean"] == 0.5  # of 1 and 0, although one question of five rose
+    assert evaluation.difference(chain(one), chain(four)) == {}
+    same = {"p": (1, 1), "q": (0, 0)}  # two checkpoints on the same images are no four images: the ends stay likely
+    found = evaluation.difference(chain({"p": (0, 0), "q": (0, 0)}, "a") + chain({"p": (0, 0), "q": (0, 0)}, "b"),
+                                  chain(same, "c") + chain(same, "d"))
+    assert found["accuracy"] == {"mean": 0.5, "low": 0.0, "high": 1.0}
+
+
+def test_differences_stand_in_the_report():
+    """Each row minus the one before it, in points; "-" where the questions are others."""
+    rows = {"a": chain({"p": (0, 0), "q": (1, 1)}), "b": chain({"p": (1, 1), "q": (1, 1)}), "c": chain({"s": (1,)})}
+    results, before = {}, None
+    for name, answers in rows.items():
+        results[name] = evaluation.summary(answers) | {"params": 1}
+        if before:
+            results[name]["difference"] = evaluation.difference(rows[before], answers)
+        before = name
+    *_, table = evaluation.tables(results)
+    assert table.cells == [["model", "accuracy", "consistency"], ["a", "-", "-"],
+                           ["b", "+50.0 (+0.0 to +100.0)", "+0.0 (+0.0 to +0.0)"], ["c", "-", "-"]]
+
+
+def test_the_interval_covers_the_truth(monkeypatch):
+    """Simulated: 100 images whose 2 to 5 questions rise or fall together, by 0.1 in the mean. Of 95 % intervals 93 to 97 % hold
+    it; drawn by question, as if those of one image told as much as those of several, not 90 %."""
+    monkeypatch.setattr(evaluation, "RESAMPLES", 400)
+    rng, held, by_question = np.random.default_rng(0), [], []
+    for _ in range(400):
+        images = []
+        for n, change in zip(rng.integers(2, 6, 100), rng.choice((-0.3, 0.5), 100), strict=True):
+            images.append(np.sign(change) * (rng.random(n) < abs(change)))
+        several = dict(enumerate((image.sum(), len(image)) for image in images))
+        figure = evaluation.bootstrap([several])
+        held.append(figure["low"] <= 0.1 <= figure["high"])
+        if len(held) <= 100:
+            single = dict(enumerate((x, 1) for image in images for x in image))
+            figure = evaluation.bootstrap([single])
+            by_question.append(figure["low"] <= 0.1 <= figure["high"])
+    assert 0.93 <= np.mean(held) <= 0.97 and np.mean(by_question) < 0.9
+
+
 # ------------------------------------------------------------------------------------------------------ answering the questions
+
+def test_grounding_is_not_consistency(world, monkeypatch):
+    """A gold thought is true; another picture's is consistent and false, and its false sentences are told; nothing is known
+    of a record that doesn't say what it shows. The means are over the thoughts that state something."""
+    healthy = next(r for r in world.records if r["task"] == "anomaly" and not r["shows"]["lesion"])
+    ill = next(r for r in world.records if r["task"] == "anomaly" and r["shows"]["lesion"])
+    ill = ill | dict(options=STATES, answer="B")
+    texts = [rewards.answer_text(healthy), "<think>There is no lesion. So the image is Normal.</think><answer>A</answer>",
+             rewards.answer_text(healthy), "<think>Well.</think><answer>A</answer>"]
+    script(monkeypatch, world, texts)
+    silent = healthy | dict(id="silent", shows=None)
+    rows = evaluation.evaluate(world.net, world.processor, [healthy, ill, silent, healthy], make_judge(), max_new_tokens=99,
+                               progress=False)
+    assert [r["grounding"] for r in rows[:2]] == [1.0, 0.0] and math.isnan(rows[2]["grounding"])
+    assert rows[1]["con"] == 1.0 and rows[1]["false_statements"] == ["There is no lesion", "So the image is Normal"]
+    assert rows[2]["false_statements"] == [] and math.isnan(rows[3]["grounding"])
+    entry = evaluation.summary([r | dict(ckpt="c") for r in rows])
+    assert entry["grounding"]["mean"] == entry["grounding_by_task"]["anomaly"]["mean"] == 0.5
+    lines = evaluation.remarks({"x": entry}, {"x": rows})
+    assert "x, left out of grounding, no statement or no truth known: 2" in lines
+
 
 def test_rows_follow_the_records(world, monkeypatch):
     """Completions meet the right records over uneven batches, and are scored: gold, wrong, talkative, unfinished."""
@@ -270,16 +402,17 @@ def test_from_checkpoint_to_results(out, monkeypatch, capsys):
     assert results["elsewhere"] == {"overall": {"mean": 0.5}} and len(results) == 2
     entry, rows = results[str(out / "sft")], [json.loads(x) for x in (out / "completions-sft.jsonl").read_text().splitlines()]
     assert set(rows[0]) == {"ckpt", "seed", "id", "task", "modality", "question", "options", "answer", "completion", "thought",
-                            "given", "verdict", "fmt", "acc", "con", "cut_off", "read_as"}
+                            "given", "verdict", "fmt", "acc", "con", "grounding", "false_statements", "group", "cut_off",
+                            "read_as"}
     test = data.read_records(str(out / "phantoms" / "phantoms.jsonl"), "test")
     assert {r["id"] for r in rows} == {r["id"] for r in evaluation.subset(test, 30)} and len(rows) == 30
-    assert entry["overall"] == {"mean": sum(r["acc"] for r in rows) / 30, "std": 0.0, "n": 30}
+    assert entry["overall"] == {"mean": sum(r["acc"] for r in rows) / 30, "std": 0.0, "n": 30, "runs": 1}
     for key, field in (("tasks", "task"), ("modality", "modality")):
         assert {k: v["n"] for k, v in entry[key].items()} == {k: sum(r[field] == k for r in rows) for k in entry[key]}
-        assert all(set(v) == {"mean", "std", "n"} and 0 <= v["mean"] <= 1 for v in entry[key].values())
+        assert all(set(v) == {"mean", "std", "n", "runs"} and 0 <= v["mean"] <= 1 for v in entry[key].values())
         assert sum(v["n"] for v in entry[key].values()) == 30
     for key in ("format", "consistency"):
-        assert set(entry[key]) == {"mean", "std", "n"} and 0 <= entry[key]["mean"] <= 1
+        assert set(entry[key]) == {"mean", "std", "n", "runs"} and 0 <= entry[key]["mean"] <= 1
     assert entry["params"] == M.load(str(out / "sft"))[0].num_parameters() and entry["knobs"]["max_new_tokens"] == 6
     report, page = (out / "report.md").read_text(), (out / "eval.html").read_text()
     assert f"| {out / 'sft'} | 1.1 |" in report and report in capsys.readouterr().out
@@ -337,12 +470,51 @@ def test_each_checkpoint_of_a_row_answers_the_phantoms_beside_it(out, world, tmp
     assert entry["checkpoints"] == [str(out / "sft"), str(other / "sft")]
 
 
+def test_a_checkpoint_is_asked_as_it_was_trained(out, world, monkeypatch):
+    """Its knobs.json tells where the thought stands, so that --thinking's ablations can be rows of one table; the flag wins."""
+    copies = {}
+    for thinking in ("none", "after", "before"):
+        copies[thinking] = out / f"grpo-{thinking}"
+        copies[thinking].mkdir()
+        for file in os.listdir(world.folder):
+            (copies[thinking] / file).symlink_to(os.path.join(world.folder, file))
+        (copies[thinking] / "knobs.json").write_text(json.dumps({"thinking": thinking}))
+    answers = {"none": "<answer>A</answer>", "after": "<answer>A</answer><think>t</think>",
+               "before": "<think>t</think><answer>A</answer>"}
+    script(monkeypatch, world, [answers[x] for x in copies for _ in range(3)])
+    run(monkeypatch, "--ckpt", *copies.values(), "--questions", 3)
+    results = json.loads((out / "results.json").read_text())
+    assert [results[str(folder)]["format"]["mean"] for folder in copies.values()] == [1, 1, 1]
+    script(monkeypatch, world, [answers["after"]] * 3)
+    run(monkeypatch, "--ckpt", copies["after"], "--questions", 3, "--thinking", "before")
+    assert json.loads((out / "results.json").read_text())[str(copies["after"])]["format"]["mean"] == 0
+
+
+def test_two_processes_answer_as_one(out, world, monkeypatch):
+    """torchrun: each question once over all processes, the same completions in the same order and the same figures."""
+    flags = ["--ckpt", str(out / "sft"), f"two={out / 'sft'}", "--max_new_tokens", "5", "--questions", "9", "--paper"]
+    run(monkeypatch, *flags, "--out", out / "one")
+    program = str(Path(evaluation.__file__).resolve())
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program, *flags,
+                           "--out", str(out / "both")], text=True, capture_output=True, timeout=120,
+                          env=os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""))
+    assert done.returncode == 0, done.stderr
+    one, both = out / "one", out / "both"
+    for file in ("completions-sft.jsonl", "completions-two.jsonl", "report.md", "eval.html"):
+        assert (one / file).read_bytes() == (both / file).read_bytes(), file
+    assert len((both / "completions-two.jsonl").read_text().splitlines()) == 9
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, both)]
+    for entry in (*results[0].values(), *results[1].values()):
+        entry["knobs"].pop("out")
+    assert results[0] == results[1] and results[0]["two"]["difference"]["accuracy"] == {"mean": 0, "low": 0, "high": 0}
+
+
 def test_a_completion_cannot_script_the_page(world, tmp_path):
     """Model output, questions, options and names are escaped; the page holds no markup but its own."""
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
     records = [r | dict(question=evil + r["question"], options=[evil + o for o in r["options"]]) for r in world.records[:4]]
     texts = [evil, f"<think>{evil}</think><answer>A</answer>", f"<think>t</think><answer>{evil}</answer>", "{{ 7 * 7 }}"]
-    rows = [answer | dict(ckpt=evil, path=record["path"], seed=0, cut_off=False)
+    rows = [answer | dict(ckpt=evil, path=record["path"], seed=0, cut_off=False, grounding=NAN)
             for answer, record in zip(rewards.score(texts, records, make_judge()), records, strict=True)]
     page = evaluation.page({evil: evaluation.summary(rows) | {"params": 1}}, {evil: rows}, evil)
     assert "<script" not in page and "<img src=x" not in page and page.count("<img ") == 4
@@ -410,6 +582,8 @@ def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken" / "results.json").write_text("[1, 2")
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "results.json").write_text("[1, 2]")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "knobs.json").write_text('{"thinking": "aloud"}')
     ok, picture = ["--ckpt", out / "sft"], world.records[0]["path"]
     cases = [
         (["--ckpt", out / "none"], "no such checkpoint"),
@@ -427,6 +601,8 @@ def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
         ([*ok, "--batch", 0], "--batch 0: expected at least 1"),
         ([*ok, "--judge", "oracle"], "judge 'oracle' is unknown"),
         ([*ok, "--beam", 4], "unrecognized arguments"),
+        ([*ok, "--matrix", "task"], "--matrix task: expected --ckpt NAME=A.., NAME one of anatomy, anomaly"),
+        (["--ckpt", tmp_path / "odd"], "thinking 'aloud' is not known"),
         ([*ok, "--out", tmp_path / "broken"], "not a JSON object"),
         ([*ok, "--out", tmp_path / "list"], "not a JSON object"),
         ([*ok, "--image", picture], "one question needs"),

@@ -182,7 +182,7 @@ def test_ten_manners_through_the_command(chat, monkeypatch, tmp_path, capfd):
     entry, rows = evaluate(monkeypatch, tmp_path, chat)
     read = {row["id"]: (row["completion"], row["given"], row["read_as"]) for row in rows}
     assert read == MANNERS | dict(broken=("", None, "failed"))
-    assert entry["overall"] == dict(mean=5 / 9, std=0.0, n=10) and entry["tasks"]["modality"] == entry["overall"]
+    assert entry["overall"] == dict(mean=5 / 9, std=0.0, n=10, runs=1) and entry["tasks"]["modality"] == entry["overall"]
     assert entry["format"]["mean"] == 2 / 9 and entry["params"] is None
     assert entry["read_as"] == {"tags": 2, "last line": 3, "option text": 1, "unreadable": 3, "failed": 1}
     consistent = {row["id"]: row["con"] for row in rows}
@@ -191,7 +191,7 @@ def test_ten_manners_through_the_command(chat, monkeypatch, tmp_path, capfd):
     assert entry["consistency"]["mean"] == 2 / 9 and entry["cut_off"] == 1 / 9
     report = (tmp_path / "out" / "report.md").read_text()
     assert re.search(r"^\| Chat \| - \|.* 55\.6 .*\| 10 \|$", report, re.M)
-    assert "answers read as: tags 2, last line 3, option text 1, unreadable 3, failed 1 (no reply: in no mean)" in report
+    assert "answers read as: failed 1, last line 3, option text 1, tags 2, unreadable 3 (no reply: in no mean)" in report
     assert "modality, answers given: CT 50 %, unreadable 30 %" in report
     page = (tmp_path / "out" / "eval.html").read_text()
     assert page.count("<section>") == 9 and "broken" not in page

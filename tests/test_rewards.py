@@ -16,7 +16,9 @@ from rewards import (
     answer_letter,
     consistency_reward,
     format_reward,
+    grounding,
     parse_completion,
+    statements,
     total_reward,
 )
 
@@ -212,3 +214,44 @@ def test_a_million_characters(unit):
         consistency_reward(text, MODALITY, "C")
     assert answer_letter(noise, MODALITY["options"]) is None
     assert time.process_time() - began < 2
+
+
+# ---- grounding ---------------------------------------------------------------------------------------------------------------
+
+def test_gold_thoughts_are_true_of_their_pictures_alone(world):
+    """Every sentence of a gold thought is read as a statement and true; of a picture that differs in everything none is."""
+    for r in world.records:
+        told = statements(r["thought"], r["shows"])
+        assert len(told) == r["thought"].count(".") and all(told.values()), r["thought"]
+        assert grounding(r["thought"], r["shows"]) == dict(grounding=1.0, false_statements=[])
+    one = dict(modality="MRI", anatomy="Brain", lesion="cyst", style="cystic", location="Left Upper")
+    for r in world.records:
+        shows = r["shows"]
+        apart = [one[key] != shows[key] for key in one]
+        if all(apart) and (shows["lesion"] is None or r["task"] != "anomaly"):
+            assert not any(statements(r["thought"], one).values()), r["thought"]
+
+
+@pytest.mark.parametrize("sentence, true", [
+    ("There is a thick rim in the Left Upper", True), ("There is a thick rim in the Right Upper", False),
+    ("There is a smooth blob in the Left Upper", False), ("There is no lesion", False), ("A lesion is seen", True),
+    ("This fits abscess", True), ("This fits cyst", False), ("This is not a cyst", True), ("No abscess", False),
+    ("So the image is Abnormal", True), ("So the image is Normal", False), ("So the image is Uncertain", False),
+    ("soft tissue and dark bone suggest MRI", True), ("Soft tissue and white bone suggest MRI", False),
+    ("Bright vessels and soft tissue suggest CE-MRI", False), ("The region is Brain", True),
+    ("The region is Lung", False), ("So the lesion lies in the Left Upper", True), ("I look at it well", None)])
+def test_what_a_sentence_says_of_a_picture(sentence, true):
+    """One lesion in an MRI of the brain, sentence by sentence; None: it states nothing that can be checked."""
+    shows = dict(modality="MRI", anatomy="Brain", lesion="abscess", style="ring", location="Left Upper")
+    told = statements(f"{sentence}. ", shows)
+    assert told == ({} if true is None else {sentence: true})
+    assert grounding(f"{sentence}!", shows)["false_statements"] == ([sentence] if true is False else [])
+
+
+def test_nothing_known_is_no_grounding():
+    """No thought, no "shows", no statement: nan, and no false sentence."""
+    shows = dict(modality="MRI", anatomy="Brain", lesion=None, style=None, location=None)
+    for thought, picture in ((None, shows), ("The region is Lung.", None), ("Well.", shows)):
+        found = grounding(thought, picture)
+        assert math.isnan(found["grounding"]) and found["false_statements"] == []
+    assert grounding("No lesion. The region is Lung. It is MRI.", shows)["grounding"] == pytest.approx(2 / 3)
