@@ -400,12 +400,12 @@ WRITE_TOKENS = 512
 SIDE = 1024  # px, longer side of an image sent; on the review page a quarter
 
 
-def data_url(record, side):
-    """The record's image as a PNG, its longer side at most `side` px, in a data: URL."""
+def data_url(record, side, kind="PNG"):
+    """The record's image as a PNG or JPEG, its longer side at most `side` px, in a data: URL."""
     image, file = data.load_image(record), io.BytesIO()
     image.thumbnail((side, side))
-    image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    image.save(file, kind, quality=85)  # a PNG has none
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def read_text(reply):
