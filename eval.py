@@ -173,9 +173,10 @@ def percent(figure, several):
 
 
 class Table(NamedTuple):
+    """heat: a map, with its diagonal where the name of a line is that of a column."""
     title: str
-    cells: list         # [header, line, ...] of texts
-    heat: bool = False  # on the page its cells are coloured by value
+    cells: list  # [header, line, ...] of texts
+    heat: bool = False
 
 
 def tables(results):
@@ -254,7 +255,7 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
   style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-{% if again %}<meta http-equiv="refresh" content="{{ again }}">{% endif %}
+{% if again %}<noscript><meta http-equiv="refresh" content="{{ again }}"></noscript>{% endif %}
 <title>{{ title }}</title>
 <style>
   :root { color-scheme: light dark; --light: 34% }
@@ -323,7 +324,7 @@ PAGE = """<!doctype html>
       <tr><th scope="row">{{ cells[0] }}</th>
       {% for cell in cells[1:] %}
         {% set value, column = number(cell), table.cells[0][loop.index] %}
-        <td class="{{ "own" if table.heat and column == cells[0] }}
+        <td class="{{ "own" if table.heat and column == cells[0] != "mean" }}
           {{- "best" if best[loop.index] in [value] }}"
           {%- if table.heat and value is number %} style="--share: {{ value / 100 }}"{% endif %}>
           {{- cell }}</td>
@@ -406,6 +407,9 @@ function show() {  // what is chosen stands behind the address's #: it outlives 
 form.onchange = () => location.replace("#" + new URLSearchParams(new FormData(form)));
 window.onhashchange = show;
 show();
+{# the header's refresh alone would not reload an address that has a # #}
+{% if again %}setTimeout(() => location.reload(), {{ 1000 * again }});{% endif %}
+
 </script></html>
 """
 
@@ -573,7 +577,7 @@ def page(results, rows, what):
     for question in examples(first):
         answers = [(k, x[question]) for k, x in enumerate(first.values()) if question in x]
         asked = answers[-1][1]
-        shown.append((data_url(asked, THUMBNAIL, "JPEG"), asked, answers))
+        shown.append((data_url(asked, THUMBNAIL, kind="JPEG"), asked, answers))
     runs = {name: entry["checkpoints"] for name, entry in results.items()}
     tasks = grouped([asked for _, asked, _ in shown], "task", data.TASKS)
     return render("Evaluation", what, runs, tables=tables(results), remarks=remarks(results, rows),

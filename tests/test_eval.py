@@ -34,6 +34,10 @@ ROWS = [  # 3 of 4, 1 of 2 and 0 of 1 right: 4 of 7 overall, where the tasks' me
     row("pathology", "CT", 0, fmt=0.0, given="C")]
 
 
+def cells_of(results):
+    return [table.cells for table in evaluation.tables(results)]
+
+
 def accuracies(entries):
     return {name: (e["mean"], e["n"]) for name, e in entries.items()}
 
@@ -86,7 +90,7 @@ def test_rates_and_a_failed_judge():
     rows = [row("anomaly", "CT", 1, con=NAN, verdict=NAN)]
     failed = evaluation.summary(rows)
     assert failed["consistency"]["mean"] is None and failed["judge_failed"] == 1
-    table, _ = evaluation.tables({"x": failed | {"params": 1}})
+    table, _ = cells_of({"x": failed | {"params": 1}})
     assert table[1][table[0].index("consistency")] == "-"
     lines = evaluation.remarks({"x": failed}, {"x": rows})
     assert "x, left out of consistency, F failed: 1" in lines
@@ -111,7 +115,7 @@ def test_mean_and_deviation_over_seeds():
     assert s["overall"] == {"mean": 0.75, "std": pytest.approx(0.25), "n": 4}
     assert s["tasks"]["anomaly"] == {"mean": 1.0, "std": 0.0, "n": 2}
     assert s["tasks"]["pathology"] == {"mean": 0.5, "std": pytest.approx(0.5), "n": 2}  # 0, 1, 1/2
-    table, _ = evaluation.tables({"x": s | {"params": 3_750_000_000}})
+    table, _ = cells_of({"x": s | {"params": 3_750_000_000}})
     cells = dict(zip(*table, strict=True))
     assert (cells["overall"], cells["pathology"]) == ("75.0 ± 25.0", "50.0 ± 50.0")
     assert (cells["n"], cells["params, M"]) == ("4", "3750.0")
@@ -125,7 +129,7 @@ def test_mean_and_deviation_over_checkpoints():
         rows += [row("anomaly", "CT", acc, seed=seed, ckpt=ckpt) for acc in answers]
     s = evaluation.summary(rows)
     assert s["overall"] == {"mean": 0.5, "std": pytest.approx(math.sqrt(2) / 4), "n": 4}
-    table, _ = evaluation.tables({"x": s | {"params": 1}})
+    table, _ = cells_of({"x": s | {"params": 1}})
     assert dict(zip(*table, strict=True))["overall"] == "50.0 ± 35.4"
 
 
@@ -148,12 +152,12 @@ def test_rates_have_a_deviation_too():
     s = evaluation.summary(rows)
     assert s["format"] == {"mean": 0.75, "std": pytest.approx(math.sqrt(2) / 4), "n": 2}
     assert s["consistency"] == {"mean": 0.5, "std": pytest.approx(math.sqrt(2) / 2), "n": 2}
-    table, _ = evaluation.tables({"x": s | {"params": 1}})
+    table, _ = cells_of({"x": s | {"params": 1}})
     cells = dict(zip(*table, strict=True))
     assert (cells["format"], cells["consistency"]) == ("75.0 ± 35.4", "50.0 ± 70.7")
     once = evaluation.summary(rows[2:])
     assert once["format"]["std"] == once["consistency"]["std"] == 0
-    table, _ = evaluation.tables({"x": once | {"params": 1}})
+    table, _ = cells_of({"x": once | {"params": 1}})
     cells = dict(zip(*table, strict=True))
     assert (cells["format"], cells["consistency"]) == ("100.0", "100.0")
 
@@ -172,12 +176,13 @@ def test_a_name_cannot_break_a_table(world):
     name, task = "out/" + "very_long_name" * 20, "two\nlines | <b>"
     rows = [row(task, "CT", 1, path=world.records[0]["path"])]
     results = {name: evaluation.summary(rows) | {"params": 1}}
-    table, _ = evaluation.tables(results)
-    lines = evaluation.markdown(table).splitlines()
+    table, _ = cells_of(results)
+    lines = evaluation.markdown(evaluation.Table("title", table)).splitlines()[2:]
     assert len(lines) == 3 and all(len(re.split(r"(?<!\\)\|", x)) == len(table[0]) + 2 for x in lines)
     page = evaluation.page(results, {name: rows}, "what")
-    assert f"<td>{name}</td>" in page and re.search(r"td:first-child {[^}]*overflow-wrap: anywhere", page)
-    assert page.count("<th>") == page.count("<td>") == len(table[0]) + 2 and "<th>two\nlines | &lt;b&gt;</th>" in page
+    assert f'<th scope="row">{name}</th>' in page and re.search(r"body {[^}]*overflow-wrap: anywhere", page)
+    assert page.count('<th scope="col">') == len(table[0]) + 2 and page.count("<td") == len(table[0])
+    assert '<th scope="col">two\nlines | &lt;b&gt;</th>' in page
 
 
 def test_answers_given_show_a_collapse():
@@ -195,7 +200,7 @@ def test_table_1s_columns():
     """The paper's tasks in its order, Med-R1's behind them; "-" where there was no question."""
     ours = evaluation.summary(ROWS) | {"params": 1_100_000}
     theirs = evaluation.summary([row("lesion grading", "Fundus", 1)]) | {"params": 1_100_000}
-    table, modality = evaluation.tables({"a|b": ours, "c": theirs})
+    table, modality = cells_of({"a|b": ours, "c": theirs})
     assert table[0] == ["model", "params, M", "anatomy", "anomaly", "location", "modality",
                         "pathology", "lesion grading", "overall", "format", "consistency", "n"]
     assert table[1] == ["a|b", "1.1", "-", "75.0", "50.0", "-", "0.0", "-", "57.1", "57.1", "50.0",
@@ -203,7 +208,7 @@ def test_table_1s_columns():
     assert table[2][2:9] == ["-"] * 5 + ["100.0", "100.0"]
     assert modality == [["model", "MRI", "CT", "Fundus"], ["a|b", "100.0", "25.0", "-"],
                         ["c", "-", "-", "100.0"]]
-    lines = evaluation.markdown(table).splitlines()  # the | of a name is escaped
+    lines = evaluation.markdown(evaluation.Table("title", table)).splitlines()[2:]  # the | of a name is escaped
     cells = [re.split(r"(?<!\\)\|", line) for line in lines]
     assert len(lines) == 4 and all(len(x) == len(table[0]) + 2 for x in cells)
 
@@ -283,9 +288,7 @@ def test_from_checkpoint_to_results(out, monkeypatch, capsys):
     assert entry["params"] == M.load(str(out / "sft"))[0].num_parameters() and entry["knobs"]["max_new_tokens"] == 6
     report, page = (out / "report.md").read_text(), (out / "eval.html").read_text()
     assert f"| {out / 'sft'} | 1.1 |" in report and report in capsys.readouterr().out
-    wrong = sum(r["acc"] == 0 for r in rows)
-    shown = min(wrong, evaluation.SHOWN) + min(30 - wrong, evaluation.SHOWN)
-    assert page.count("data:image/png;base64,") == shown
+    assert page.count("data:image/jpeg;base64,") == 30 <= evaluation.SHOWN
     assert "src=\"http" not in page and "href" not in page
     assert sorted(os.listdir(out)) == ["completions-sft.jsonl", "eval.html", "phantoms", "report.md", "results.json", "sft"]
 
@@ -337,38 +340,6 @@ def test_each_checkpoint_of_a_row_answers_the_phantoms_beside_it(out, world, tmp
     assert entry["checkpoints"] == [str(out / "sft"), str(other / "sft")]
 
 
-def test_a_completion_cannot_script_the_page(world, tmp_path):
-    """Model output, questions, options and names are escaped; the page holds no markup but its own."""
-    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-    records = [r | dict(question=evil + r["question"], options=[evil + o for o in r["options"]]) for r in world.records[:4]]
-    texts = [evil, f"<think>{evil}</think><answer>A</answer>", f"<think>t</think><answer>{evil}</answer>", "{{ 7 * 7 }}"]
-    rows = [answer | dict(ckpt=evil, path=record["path"], seed=0, cut_off=False)
-            for answer, record in zip(rewards.score(texts, records, make_judge()), records, strict=True)]
-    page = evaluation.page({evil: evaluation.summary(rows) | {"params": 1}}, {evil: rows}, evil)
-    assert "<script" not in page and "<img src=x" not in page and page.count("<img ") == 4
-    assert "&lt;script&gt;alert(1)" in page and "{{ 7 * 7 }}" in page
-    assert page.count("alert(1)") == page.count("&lt;script&gt;alert(1)")
-
-
-@pytest.mark.parametrize("wrong, shown", [(10, (10, 20)), (30, (20, 20)), (55, (20, 5))])
-def test_the_page_shows_right_and_wrong(world, wrong, shown):
-    """Of 60 questions at most SHOWN wrong ones, then at most SHOWN right ones, each with the
-    answers of both checkpoints."""
-    acc = {r["id"]: float(i >= wrong) for i, r in enumerate(world.records[:60])}  # by the last one
-    rows = {"a": [], "b": []}
-    for r in world.records[:60]:
-        same = {key: r[key] for key in ("task", "modality", "id", "path")}
-        rows["a"].append(row(**same, acc=1, ckpt="a"))
-        rows["b"].append(row(**same, acc=acc[r["id"]], ckpt="b"))
-    results = {c: evaluation.summary(answers) | {"params": 1} for c, answers in rows.items()}
-    page = evaluation.page(results, rows, "what")
-    ids = re.findall(r'<p class="what">(phantom-[\w-]+), ', page)
-    assert len(ids) == len(set(ids)) == sum(shown)
-    assert [acc[x] for x in ids] == [0] * shown[0] + [1] * shown[1]
-    assert page.count('class="no">accuracy 0.0') == shown[0]
-    assert page.count('class="yes">accuracy 1.0') == sum(shown) + shown[1]
-
-
 def test_the_page_keeps_two_files_of_the_same_ids_apart(world):
     """Two files may have the same ids: an image stands beside the answers to its own question alone."""
     one, two = world.records[0], world.records[0] | dict(path=world.mixed[1]["path"], question="Another?")
@@ -377,13 +348,15 @@ def test_the_page_keeps_two_files_of_the_same_ids_apart(world):
         same = {key: record[key] for key in ("id", "path", "question")}
         rows[name] = [row("anomaly", "CT", 1, completion=f"by {name}", **same)]
     results = {name: evaluation.summary(answers) | {"params": 1} for name, answers in rows.items()}
-    page = evaluation.page(results, rows, "what")  # the questions are the last checkpoint's
-    assert "Another?" in page and one["question"] not in page and "by b" in page and "by a" not in page
-    assert evaluation.data_url(two, evaluation.THUMBNAIL) in page and page.count("<img ") == 1
+    images = [evaluation.data_url(record, evaluation.THUMBNAIL, kind="JPEG") for record in (one, two)]
+    sections = evaluation.page(results, rows, "what").split("<section")[1:]
+    assert [[x in part for x in ("by a", one["question"], images[0])] for part in sections] == [[False] * 3, [True] * 3]
+    assert [[x in part for x in ("by b", "Another?", images[1])] for part in sections] == [[True] * 3, [False] * 3]
     both = [answer | dict(ckpt=name) for name in "ab" for answer in rows[name]]
     page = evaluation.page({"ab": evaluation.summary(both) | {"params": 1}}, {"ab": both}, "what")
-    assert page.count("<img ") == 2 and "by a" in page and "by b" in page
-    assert page.index(evaluation.data_url(one, evaluation.THUMBNAIL)) < page.index("by a") < page.index("by b")
+    assert page.count("<img ") == 2
+    assert [("by a" in part, "by b" in part) for part in page.split("<img ")[1:]] in ([(True, False), (False, True)],
+                                                                                    [(False, True), (True, False)])
 
 
 def test_one_question(out, world, monkeypatch, capsys):
