@@ -31,7 +31,7 @@ import re
 import time
 from collections import Counter
 from contextlib import suppress
-from itertools import chain, zip_longest
+from itertools import chain, product, zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -262,13 +262,11 @@ PAGE = """<!doctype html>
   @media (prefers-color-scheme: dark) { :root { --light: 68% } }
   body { font: 15px/1.45 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
     overflow-wrap: anywhere }
-  p { margin: .3em 0 }
-  .what { font-size: 13px; opacity: .75 }
+  p { margin: .3em 0 } .what { font-size: 13px; opacity: .75 }
   .yes { color: hsl(140 65% var(--light)) } .no { color: hsl(0 65% var(--light)) }
-  .scroll { overflow: auto; margin: 1em 0 } caption { text-align: left; font-weight: bold }
+  .scroll { overflow: auto; margin: 1em 0 } caption { text-align: left; font-weight: bold; white-space: nowrap }
   th, td { padding: 2px 9px; text-align: right; white-space: nowrap }
-  th:first-child { min-width: 8em; text-align: left; white-space: normal }
-  th[scope=row] { font-weight: normal }
+  th:first-child { min-width: 8em; text-align: left; white-space: normal; font-weight: normal }
   td[style] { background: hsl(200 70% 45% / calc(.75 * var(--share))) }
   .best { font-weight: bold } .own { outline: 2px solid; outline-offset: -3px }
   .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21em, 100%), 1fr)) }
@@ -373,7 +371,7 @@ PAGE = """<!doctype html>
     {% for who, row in answers %}
       {% set seen, has_letters = visible(row.thought or "") %}
       <div data-who="{{ who }}" class="{{ kinds_of(row) | join(" ") }}">
-        <p class="what">{{ names[who] }}{% if row.cut_off %}, cut off at the limit{% endif %}</p>
+        <p><b>{{ names[who] }}</b>{% if row.cut_off %}, cut off at the limit{% endif %}</p>
         <p class="said" dir="auto">{{ row.completion | truncate(4000, True, rest) }}</p>
         <p class="{{ "yes" if row.acc == 1 else "no" }}">{{ given(row) }}</p>
         <p class="what">accuracy {{ row.acc }}, format {{ row.fmt }}, consistency {{ row.con }};
@@ -438,8 +436,7 @@ class Chart(NamedTuple):
 
 
 def ticks(low, high):
-    """Round numbers that enclose low..high -> {number: text}; 1, 2 or 5 times a power of ten apart.
-    """
+    """Round numbers, 1, 2 or 5 times a power of ten apart, that enclose low..high -> {x: text}."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = min(low, 0), max(high, 0) or 1
     step = 10 ** math.floor(math.log10((high - low) / 4))
@@ -490,12 +487,12 @@ def curve(key, over, logs):
 
 def curves(runs):
     """{name: folders of its runs} -> [("step" or "minutes", Chart)], every figure over both."""
-    logs, charts = [], []
+    logs = []
     for k, (name, folders) in enumerate(runs.items()):
         logs += [(name, k, steps_of(folder)) for folder in folders]
-    for key in CURVES:
-        charts += [("step", curve(key, "step", logs)), ("minutes", curve(key, "minutes", logs))]
-    return [pair for pair in charts if pair[1]]
+    pairs = product(CURVES, ("step", "minutes"))
+    charts = [(over, curve(key, over, logs)) for key, over in pairs]
+    return [(over, chart) for over, chart in charts if chart]
 
 
 def accuracy_chart(results):
