@@ -264,7 +264,8 @@ PAGE = """<!doctype html>
     overflow-wrap: anywhere }
   p { margin: .3em 0 } .what { font-size: 13px; opacity: .75 }
   .yes { color: hsl(140 65% var(--light)) } .no { color: hsl(0 65% var(--light)) }
-  .scroll { overflow: auto; margin: 1em 0 } caption { text-align: left; font-weight: bold; white-space: nowrap }
+  caption { text-align: left; font-weight: bold; white-space: nowrap }
+  .scroll { overflow: auto; margin: 1em 0 }
   th, td { padding: 2px 9px; text-align: right; white-space: nowrap }
   th:first-child { min-width: 8em; text-align: left; white-space: normal; font-weight: normal }
   td[style] { background: hsl(200 70% 45% / calc(.75 * var(--share))) }
