@@ -278,6 +278,7 @@ PAGE = """<!doctype html>
   polyline { fill: none; stroke: currentColor; stroke-width: 1.7; stroke-linejoin: round }
   .raw { opacity: .25; stroke-width: 1 } .grid { opacity: .2; stroke-width: 1 }
   .choice { position: sticky; top: 0; padding: .5em 0; background: Canvas }
+  select { max-width: 100% }
   section { display: flex; gap: 1.2em; border-top: 1px solid #8888; padding: 1em 0 }
   section[hidden] { display: none } section div { flex: 1; min-width: 0 }
   img { width: 160px; height: max-content }
@@ -314,6 +315,9 @@ PAGE = """<!doctype html>
 
 <h1>{{ title }}</h1>
 <p>{{ what }}</p>
+{% for name, folders in runs.items() if folders != [name] %}
+  <p class="what">{{ name }}: {{ folders | join(", ") }}</p>
+{% endfor %}
 <form>
 {% for table in tables %}
   {% set best = best_of(table) %}
@@ -378,7 +382,8 @@ PAGE = """<!doctype html>
         <p class="what">accuracy {{ row.acc }}, format {{ row.fmt }}, consistency {{ row.con }};
           F: {{ "failed" if failed(row.verdict) else row.verdict or "undecided" }}</p>
         {% if has_letters %}
-          <details class="what"><summary>with letters and answer statements cut, F sees</summary>
+          <details class="what"><summary>without letters and answer statements, as F sees it
+            (unless --judge_sees raw)</summary>
             <p class="said" dir="auto">{{ seen | truncate(4000, True, rest) }}</p></details>
         {% endif %}
         {% for sentence in row.false_statements %}
@@ -561,7 +566,7 @@ def render(title, what, runs, **parts):
 
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(PAGE).render(
-        title=title, what=what, curves=curves(runs), kinds=KINDS, letters=data.LETTERS,
+        title=title, what=what, runs=runs, curves=curves(runs), kinds=KINDS, letters=data.LETTERS,
         number=number, best_of=best_of, kinds_of=kinds_of, given=given_option,
         failed=rewards.failed, visible=rewards.visible_thought, **parts)
 
@@ -593,7 +598,7 @@ def watch(folders, out):
         os.makedirs(out, exist_ok=True)
         what = f"As of {time.strftime('%X')}, {'renewed while it goes on' if again else 'ended'}."
         runs = {folder: [folder] for folder in folders}
-        data.write_text(path, render("Training", what, runs, again=again))
+        data.write_text(path, render(", ".join(folders), what, runs, again=again))
 
     print(f"{path}: open it in a browser; Ctrl-C ends this")
     with suppress(KeyboardInterrupt):

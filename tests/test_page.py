@@ -224,7 +224,7 @@ def test_what_an_example_tells(world):
     parts = {i: part for i, part in re.findall(r'<section.*?<p class="what">(phantom-[\w-]+), (.*?)</section>', page, re.S)}
     told = [parts[r["id"]] for r in rows]
     assert "F: B" in told[0] and "Not so in the image: There is &lt;a&gt; rim." in told[0]
-    assert re.search(r'F sees</summary>\s*<p class="said" dir="auto">A bright rim.</p>', told[0])
+    assert re.search(r'raw\)</summary>\s*<p class="said" dir="auto">A bright rim.</p>', told[0])
     assert "F: failed" in told[1] and "<details" not in told[1] and "cut off" not in told[1]
     assert "F: undecided" in told[2] and "cut off at the limit" in told[2] and "unreadable" in told[2]
 
