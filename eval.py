@@ -164,19 +164,19 @@ def summary(rows):
 
 # ---- the report ----------------------------------------------------------------------------------
 
+class Table(NamedTuple):
+    """heat: a map, with its diagonal where the name of a line is that of a column."""
+    title: str
+    cells: list  # [header, line, ...] of texts
+    heat: bool = False
+
+
 def percent(figure, several):
     """A figure -> a cell of a table, with its deviation if it is of several runs; "-" for none."""
     if figure is None or figure["mean"] is None:
         return "-"
     mean, std = 100 * figure["mean"], 100 * figure["std"]
     return f"{mean:.1f} ± {std:.1f}" if several else f"{mean:.1f}"
-
-
-class Table(NamedTuple):
-    """heat: a map, with its diagonal where the name of a line is that of a column."""
-    title: str
-    cells: list  # [header, line, ...] of texts
-    heat: bool = False
 
 
 def tables(results):

@@ -340,6 +340,19 @@ def test_each_checkpoint_of_a_row_answers_the_phantoms_beside_it(out, world, tmp
     assert entry["checkpoints"] == [str(out / "sft"), str(other / "sft")]
 
 
+def test_a_completion_cannot_script_the_page(world, tmp_path):
+    """Model output, questions, options and names are escaped; the page holds no markup but its own."""
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    records = [r | dict(question=evil + r["question"], options=[evil + o for o in r["options"]]) for r in world.records[:4]]
+    texts = [evil, f"<think>{evil}</think><answer>A</answer>", f"<think>t</think><answer>{evil}</answer>", "{{ 7 * 7 }}"]
+    rows = [answer | dict(ckpt=evil, path=record["path"], seed=0, cut_off=False)
+            for answer, record in zip(rewards.score(texts, records, make_judge()), records, strict=True)]
+    page = evaluation.page({evil: evaluation.summary(rows) | {"params": 1}}, {evil: rows}, evil)
+    assert page.count("<script") == 1 and "<img src=x" not in page and page.count("<img ") == 4
+    assert "&lt;script&gt;alert(1)" in page and "{{ 7 * 7 }}" in page
+    assert page.count("alert(1)") == page.count("&lt;script&gt;alert(1)")
+
+
 def test_the_page_keeps_two_files_of_the_same_ids_apart(world):
     """Two files may have the same ids: an image stands beside the answers to its own question alone."""
     one, two = world.records[0], world.records[0] | dict(path=world.mixed[1]["path"], question="Another?")
