@@ -530,10 +530,11 @@ def number(cell):
 
 
 def best_of(table):
-    """A Table -> {column: its largest number}, but for counts and equal ones; {} if it is heat."""
-    best = {}
+    """A Table -> {column: its largest number}, but for counts and equal ones; {} if it is heat. The
+    paper's rows, which are of other questions, don't compete."""
+    best, lines = {}, [line for line in table.cells[1:] if not line[0].endswith("(paper)")]
     for k, name in enumerate(table.cells[0]):
-        values = {number(line[k]) for line in table.cells[1:]} - {None}
+        values = {number(line[k]) for line in lines} - {None}
         counts = k == 0 or name == "n" or name.startswith("params")
         if len(values) > 1 and not counts and not table.heat:
             best[k] = max(values)
