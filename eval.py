@@ -5,7 +5,7 @@ scored by the code that gives the rewards: rewards.score, with an F of judge.py.
 checkpoints are:
 
     results.json              figures as fractions; checkpoints evaluated earlier stay in it
-    report.md, eval.html      the tables; on the page also some questions with image and answers
+    report.md, eval.html      the tables; on the page also charts and questions with their answers
     completions-NAME.jsonl    every completion with its scores
 
     python eval.py --ckpt out/tiny-base out/sft out/grpo         # on out/phantoms
@@ -15,6 +15,7 @@ checkpoints are:
     python eval.py --ckpt CT=out/ct MRI=out/mri --matrix modality      # Med-R1's square
     torchrun --nproc_per_node=8 eval.py --ckpt out/grpo          # the questions are shared out
     python eval.py --ckpt out/grpo --image scan.png --question "What is this?" --options MRI CT
+    python eval.py --watch out/grpo      # while it trains: its curves, in out/grpo/watch.html
 
 The columns are named by task. Those of the paper's Table 1 are anatomy ("Anatomy ID." there),
 anomaly ("Anomaly Det."), location ("Lesion Loc."), modality ("Modality Class.") and pathology
@@ -33,7 +34,11 @@ import math
 import os
 import random
 import re
+import time
 from collections import Counter, defaultdict
+from contextlib import suppress
+from itertools import chain, product, zip_longest
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -78,10 +83,15 @@ KNOBS = dict(  # the flags, as argparse takes them
     image=dict(help="answer one question about this image file instead"),
     question=dict(help="that question"),
     options=dict(nargs="+", default=[], help="its options, 2 to 6 texts"),
+    watch=dict(nargs="+", default=[], help="folders of runs: instead, keep watch.html, a page with "
+               "their curves, up to date while they train; in --out or the first of them"),
 )
 LEAST = dict(questions=0, temperature=0, batch=1, max_new_tokens=0, max_pixels=1)
-SHOWN = 20       # on the page, questions answered wrong at most, and as many answered right
+SHOWN = 60       # questions on the page at most
+POINTS = 200     # of a curve that are drawn at most
 THUMBNAIL = 224  # px, longer side of an image on the page
+EVERY = 5        # s between two looks at a run that is watched, and between the page's reloads
+QUIET = 600      # s without a new step after which --watch ends
 TIMEOUT = 300.0  # s that a chat server may take for an answer
 RESAMPLES = 2000
 DIFFERENCES = {"accuracy": "acc", "consistency": "con", "grounding": "grounding"}  # keys of a row
@@ -401,40 +411,131 @@ def remarks(results, rows):
     return lines
 
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Evaluation</title>
-<style>
-  body { font: 15px/1.45 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
-  p { margin: .3em 0; overflow-wrap: anywhere }
-  table { margin: 1em 0 }
-  th, td { padding: 2px 9px; text-align: right }
-  th:first-child, td:first-child { min-width: 8em; text-align: left; overflow-wrap: anywhere }
-  section { display: flex; gap: 1.2em; border-top: 1px solid #ccc; padding: 1em 0 }
-  section div { flex: 1; min-width: 0 }
-  img { width: 160px; height: max-content }
-  .yes { color: #176b2c }
-  .no { color: #b3261e }
-  .what { color: #666; font-size: 13px }
-  .raw { white-space: pre-wrap }
-</style>
+# ---- the page ------------------------------------------------------------------------------------
 
-<h1>Evaluation</h1>
-<p>{{ what }}</p>
-{% for table in tables %}
-  <p>{{ table.title }}</p>
-  <table>
-    <tr>{% for cell in table.cells[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
-    {% for cells in table.cells[1:] %}
-      <tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+KINDS = ("right", "wrong", "consistent-but-wrong", "right-but-inconsistent")
+CURVES = dict(  # figures of metrics.jsonl, and their charts' titles
+    reward="reward, Eq. (3)", format="format reward, Eq. (4)",
+    accuracy="accuracy reward, Eq. (5)", consistency="consistency reward, Eq. (6)",
+    held_out_accuracy="held-out accuracy", loss="loss, Eq. (1)", kl="KL divergence per token",
+    sampled_nll="-log probability per sampled token", length="tokens per completion",
+    no_spread="share of groups without spread", seconds="seconds per step",
+    seconds_rollout="seconds of sampling", seconds_reference="seconds of the reference",
+    seconds_judge="seconds waited for F", seconds_update="seconds of the update")
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+  style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+{% if again %}<noscript><meta http-equiv="refresh" content="{{ again }}"></noscript>{% endif %}
+<title>{{ title }}</title>
+<style>
+  :root { color-scheme: light dark; --light: 34% }
+  @media (prefers-color-scheme: dark) { :root { --light: 68% } }
+  body { font: 15px/1.45 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
+    overflow-wrap: anywhere }
+  p { margin: .3em 0 } .what { font-size: 13px; opacity: .75 }
+  .yes { color: hsl(140 65% var(--light)) } .no { color: hsl(0 65% var(--light)) }
+  caption { text-align: left; font-weight: bold; white-space: nowrap }
+  .scroll { overflow: auto; margin: 1em 0 }
+  th, td { padding: 2px 9px; text-align: right; white-space: nowrap }
+  th:first-child { min-width: 8em; text-align: left; white-space: normal; font-weight: normal }
+  td[style] { background: hsl(200 70% 45% / calc(.75 * var(--share))) }
+  .best { font-weight: bold } .own { outline: 2px solid; outline-offset: -3px }
+  .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21em, 100%), 1fr)) }
+  #minutes:checked ~ .charts .step, #step:checked ~ .charts .minutes { display: none }
+  figure { margin: .6em; max-width: 32em; font-size: 13px; break-inside: avoid }
+  svg { width: 100%; overflow: visible; font-size: 11px; fill: currentColor }
+  .of { color: hsl(calc(215 + 137.5 * var(--k)) 65% var(--light)) }
+  polyline { fill: none; stroke: currentColor; stroke-width: 1.7; stroke-linejoin: round }
+  .raw { opacity: .25; stroke-width: 1 } .grid { opacity: .2; stroke-width: 1 }
+  .choice { position: sticky; top: 0; padding: .5em 0; background: Canvas }
+  select { max-width: 100% }
+  section { display: flex; gap: 1.2em; border-top: 1px solid #8888; padding: 1em 0 }
+  section[hidden] { display: none } section div { flex: 1; min-width: 0 }
+  img { width: 160px; height: max-content }
+  .said { white-space: pre-wrap; max-height: 18em; overflow: auto }
+  @media (max-width: 45em) { section { display: block } .choice { position: static } }
+</style>
+{% macro draw(chart, over="") %}
+  <figure class="{{ over }}"><svg viewBox="0 0 360 {{ chart.height }}" role="img">
+    <title>{{ chart.title }}</title>
+    <text x="4" y="12" font-weight="bold">{{ chart.title }}</text>
+    {% for x, text in chart.xs.items() %}
+      <polyline class="grid" points="{{ chart.x(x) }},24 {{ chart.x(x) }},{{ chart.height - 34 }}"/>
+      <text x="{{ chart.x(x) }}" y="{{ chart.height - 20 }}" text-anchor="middle">{{ text }}</text>
     {% endfor %}
-  </table>
+    {% for y, text in chart.ys.items() %}
+      <polyline class="grid" points="{{ chart.left }},{{ chart.y(y) }} 348,{{ chart.y(y) }}"/>
+      <text x="{{ chart.left - 5 }}" y="{{ chart.y(y) + 4 }}" text-anchor="end">{{ text }}</text>
+    {% endfor %}
+    <text x="348" y="{{ chart.height - 6 }}" text-anchor="end">{{ chart.unit }}</text>
+    {% for name, k, strokes, dots in chart.lines %}
+      <g class="of" style="--k: {{ k }}"><title>{{ name }}</title>
+      {% for look, points in strokes %}
+        <polyline class="{{ look }}" points="{{ chart.path(points) }}"/>
+      {% endfor %}
+      {% for x, y in dots %}<circle cx="{{ chart.x(x) }}" cy="{{ chart.y(y) }}" r="3"/>{% endfor %}
+      </g>
+    {% endfor %}
+  </svg><figcaption>
+    {% for name, k, _, _ in chart.lines %}{% if loop.changed(name) %}
+      <span class="of" style="--k: {{ k }}">&#9679; {{ name }}</span>
+    {% endif %}{% endfor %}
+  </figcaption></figure>
+{% endmacro %}
+
+<h1>{{ title }}</h1>
+<p>{{ what }}</p>
+{% for name, folders in runs.items() if folders != [name] %}
+  <p class="what">{{ name }}: {{ folders | join(", ") }}</p>
 {% endfor %}
+<form>
+{% for table in tables %}
+  {% set best = best_of(table) %}
+  <div class="scroll" tabindex="0"><table><caption>{{ table.title }}</caption>
+    <tr>{% for cell in table.cells[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr>
+    {% for cells in table.cells[1:] %}
+      <tr><th scope="row">{{ cells[0] }}</th>
+      {% for cell in cells[1:] %}
+        {% set value, column = number(cell), table.cells[0][loop.index] %}
+        <td class="{{ "own" if table.heat and column == cells[0] != "mean" }}
+          {{- "best" if best[loop.index] in [value] }}"
+          {%- if table.heat and value is number %} style="--share: {{ value / 100 }}"{% endif %}>
+          {{- cell }}</td>
+      {% endfor %}</tr>
+    {% endfor %}
+  </table></div>
+{% endfor %}
+{% if accuracy %}{{ draw(accuracy) }}{% endif %}
 {% for line in remarks %}<p class="what">{{ line }}</p>{% endfor %}
 
-<h2>Questions that the last checkpoint answers wrong, then some that it answers right</h2>
+{% if curves %}
+  <h2>Training</h2>
+  <input type="radio" name="over" value="step" id="step" checked>
+  <label for="step">over steps</label>
+  <input type="radio" name="over" value="minutes" id="minutes">
+  <label for="minutes">over minutes of training</label>
+  <p class="what">Faint: as logged; strong: the mean over a twentieth of the steps before.</p>
+  <div class="charts">{% for over, chart in curves %}{{ draw(chart, over) }}{% endfor %}</div>
+{% endif %}
+
+{% set rest = " .. (the rest is in completions-*.jsonl)" %}
+{% if shown %}
+  <h2>Questions and answers</h2>
+  <div class="choice">
+    <label>Task <select name="task"><option value="">any</option>
+      {% for task in tasks %}<option>{{ task }}</option>{% endfor %}</select></label>
+    <label>answered <select name="kind"><option value="">any way</option>
+      {% for kind in kinds %}<option value="{{ kind }}">{{ kind | replace("-", " ") }}</option>
+      {% endfor %}</select></label>
+    <label>by <select name="who"><option value="">any</option>
+      {% for name in names %}<option value="{{ loop.index0 }}">{{ name }}</option>{% endfor %}
+    </select></label> <output name="count">all</output> of {{ shown | length }} shown
+  </div>
+{% endif %}
 {% for image, asked, answers in shown %}
-  <section>
-    <img src="{{ image }}" alt="">
+  <section data-task="{{ asked.task }}">
+    <img src="{{ image }}" alt="{{ asked.modality }}, the image of {{ asked.id }}">
     <div>
       <p class="what">{{ asked.id }}, {{ asked.task }}, {{ asked.modality }}</p>
       <p><b>{{ asked.question }}</b></p>
@@ -443,41 +544,243 @@ PAGE = """<!doctype html>
         <p{% if letter == asked.answer %} class="yes"{% endif %}>{{ letter }}) {{ option }}</p>
       {% endfor %}
     </div>
-    {% for name, row in answers %}
-      <div>
-        <p class="what">{{ name }}</p>
-        <p class="raw">{{ row.completion }}</p>
-        <p class="{{ "yes" if row.acc else "no" }}">accuracy {{ row.acc }}</p>
-        <p class="what">format {{ row.fmt }}, consistency {{ row.con }}, F: {{ row.verdict }}</p>
+    {% for who, row in answers %}
+      {% set seen, has_letters = visible(row.thought or "") %}
+      <div data-who="{{ who }}" class="{{ kinds_of(row) | join(" ") }}">
+        <p><b>{{ names[who] }}</b>{% if row.cut_off %}, cut off at the limit{% endif %}</p>
+        <p class="said" dir="auto">{{ row.completion | truncate(4000, True, rest) }}</p>
+        <p class="{{ "yes" if row.acc == 1 else "no" }}">{{ given(row) }}</p>
+        <p class="what">accuracy {{ row.acc }}, format {{ row.fmt }}, consistency {{ row.con }};
+          F: {{ "failed" if failed(row.verdict) else row.verdict or "undecided" }}</p>
+        {% if has_letters %}
+          <details class="what"><summary>without letters and answer statements, as F sees it
+            (unless --judge_sees raw)</summary>
+            <p class="said" dir="auto">{{ seen | truncate(4000, True, rest) }}</p></details>
+        {% endif %}
+        {% for sentence in row.false_statements %}
+          <p class="no">Not so in the image: {{ sentence }}</p>
+        {% endfor %}
       </div>
     {% endfor %}
   </section>
 {% endfor %}
-</html>
+</form>
+<script>
+const form = document.forms[0];
+function show() {  // what is chosen stands behind the address's #: it outlives a reload
+  for (const [name, value] of new URLSearchParams(location.hash.slice(1)))
+    if (form.elements[name]) form.elements[name].value = value;
+  const {task, kind, who} = Object.fromEntries(new FormData(form));
+  const answer = "[data-who" + (who ? `="${who}"]` : "]") + (kind ? "." + kind : "");
+  let count = 0;
+  for (const section of document.querySelectorAll("section")) {
+    section.hidden = task && task != section.dataset.task || !section.querySelector(answer);
+    count += !section.hidden;
+  }
+  if (form.elements.count) form.elements.count.value = count;
+}
+form.onchange = () => location.replace("#" + new URLSearchParams(new FormData(form)));
+window.onhashchange = show;
+show();
+{# the header's refresh alone would not reload an address that has a # #}
+{% if again %}setTimeout(() => location.reload(), {{ 1000 * again }});{% endif %}
+
+</script></html>
 """
 
 
-def page(results, rows, what):
-    """The self-contained HTML page -> str. results: {name: entry}, rows: {name: its rows}. Shown
-    are questions that the last name answers wrong, then right, beside all names' answers to them,
-    by the first checkpoint and seed of each. Whatever a model or a file says is escaped."""
+class Chart(NamedTuple):
+    """lines: [(name, its number, strokes, dots)], a stroke (class, [(x, y), ..]), a dot (x, y).
+    xs, ys: the ticks, {place: its text}; an axis goes from its first to its last."""
+    title: str
+    lines: list
+    xs: dict
+    ys: dict
+    unit: str         # of x
+    left: int = 40    # px, where the texts of ys end
+    height: int = 200
+
+    def x(self, value):
+        low, *_, high = self.xs
+        return round(self.left + (value - low) / (high - low) * (348 - self.left), 1)
+
+    def y(self, value):
+        low, *_, high = self.ys
+        return round(24 + (high - value) / (high - low) * (self.height - 58), 1)
+
+    def path(self, points):
+        return " ".join(f"{self.x(x)},{self.y(y)}" for x, y in points)
+
+
+def ticks(low, high):
+    """Round numbers, 1, 2 or 5 times a power of ten apart, that enclose low..high -> {x: text}."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        low, high = min(low, 0), max(high, 0) or 1
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    for times in (2, 2.5, 2):  # 1, 2, 5, 10
+        if high - low > 5 * step:
+            step *= times
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return {k * step: f"{k * step:.10g}" for k in range(first, last + 1)}
+
+
+def steps_of(folder):
+    """A run's metrics.jsonl -> [{figure: number}], with the "minutes" of training until then. A
+    line that can't be read is passed over: the last may be half written. No file: []."""
+    path, steps, seconds = os.path.join(folder, "metrics.jsonl"), [], 0.0
+    lines = Path(path).read_text(errors="replace").splitlines() if os.path.isfile(path) else []
+    for line in lines:
+        numbers = {}
+        with suppress(ValueError, AttributeError):
+            for key, x in json.loads(line).items():
+                if isinstance(x, (int, float)) and math.isfinite(x):
+                    numbers[key] = x
+        if "step" in numbers:
+            seconds += sum(numbers[key] for key in numbers if key.startswith("seconds"))
+            steps.append(numbers | dict(minutes=seconds / 60))
+    return steps
+
+
+def curve(key, over, logs):
+    """A figure of the runs [(name, k, steps)] over "step" or "minutes" -> Chart, None if none has
+    it. Of the losses SFT's is shown alone: Con-GRPO's tells little."""
+    lines, xs, ys = [], [0.0], []
+    for name, k, steps in logs:
+        points = [(x[over], x[key]) for x in steps if key in x]
+        if not points or key == "loss" and "reward" in steps[0]:
+            continue
+        x, y = np.array(points, dtype=float).T                           # (n), (n)
+        some = np.linspace(0, len(x) - 1, min(len(x), POINTS)).astype(int)
+        raw = list(zip(x[some], y[some], strict=True))
+        window = np.ones(math.ceil(len(x) / 20))
+        mean = np.convolve(y, window)[:len(x)] / np.convolve(y**0, window)[:len(x)]
+        mean = list(zip(x[some], mean[some], strict=True))
+        lines.append((name, k, [("raw", raw), ("", mean)], raw if len(raw) <= 20 else []))
+        xs += [x.min(), x.max()]
+        ys += [y.min(), y.max()]
+    if lines:
+        return Chart(CURVES[key], lines, ticks(min(xs), max(xs)), ticks(min(ys), max(ys)), over)
+
+
+def curves(runs):
+    """{name: folders of its runs} -> [("step" or "minutes", Chart)], every figure over both."""
+    logs = []
+    for k, (name, folders) in enumerate(runs.items()):
+        logs += [(name, k, steps_of(folder)) for folder in folders]
+    pairs = product(CURVES, ("step", "minutes"))
+    charts = [(over, curve(key, over, logs)) for key, over in pairs]
+    return [(over, chart) for over, chart in charts if chart]
+
+
+def accuracy_chart(results):
+    """{name: entry} -> Chart, in %: per task a dot for each name, and to both sides of it a bar of
+    one standard deviation where the name has several runs."""
+    tasks, lines = {}, []
+    for entry in results.values():
+        tasks |= entry["tasks"]
+    tasks = ["overall", *reversed(tasks)]  # from below
+    for k, (name, entry) in enumerate(results.items()):
+        strokes, dots = [], []
+        for place, task in enumerate(tasks):
+            figure = dict(entry["tasks"], overall=entry["overall"]).get(task)
+            if figure and figure["mean"] is not None:
+                x, std = 100 * figure["mean"], 100 * figure["std"]
+                y = place + 0.35 - 0.7 * (k + 0.5) / len(results)
+                dots.append((x, y))
+                strokes.append(("", [(max(0, x - std), y), (min(100, x + std), y)]))
+        lines.append((name, k, strokes, dots))
+    ys = {-0.5: "", **dict(enumerate(tasks)), len(tasks) - 0.5: ""}
+    left, height = 12 + 6 * max(map(len, tasks)), 58 + len(tasks) * (12 + 9 * len(lines))
+    return Chart("Accuracy", lines, ticks(0, 100), ys, "%", left, height)
+
+
+def number(cell):
+    """The number with which a table's cell begins, or None."""
+    found = re.match(r"[+-]?\d+(\.\d+)?", cell)
+    return float(found[0]) if found else None
+
+
+def best_of(table):
+    """A Table -> {column: its largest number}, but for counts and equal ones; {} if it is heat. The
+    paper's rows, which are of other questions, don't compete."""
+    best, lines = {}, [line for line in table.cells[1:] if not line[0].endswith("(paper)")]
+    for k, name in enumerate(table.cells[0]):
+        values = {number(line[k]) for line in lines} - {None}
+        counts = k == 0 or name == "n" or name.startswith("params")
+        if len(values) > 1 and not counts and not table.heat:
+            best[k] = max(values)
+    return best
+
+
+def kinds_of(row):
+    """Those of KINDS that a row is of: none without an accuracy."""
+    acc, con = row["acc"], row["con"]
+    true = (acc == 1, acc == 0, acc == 0 and con == 1, acc == 1 and con == 0)
+    return [kind for kind, is_so in zip(KINDS, true, strict=True) if is_so]
+
+
+def examples(first):
+    """{name: {question: its row}} -> SHOWN questions at most, in turn one for each name, task and
+    kind, so that every choice on the page has some."""
+    pools = {}
+    for name, answers in reversed(first.items()):
+        for question in random.Random(0).sample(list(answers), len(answers)):
+            for kind in kinds_of(answers[question]):
+                pools.setdefault((name, answers[question]["task"], kind), []).append(question)
+    chosen = dict.fromkeys(chain.from_iterable(zip_longest(*pools.values())))  # each once
+    chosen.pop(None, None)  # which stands where a pool is empty
+    return list(chosen)[:SHOWN]
+
+
+def render(title, what, runs, **parts):
+    """The self-contained page -> str. Whatever a model or a file says is escaped."""
     import jinja2  # comes with torch
 
-    first = {}
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return template.from_string(PAGE).render(
+        title=title, what=what, runs=runs, curves=curves(runs), kinds=KINDS, letters=data.LETTERS,
+        number=number, best_of=best_of, kinds_of=kinds_of, given=given_option,
+        failed=rewards.failed, visible=rewards.visible_thought, **parts)
+
+
+def page(results, rows, what):
+    """eval.html -> str. results: {name: entry}, rows: {name: its rows}. Of a name's several answers
+    to a question the first checkpoint's and seed's is shown."""
+    first, shown = {}, []
     for name, answers in rows.items():  # backwards: the first of several answers is the one kept
-        came = [row for row in reversed(answers) if not rewards.failed(row["acc"])]
-        first[name] = {(row["path"], row["id"]): row for row in came}
-    last = list(first.values())[-1]
-    shuffled = random.Random(0).sample(list(last), len(last))
-    wrong = [question for question in shuffled if not last[question]["acc"]]
-    right = [question for question in shuffled if last[question]["acc"]]
-    shown = []
-    for question in wrong[:SHOWN] + right[:SHOWN]:
-        answers = [(name, first[name][question]) for name in first if question in first[name]]
-        shown.append((data_url(last[question], THUMBNAIL), last[question], answers))
-    template = jinja2.Template(PAGE, autoescape=True, undefined=jinja2.StrictUndefined)
-    return template.render(what=what, tables=tables(results), shown=shown,
-                           remarks=remarks(results, rows), letters=data.LETTERS)
+        first[name] = {(row["path"], row["id"]): row for row in reversed(answers)}
+    for question in examples(first):
+        answers = [(k, x[question]) for k, x in enumerate(first.values()) if question in x]
+        asked = answers[-1][1]
+        shown.append((data_url(asked, THUMBNAIL, kind="JPEG"), asked, answers))
+    runs = {name: entry["checkpoints"] for name, entry in results.items()}
+    tasks = grouped([asked for _, asked, _ in shown], "task", data.TASKS)
+    return render("Evaluation", what, runs, tables=tables(results), remarks=remarks(results, rows),
+                  accuracy=accuracy_chart(results), shown=shown, tasks=tasks, names=list(first))
+
+
+def watch(folders, out):
+    """--watch: write OUT/watch.html, the runs' curves, whenever a step was added; until Ctrl-C, or
+    until none was added for QUIET seconds. The page reloads itself as long."""
+    for folder in folders:
+        expect(os.path.isdir(folder), f"--watch {folder}: no such folder, expected a run's")
+    path, before, since = os.path.join(out, "watch.html"), None, time.monotonic()
+
+    def write(again):
+        os.makedirs(out, exist_ok=True)
+        what = f"As of {time.strftime('%X')}, {'renewed while it goes on' if again else 'ended'}."
+        runs = {folder: [folder] for folder in folders}
+        data.write_text(path, render(", ".join(folders), what, runs, again=again))
+
+    print(f"{path}: open it in a browser; Ctrl-C ends this")
+    with suppress(KeyboardInterrupt):
+        while time.monotonic() - since < QUIET:
+            steps = [len(steps_of(folder)) for folder in folders]
+            if steps != before:
+                before, since = steps, time.monotonic()
+                write(again=EVERY)
+            time.sleep(EVERY)
+    write(again=0)
 
 
 def write_report(out, results, rows, what):
@@ -623,6 +926,8 @@ def answer_one(checkpoints, args):
 def main(argv=None):
     args = parse_args(argv)
     checkpoints = checkpoints_of(args.ckpt)
+    if args.watch:
+        return watch(args.watch, args.out or args.watch[0])
     if args.image or args.question or args.options:
         return answer_one(checkpoints, args)
     ckpts = sum(checkpoints.values(), [])

@@ -433,13 +433,13 @@ WRITE_TOKENS = 512
 SIDE = 1024  # px, longer side of an image sent; on the review page a quarter
 
 
-def data_url(record, side, max_pixels=math.inf):
-    """The record's image as a PNG in a data: URL, its longer side at most `side` px."""
+def data_url(record, side, max_pixels=math.inf, kind="PNG"):
+    """The record's image as a PNG or JPEG in a data: URL, its longer side at most `side` px."""
     image, file = data.load_image(record), io.BytesIO()
     scale = min(1, math.sqrt(max_pixels / math.prod(image.size)))
     image.thumbnail([max(1, min(side, scale * length)) for length in image.size])
-    image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    image.save(file, kind, quality=85)  # a PNG has none
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def read_text(reply):

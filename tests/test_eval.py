@@ -183,8 +183,9 @@ def test_a_name_cannot_break_a_table(world):
     lines = evaluation.markdown(evaluation.Table("title", table)).splitlines()[2:]
     assert len(lines) == 3 and all(len(re.split(r"(?<!\\)\|", x)) == len(table[0]) + 2 for x in lines)
     page = evaluation.page(results, {name: rows}, "what")
-    assert f"<td>{name}</td>" in page and re.search(r"td:first-child {[^}]*overflow-wrap: anywhere", page)
-    assert page.count("<th>") == page.count("<td>") == len(table[0]) + 2 and "<th>two\nlines | &lt;b&gt;</th>" in page
+    assert f'<th scope="row">{name}</th>' in page and re.search(r"body {[^}]*overflow-wrap: anywhere", page)
+    assert page.count('<th scope="col">') == len(table[0]) + 2 and page.count("<td") == len(table[0])
+    assert '<th scope="col">two\nlines | &lt;b&gt;</th>' in page
 
 
 def test_answers_given_show_a_collapse():
@@ -416,9 +417,7 @@ def test_from_checkpoint_to_results(out, monkeypatch, capsys):
     assert entry["params"] == M.load(str(out / "sft"))[0].num_parameters() and entry["knobs"]["max_new_tokens"] == 6
     report, page = (out / "report.md").read_text(), (out / "eval.html").read_text()
     assert f"| {out / 'sft'} | 1.1 |" in report and report in capsys.readouterr().out
-    wrong = sum(r["acc"] == 0 for r in rows)
-    shown = min(wrong, evaluation.SHOWN) + min(30 - wrong, evaluation.SHOWN)
-    assert page.count("data:image/png;base64,") == shown
+    assert page.count("data:image/jpeg;base64,") == 30 <= evaluation.SHOWN
     assert "src=\"http" not in page and "href" not in page
     assert sorted(os.listdir(out)) == ["completions-sft.jsonl", "eval.html", "phantoms", "report.md", "results.json", "sft"]
 
@@ -517,28 +516,9 @@ def test_a_completion_cannot_script_the_page(world, tmp_path):
     rows = [answer | dict(ckpt=evil, path=record["path"], seed=0, cut_off=False, grounding=NAN)
             for answer, record in zip(rewards.score(texts, records, make_judge()), records, strict=True)]
     page = evaluation.page({evil: evaluation.summary(rows) | {"params": 1}}, {evil: rows}, evil)
-    assert "<script" not in page and "<img src=x" not in page and page.count("<img ") == 4
+    assert page.count("<script") == 1 and "<img src=x" not in page and page.count("<img ") == 4
     assert "&lt;script&gt;alert(1)" in page and "{{ 7 * 7 }}" in page
     assert page.count("alert(1)") == page.count("&lt;script&gt;alert(1)")
-
-
-@pytest.mark.parametrize("wrong, shown", [(10, (10, 20)), (30, (20, 20)), (55, (20, 5))])
-def test_the_page_shows_right_and_wrong(world, wrong, shown):
-    """Of 60 questions at most SHOWN wrong ones, then at most SHOWN right ones, each with the
-    answers of both checkpoints."""
-    acc = {r["id"]: float(i >= wrong) for i, r in enumerate(world.records[:60])}  # by the last one
-    rows = {"a": [], "b": []}
-    for r in world.records[:60]:
-        same = {key: r[key] for key in ("task", "modality", "id", "path")}
-        rows["a"].append(row(**same, acc=1, ckpt="a"))
-        rows["b"].append(row(**same, acc=acc[r["id"]], ckpt="b"))
-    results = {c: evaluation.summary(answers) | {"params": 1} for c, answers in rows.items()}
-    page = evaluation.page(results, rows, "what")
-    ids = re.findall(r'<p class="what">(phantom-[\w-]+), ', page)
-    assert len(ids) == len(set(ids)) == sum(shown)
-    assert [acc[x] for x in ids] == [0] * shown[0] + [1] * shown[1]
-    assert page.count('class="no">accuracy 0.0') == shown[0]
-    assert page.count('class="yes">accuracy 1.0') == sum(shown) + shown[1]
 
 
 def test_the_page_keeps_two_files_of_the_same_ids_apart(world):
@@ -549,13 +529,15 @@ def test_the_page_keeps_two_files_of_the_same_ids_apart(world):
         same = {key: record[key] for key in ("id", "path", "question")}
         rows[name] = [row("anomaly", "CT", 1, completion=f"by {name}", **same)]
     results = {name: evaluation.summary(answers) | {"params": 1} for name, answers in rows.items()}
-    page = evaluation.page(results, rows, "what")  # the questions are the last checkpoint's
-    assert "Another?" in page and one["question"] not in page and "by b" in page and "by a" not in page
-    assert evaluation.data_url(two, evaluation.THUMBNAIL) in page and page.count("<img ") == 1
+    images = [evaluation.data_url(record, evaluation.THUMBNAIL, kind="JPEG") for record in (one, two)]
+    sections = evaluation.page(results, rows, "what").split("<section")[1:]
+    assert [[x in part for x in ("by a", one["question"], images[0])] for part in sections] == [[False] * 3, [True] * 3]
+    assert [[x in part for x in ("by b", "Another?", images[1])] for part in sections] == [[True] * 3, [False] * 3]
     both = [answer | dict(ckpt=name) for name in "ab" for answer in rows[name]]
     page = evaluation.page({"ab": evaluation.summary(both) | {"params": 1}}, {"ab": both}, "what")
-    assert page.count("<img ") == 2 and "by a" in page and "by b" in page
-    assert page.index(evaluation.data_url(one, evaluation.THUMBNAIL)) < page.index("by a") < page.index("by b")
+    assert page.count("<img ") == 2
+    assert [("by a" in part, "by b" in part) for part in page.split("<img ")[1:]] in ([(True, False), (False, True)],
+                                                                                    [(False, True), (True, False)])
 
 
 def test_one_question(out, world, monkeypatch, capsys):
