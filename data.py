@@ -1319,13 +1319,10 @@ def normed(a):
 
 
 def coarse(looks):
-    """N looks -> (N, 16, 16) float32: normed, then the means of 4 x 4 px, times 4: no two are
-    further apart than at full size."""
-    out = np.empty((len(looks), 16, 16), np.float32)
-    for k in range(0, len(looks), 1024):
-        block = normed(greys(looks[k:k + 1024]))
-        out[k:k + 1024] = block.reshape(-1, 16, 4, 16, 4).mean((2, 4)) * 4
-    return out
+    """N looks -> (N, 16, 16) float32: normed, then means of 4 x 4 px, times 4: no two are further
+    apart than at full size."""
+    parts = (normed(greys(looks[k:k + 1024])) for k in range(0, len(looks), 1024))
+    return np.concatenate([x.reshape(-1, 16, 4, 16, 4).mean((2, 4)) * 4 for x in parts])
 
 
 def same(looks, others):
@@ -1378,43 +1375,44 @@ def look_at(path):
         return None
 
 
+def commonest(train, test):
+    """Guesses: of the options, the one that was most often right, when offered, in train."""
+    right = Counter(r["right"] for r in train)
+    offered = Counter(x for r in train for x in r["options"])
+    return [max(r["options"], key=lambda x: right[x] / max(offered[x], 1)) for r in test]
+
+
 def nearest(train, test, looks):
-    """Share of test's answers that are that of the nearest picture of train, among those whose
-    answer is offered."""
+    """Guesses: the answer of train's nearest picture, among those whose answer is offered."""
     a, b = (coarse([looks[r["path"]] for r in x]).reshape(len(x), -1) for x in (test, train))
     names, answers = np.unique([r["right"] for r in train], return_inverse=True)
-    half, hits = (b**2).sum(1) / 2, 0
+    half, guesses = (b**2).sum(1) / 2, []
     for k in range(0, len(test), 64):
         for r, near in zip(test[k:k + 64], a[k:k + 64] @ b.T - half, strict=True):
-            offered = np.isin(names, r["options"])[answers]
-            hits += r["right"] == train[np.where(offered, near, -np.inf).argmax()]["right"]
-    return hits / len(test)
+            near = np.where(np.isin(names, r["options"])[answers], near, -np.inf)
+            guesses.append(names[answers[near.argmax()]])
+    return guesses
+
+
+def hit_rate(records, guesses):
+    return sum(r["right"] == x for r, x in zip(records, guesses, strict=True)) / len(records)
 
 
 def look_up(task, train, test, looks):
     """Prints how many of test's answers are found by looking up what train says."""
-    if not train or not test:
-        print(f"{task}: nothing to look up without questions of both train and test")
-        return
-    right = Counter(r["right"] for r in train)
-    offered = Counter(x for r in train for x in r["options"])
-    guesses = [max(r["options"], key=lambda x: right[x] / max(offered[x], 1)) for r in test]
-    share = sum(r["right"] == x for r, x in zip(test, guesses, strict=True)) / len(test)
-    chance = sum(1 / len(r["options"]) for r in test) / len(test)
-    text = f"{task}, {len(test)} test questions: chance {chance:.1%}, commonest answer {share:.1%}"
+    chance, n = sum(1 / len(r["options"]) for r in test) / len(test), len(test)
+    found = {"commonest answer": hit_rate(test, commonest(train, test))}
     train, test = ([r for r in x if r["path"] in looks] for x in (train, test))
     if train and test:
-        by_picture = nearest(train, test, looks)
-        text += f", nearest picture's {by_picture:.1%}"
-        share = max(share, by_picture)
-    print(text)
-    if share > chance + FAR:
-        print(f"warning: {task} is answered far above chance without understanding")
+        found["nearest picture's"] = hit_rate(test, nearest(train, test, looks))
+    told = ", ".join(f"{what} {x:.1%}" for what, x in found.items())
+    print(f"{task}, {n} test questions: chance {chance:.1%}, {told}")
+    if max(found.values()) > chance + FAR:
+        print(f"warning: {task} is answered far above chance by a look-up")
 
 
 def check(records):
-    """Prints what the questions are, what train and the other splits share, and what a look-up
-    answers."""
+    """Prints what the questions are, what train shares with other splits, what look-ups answer."""
     paths = sorted({r["path"] for r in records})
     with multiprocessing.Pool() as pool:
         done = tqdm(pool.imap(look_at, paths, chunksize=16), desc="check", total=len(paths))
@@ -1430,18 +1428,23 @@ def check(records):
 
     joined = join_alike([*looks.values()], np.arange(len(looks))) if looks else ()
     alike = dict(zip(looks, joined, strict=True))
-    train = [r for r in records if r["split"] == "train"]
-    for what, key in (("groups", lambda r: (r["source"], r["group"])),
-                      ("pictures or their like", lambda r: alike.get(r["path"], r["path"]))):
-        known = set(map(key, train))
-        both = {key(r): r["path"] for r in records if r["split"] != "train" and key(r) in known}
+    train, rest = [], []
+    for r in records:
+        r = {**r, "right": r["options"][LETTERS.index(r["answer"])],
+             "group": (r["source"], r["group"]), "like": alike.get(r["path"], r["path"])}
+        (train if r["split"] == "train" else rest).append(r)
+    for key, what in (("group", "groups"), ("like", "pictures or their like")):
+        both = {r[key] for r in train} & {r[key] for r in rest}
         if both:
-            print(f"warning: {len(both)} {what} are in train and in test or val, as of"
-                  f" {min(both.values())}")
-    records = [{**r, "right": r["options"][LETTERS.index(r["answer"])]} for r in records]
+            first = next(r["path"] for r in rest if r[key] in both)
+            print(f"warning: {len(both)} {what} are in train and in test or val, as of {first}")
     for task in sorted({r["task"] for r in records}):
-        own = [r for r in records if r["task"] == task]
-        look_up(task, *([r for r in own if r["split"] == x] for x in ("train", "test")), looks)
+        known = [r for r in train if r["task"] == task]
+        asked = [r for r in rest if r["task"] == task and r["split"] == "test"]
+        if known and asked:
+            look_up(task, known, asked, looks)
+        else:
+            print(f"{task}: no look-up without questions of both train and test")
 
 
 # ---- MedAD-38K: build ----------------------------------------------------------------------------
