@@ -302,16 +302,17 @@ def move_aside(path):
 @contextmanager
 def locked(path):
     """One run at a time gets past here with a path, DataError in the others. What is locked is a
-    file beside, .NAME.lock; the system unlocks it when the run ends, however it ends."""
+    file beside, .NAME.lock; the system unlocks it when the process ends, however it ends (lockf:
+    flock would live on in the worker processes of a killed one)."""
     path = Path(path).absolute()
     file = path.with_name(f".{path.name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a") as lock:
         try:
             if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             alone = os.path.samestat(os.stat(file), os.fstat(lock.fileno()))
-        except (BlockingIOError, FileNotFoundError):  # the second: just removed by its owner
+        except (BlockingIOError, PermissionError, FileNotFoundError):  # the last: just removed
             alone = False
         expect(alone, f"another run is at work in {path}")
         try:
@@ -325,11 +326,13 @@ def locked(path):
 def folder_beside(out):
     """A new folder to fill, renamed to `out` at the end; after an error nothing is left of it, and
     what a killed run left goes."""
-    part = out.with_name(f".{out.name}.part")
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
     with locked(out):
         free = not out.exists() or out.is_dir() and not os.listdir(out)
         expect(free, f"{out} is there already: remove it or name another folder")
-        shutil.rmtree(part, ignore_errors=True)
+        for old in os.listdir(out.parent):
+            if re.fullmatch(re.escape(f".{out.name}.") + r"\d+\.part", old):
+                shutil.rmtree(out.parent / old, ignore_errors=True)
         try:
             part.mkdir()
             yield part
@@ -1344,15 +1347,16 @@ def join_alike(looks, groups):
     """
     groups, reach = np.array(groups), 2 - 2 * SAME[0]  # squared distance of normed looks
     full = coarse(looks)
-    a = (full + full[..., ::-1])[..., :8].reshape(-1, 128) / 2**.5  # the other half is alike
+    a = (full[..., :8] + full[..., :7:-1]).reshape(-1, 128) / 2**.5  # its other half is alike
     sample = a[::len(a) // 2000 + 1]
     along = a @ np.linalg.svd(sample - sample.mean(0), full_matrices=False)[2][0]
     order = along.argsort()
     a, ends = a[order], np.searchsorted(along[order], along[order] + reach**.5)
     half, one = (a**2).sum(1, keepdims=True) / 2, np.ones((len(a), 1), np.float32)
-    left, right = np.hstack([a, half, one]), np.hstack([a, -one, -half])  # product: -distance^2 / 2
-    for k in range(0, len(a), 256):
-        near = left[k:k + 256] @ right[k:ends[k:k + 256][-1]].T > -reach / 2
+    left = np.hstack([a, half, one])
+    a = np.hstack([a, -one, -half])  # the product of the two is -distance^2 / 2
+    for k in range(0, len(a), 128):
+        near = left[k:k + 128] @ a[k:ends[k:k + 128][-1]].T > -reach / 2
         pairs = order[k + np.argwhere(near)]  # (P, 2)
         for n in range(0, len(pairs), 1024):
             i, j = pairs[n:n + 1024].T

@@ -640,7 +640,15 @@ def test_chance_is_told(tmp_path):
     assert "- anomaly of Ultrasound, Breast, test: 50 % (Abnormal, Normal)" in about
     assert f"- location, train: 50 % ({LU}, {RL})" in about and "- pathology" not in about
 
-HOLD = "import data, sys, time\nwith data.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
+HOLD = """
+import data, os, sys, time
+with data.locked(sys.argv[1]):
+    os.makedirs(os.path.dirname(sys.argv[1]) + "/.out.1.part/images")
+    if os.fork():
+        print("held", flush=True)
+    time.sleep(20)  # the worker outlives its killed parent, and holds nothing
+    os._exit(0)
+"""
 
 def test_one_run_at_a_time(two, tmp_path):
     """While a run holds an --out, another, build or not, is refused in one sentence; a killed run holds nothing any more; what
@@ -650,11 +658,11 @@ def test_one_run_at_a_time(two, tmp_path):
     with pytest.raises(data.DataError, match="another run is at work in .*out"):
         data.build({"busi": two / "busi"}, tmp_path / "out", W, workers=1)
     with data.locked(tmp_path / "other"):
-        pass
+        (tmp_path / ".out.x.2.part").mkdir()  # of another --out
     holder.kill()
     holder.wait()
     data.build({"busi": two / "busi"}, tmp_path / "out", W, workers=1)
-    assert os.listdir(tmp_path) == ["out"]
+    assert sorted(os.listdir(tmp_path)) == [".out.x.2.part", "out"]
 
 def test_command_line(tmp_path):
     """build says where the questions are, names in any spelling; bad input: exit code 2, one line, nothing built."""
