@@ -1379,39 +1379,37 @@ def look_at(path):
         return None
 
 
-def commonest(train, test):
-    """Guesses: of the options, the one that was most often right, when offered, in train."""
-    right = Counter(r["right"] for r in train)
-    offered = Counter(x for r in train for x in r["options"])
-    return [max(r["options"], key=lambda x: right[x] / max(offered[x], 1)) for r in test]
-
-
 def nearest(train, test, looks):
-    """Guesses: the answer of train's nearest picture, among those whose answer is offered."""
+    """For each record of test: is its answer that of train's nearest picture, among those whose
+    answer is offered?"""
     a, b = (coarse([looks[r["path"]] for r in x]).reshape(len(x), -1) for x in (test, train))
     names, answers = np.unique([r["right"] for r in train], return_inverse=True)
-    half, guesses = (b**2).sum(1) / 2, []
+    half, hits = (b**2).sum(1) / 2, []
     for k in range(0, len(test), 64):
         for r, near in zip(test[k:k + 64], a[k:k + 64] @ b.T - half, strict=True):
             near = np.where(np.isin(names, r["options"])[answers], near, -np.inf)
-            guesses.append(names[answers[near.argmax()]])
-    return guesses
-
-
-def hit_rate(records, guesses):
-    return sum(r["right"] == x for r, x in zip(records, guesses, strict=True)) / len(records)
+            hits.append(names[answers[near.argmax()]] == r["right"])
+    return hits
 
 
 def look_up(task, train, test, looks):
-    """Prints how many of test's answers are found by looking up what train says."""
-    chance, n = sum(1 / len(r["options"]) for r in test) / len(test), len(test)
-    found = {"commonest answer": hit_rate(test, commonest(train, test))}
+    """Prints how many of test's answers are found by a look-up: the option that was most often
+    right, when offered, in train; `nearest`."""
+    right, offered = Counter(), Counter()
+    for r in train:
+        right[r["right"]] += 1
+        offered.update(r["options"])
+    best = [max(r["options"], key=lambda x: right[x] / max(offered[x], 1)) for r in test]
+    found = [np.mean([r["right"] == x for r, x in zip(test, best, strict=True)])]
+    chance = np.mean([1 / len(r["options"]) for r in test])
+    text = f"{task}, {len(test)} test questions: chance {chance:.1%}"
+    text += f", commonest answer {found[0]:.1%}"
     train, test = ([r for r in x if r["path"] in looks] for x in (train, test))
     if train and test:
-        found["nearest picture's"] = hit_rate(test, nearest(train, test, looks))
-    told = ", ".join(f"{what} {x:.1%}" for what, x in found.items())
-    print(f"{task}, {n} test questions: chance {chance:.1%}, {told}")
-    if max(found.values()) > chance + FAR:
+        found.append(np.mean(nearest(train, test, looks)))
+        text += f", nearest picture's {found[1]:.1%}"
+    print(text)
+    if max(found) > chance + FAR:
         print(f"warning: {task} is answered far above chance by a look-up")
 
 
