@@ -1086,7 +1086,10 @@ def lesion_of(job, size):
         ImageDraw.Draw(outlined).polygon(polygon, fill=1)
     mask = np.array(outlined)
     for path in job["masks"]:
-        image = open_image(path).convert("RGB")
+        try:
+            image = open_image(path).convert("RGB")
+        except DataError as e:
+            raise DataError(f"has a mask that {e}") from None
         skew = abs(image.width * size[1] - image.height * size[0])
         expect(skew <= max(size), "has a mask of another shape")
         image = image.resize(size, Image.Resampling.NEAREST)
@@ -1561,7 +1564,7 @@ def main():
     p.add_argument("--max_side", type=int, default=512, help="px above which a picture is shrunk")
     p.add_argument("--seed", type=int, default=0, help="of split, options and wording")
     p.add_argument("--workers", type=int, help="processes (default: one per core)")
-    p = commands.add_parser("check", help="validate and count questions")
+    p = commands.add_parser("check", help="validate and count questions, look for leaks")
     p.add_argument("files", nargs="+")
 
     args = parser.parse_args()

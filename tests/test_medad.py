@@ -587,9 +587,9 @@ def test_broken_images(tmp_path, capfd):
     assert {re.sub(r".*/\d+-|-?\.png", "", r["image"]) for r in data.read_records(out / "medad38k.jsonl")} == {
         "benign-1", "benign-2", "normal-0", "normal-1", "normal-2"}
     bad = left_out(out, "busi")
-    assert bad["is not an image, or has no pixels (first: benign/benign (0).png)"] == 1
+    assert bad["has a mask that is not an image, or has no pixels (first: benign/benign (0).png)"] == 1
     assert bad["is truncated or broken (first: benign/benign (9).png)"] == 1
-    assert "warning: busi: 2 of 7 can't be used, as benign/benign (0).png: is" in capfd.readouterr().err
+    assert "warning: busi: 2 of 7 can't be used, as benign/benign (0).png: has a mask that is" in capfd.readouterr().err
     assert str(tmp_path) not in (out / "dataset.md").read_text()
 
 @pytest.mark.parametrize("what, why", [("pointers", "not an image"), ("blank", "shows nothing"), ("volumes", "pip install nibabel")])
