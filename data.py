@@ -26,7 +26,7 @@ import sys
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -36,9 +36,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs at once are not noticed
+    fcntl = None
+
 LETTERS = "ABCDEF"
 TASKS = ("anatomy", "anomaly", "location", "modality", "pathology")  # section 3.1's five
-MED_R1_TASKS = {  # its files don't name them: the first rule found in the question, a guess
+MED_R1_TASKS = {  # where a file's name tells none: the first rule found in the question, a guess
     "modality recognition": "modalit|imaging|technique|method|type of (image|scan)",
     "lesion grading": r"benign|malignan|cancerous|harmless|\bstage|\bgrad(e|ing)|severity",
     "other biological attributes": r"\bcell|cellular|tissue|sperm|morpholog|secretion|stain",
@@ -122,8 +127,10 @@ def check_record(record, folder):
     image, root = record["image"], os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, image))  # follows links
     outside = re.search(r"^[/\\~]|^\w:|(^|[/\\])\.\.($|[/\\])", image)
+    link = "" if outside else f" through a link, to {path}"
     expect(not outside and path.startswith(os.path.join(root, "")),
-           f"image {image!r} leaves the data folder, expected a path in it, relative to the file")
+           f"image {image!r} leaves the data folder{link}: expected a path in it, relative to the"
+           " file")
     return {**record, "path": path}
 
 
@@ -159,8 +166,9 @@ def read_file(file, used):
     to mend: what can't be used is left out, counted and told on stderr. used, {id: file} of what
     was read before, is added to."""
     foreign, folder = str(file).endswith(".json"), Path(file).absolute().parent
-    if folder.parent.name == "QA_information":  # OmniMedVQA's paths start at its root
-        folder = folder.parents[1]
+    published = re.match(r"(.*/)(QA_information/[^/]+|Splits/[^/]+(/(train|test))?)$", str(folder))
+    if foreign and published:  # OmniMedVQA's and Med-R1's paths start at the root
+        folder = Path(published[1])
     form = "a JSON list of questions" if foreign else "one JSON object per line"
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
@@ -231,7 +239,9 @@ def omnimedvqa_record(item, stem):
 
 
 def med_r1_record(item, stem, k):
-    """Of "image", "problem": "Q? A)x, B)y", "solution": "<answer> B </answer>"."""
+    """Of "image", "problem": "Q? A)x, B)y", "solution": "<answer> B </answer>". The file's name, or
+    the image's path, tells question type and modality; "guessed" names what had to be guessed from
+    question and answer."""
     expect(all(isinstance(item.get(x), str) for x in ("image", "problem", "solution")),
            "expected an object with the texts image, problem and solution")
     parts = [item["problem"]]  # the question, then the options
@@ -242,13 +252,31 @@ def med_r1_record(item, stem, k):
         parts[-1:] = found
     question, *options = [x.strip(" ,;\n") for x in parts]
     answer = re.search(r"<answer>\s*([A-F])\s*</answer>", item["solution"])
-    words = re.findall("[a-z]+", stem.lower())
-    tasks = [x for x, rule in MED_R1_TASKS.items() if re.search(rule, question.lower())]
-    modalities = [x for x in MODALITIES if x.lower().replace("-", "") in words]
+    letter = answer[1] if answer else "none"
+    said = f"{question} {dict(zip(LETTERS, options, strict=False)).get(letter)}"
+
+    name = re.sub("[_ ](train|test)$", "", stem, flags=re.I).replace("_", " ")
+    told = {"task": name.lower() if name.lower() in MED_R1_TASKS else None,
+            "modality": named_modality(name) or named_modality(item["image"])}
+    if not any(told.values()):
+        told["modality"] = name  # as "Infrared Reflectance Imaging"
+    guessed = [x for x in told if not told[x]]
+    if "task" in guessed:
+        fit = [x for x, rule in MED_R1_TASKS.items() if re.search(rule, question.lower())]
+        told["task"] = (fit or ["disease diagnosis"])[0]
+    if "modality" in guessed:
+        told["modality"] = named_modality(said) or "unknown"
     return {"id": f"{stem}-{k}", "image": item["image"], "question": question, "options": options,
-            "answer": answer[1] if answer else "none", "source": "Med-R1",
-            "modality": (modalities or [stem])[0], "task": (tasks or ["disease diagnosis"])[0],
-            "split": "test" if "test" in words else "train"}
+            "answer": letter, "source": "Med-R1", **told, "guessed": guessed,
+            "split": "test" if "test" in re.findall("[a-z]+", stem.lower()) else "train"}
+
+
+def named_modality(text):
+    """The one of MODALITIES that a file's name, a path or a question names, else None."""
+    text = re.sub("(x|ce)[-_ ](?=ray|mri)", r"\1", text.lower())  # one word, as written below
+    words = ["mri" if x == "mr" else x for x in re.findall("[a-z]+", text)]
+    named = [x for x in MODALITIES if x.lower().replace("-", "") in words]
+    return named[0] if len(named) == 1 else None
 
 
 def write_text(path, text):
@@ -281,27 +309,65 @@ def move_aside(path):
 
 
 @contextmanager
+def locked(path):
+    """One run at a time gets past here with a path, DataError in the others. What is locked is a
+    file beside, .NAME.lock; the system unlocks it when the process ends, however it ends (lockf:
+    flock would live on in the worker processes of a killed one)."""
+    path = Path(path).absolute()
+    file = path.with_name(f".{path.name}.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a") as lock:
+        try:
+            if fcntl:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = os.path.samestat(os.stat(file), os.fstat(lock.fileno()))
+        except (BlockingIOError, PermissionError, FileNotFoundError):  # the last: just removed
+            alone = False
+        expect(alone, f"another run is at work in {path}")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                file.unlink()
+
+
+@contextmanager
 def folder_beside(out):
-    """A new folder to fill, renamed to `out` at the end; after an error nothing is left of it."""
+    """A new folder to fill, renamed to `out` at the end; after an error nothing is left of it, and
+    what a killed run left goes."""
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        os.rename(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with locked(out):
+        free = not out.exists() or out.is_dir() and not os.listdir(out)
+        expect(free, f"{out} is there already: remove it or name another folder")
+        for old in os.listdir(out.parent):
+            if re.fullmatch(re.escape(f".{out.name}.") + r"\d+\.part", old):
+                shutil.rmtree(out.parent / old, ignore_errors=True)
+        try:
+            part.mkdir()
+            yield part
+            os.rename(part, out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def digest(content):
     return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
-def load_image(record, grey=False):
-    """The record's image as PIL RGB (with grey an L stays L), upright by its EXIF tag; 16 bits and
-    floats go from min to max. DataError names record and file when it is missing, truncated, not
-    an image, or has 0 or more than MAX_PIXELS pixels."""
+def load_image(record):
+    """The record's image as PIL RGB; DataError names record and file, see open_image."""
     try:
-        with Image.open(record["path"]) as file:
+        return open_image(record["path"]).convert("RGB")
+    except DataError as e:
+        raise DataError(f"record {record['id']!r}: image {record['path']} {e}") from None
+
+
+def open_image(path):
+    """An image as PIL RGB or L, upright by its EXIF tag; 16 bits and floats go from min to max.
+    DataError, half a sentence, when it is missing, truncated, not an image, or has 0 or more than
+    MAX_PIXELS pixels."""
+    try:
+        with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
             a = np.nan_to_num(np.asarray(image, dtype=np.float64))
@@ -309,7 +375,7 @@ def load_image(record, grey=False):
             image = Image.fromarray(a.astype(np.uint8))
         if "transparency" in image.info:
             image = image.convert("RGBA")
-        return image if grey and image.mode == "L" else image.convert("RGB")
+        return image if image.mode == "L" else image.convert("RGB")
     except FileNotFoundError:
         why = "is missing"
     except Image.UnidentifiedImageError:
@@ -318,7 +384,7 @@ def load_image(record, grey=False):
         why = f"has more than {MAX_PIXELS} pixels"
     except Exception as e:  # on a damaged file Pillow's decoders raise anything
         why = f"is truncated or broken ({e})"
-    raise DataError(f"record {record['id']!r}: image {record['path']} {why}")
+    raise DataError(why)
 
 
 # ---- phantoms: knobs and words -------------------------------------------------------------------
@@ -754,10 +820,11 @@ def phantom_sheet(file, seed):
 
 # ---- MedAD-38K: how the 17 sources lie on disk ---------------------------------------------------
 def rows_of(file):
-    """A table, its columns parted by commas or by PH2's double bars -> its rows as dicts."""
+    """A table, its columns parted by commas, tabs or PH2's double bars -> its rows as dicts."""
     lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     cells = [x.split("||") for x in lines if "||" in x]
-    cells = cells or [row for row in csv.reader(lines) if any(row)]
+    by = "\t" if "\t" in lines[0] else ","
+    cells = cells or [row for row in csv.reader(lines, delimiter=by) if any(row)]
     head, *body = [[cell.strip() for cell in row] for row in cells]
     return [dict(zip(head, row, strict=False)) for row in body]
 
@@ -820,6 +887,11 @@ SKIN = {"MEL": "melanoma", "NV": "melanocytic nevus", "BCC": "basal cell carcino
         "VASC": "vascular lesion"}
 NEVI = ("common nevus", "atypical nevus", "melanoma")  # PH2's clinical diagnosis 0, 1, 2
 TRAIN_SHARE = 0.7  # of a source's pictures; the rest is the test split
+LOOK = 64          # px, side of the small grey picture by which pictures are compared
+SAME = .99, 4      # two show the same: correlation above, mean difference of greys (of 255) below
+BLANK = 4          # standard deviation of the greys below which a picture shows nothing
+FAR = .2           # above chance: a look-up that answers so much more is warned of
+SIMILAR = .5       # of the area of a lesion's largest part: so large, another counts as well
 SLICES = 4         # of a volume with the lesion, and as many without
 SHEET = 20         # pictures on a source's contact sheet
 DISTRACTORS = ("foreign body", "surgical implant")  # for regions with fewer than four kinds
@@ -868,7 +940,7 @@ SOURCES = (
            r"labelsTr/(?P<id>\w+)\.", least=2),
     Source("ddti", "Ultrasound", "Thyroid", r"(^|/)(?P<id>(?P<group>\d+)_\d+)\.jpg$",
            {"": ("nodule",)}, tells=[("outlines", r"\.xml$", ddti_outlines)]),
-    Source("ddti", "Ultrasound", "Thyroid", r"1_or_data/image/(?P<id>\d+)\.png$",
+    Source("ddti", "Ultrasound", "Thyroid", r"1_or_data/image/(?P<id>(?P<group>\d*?)\d{1,2})\.png$",
            {"": ("nodule",)}, r"1_or_data/mask/(?P<id>\d+)\."),
     Source("kvasirseg", "Endoscopy", "Alimentary", r"images/(?P<id>[^/]+)\.jpg$", {"": ("polyp",)},
            r"masks/(?P<id>[^/]+)\.jpg$"),
@@ -905,6 +977,13 @@ SOURCES = (
             "invasive": ("invasive carcinoma",)}))
 
 
+def plain(pattern):
+    """A pattern as people write it: * for what varies."""
+    text = re.sub(r"\(\?!.*?\)+|\(\?P<\w+>|\(\^\|/\)", "", pattern)
+    text = re.sub(r"(\[[^]]*\]|\\[wd]|\.(?=[*+]))([*+]\??|\{.*?\})?", "*", text)
+    return re.sub(r"[()^$?\\]|\*(?=\*)", "", text)
+
+
 def matches(pattern, files):
     """(file, id, kind, group) of each file whose path fits; none without a pattern."""
     for file in files:
@@ -917,18 +996,22 @@ def matches(pattern, files):
 
 
 def told_by_tables(source, folder, files):
-    """{id: {"kinds", "group", "outlines": ..}}, each only where a file of the source tells it."""
-    told = defaultdict(dict)
+    """{id: {"kinds", "group", "outlines": ..}}, each only where a file of the source tells it; and
+    the names of the tables of kinds that aren't there."""
+    told, absent = defaultdict(dict), []
     for what, pattern, reader in source.tells:
-        for file, at, *_ in matches(pattern, files):
+        tables = list(matches(pattern, files))
+        if what == "kinds" and not tables:
+            absent.append(plain(pattern))
+        for file, at, *_ in tables:
             try:
                 for name, value in reader(folder / file).items():
                     told[at + name][what] = value
             except (ValueError, LookupError, TypeError, AttributeError,
                     ElementTree.ParseError) as e:
-                why = f"{type(e).__name__} {e}"
-                raise DataError(f"{folder / file} isn't as expected: {why}") from None
-    return told
+                why = "lacks the column or key" if isinstance(e, KeyError) else "isn't as expected:"
+                raise DataError(f"{folder / file} {why} {e}") from None
+    return told, absent
 
 
 def find(key, folder):
@@ -940,42 +1023,62 @@ def find(key, folder):
     for form, s in enumerate(SOURCES):
         if s.key != key:
             continue
-        told, masks = told_by_tables(s, folder, files), defaultdict(list)
+        (told, absent), masks = told_by_tables(s, folder, files), defaultdict(list)
         for file, name, *_ in matches(s.masks, files):
             masks[name].append(str(folder / file))
         for file, name, kind, group in matches(s.images, files):
             job = {"form": form, "n": len(jobs), "file": file, "path": str(folder / file),
                    "kinds": s.kinds.get(kind), "masks": masks[name], "outlines": [],
-                   "group": group, **told[name]}
+                   "group": group, "absent": absent, **told[name]}
             job["group"] = f"{key} {job['group']}"
             old = jobs.setdefault((form, name), job)
             same = Path(old["file"]).stem == Path(file).stem and old["kinds"] == job["kinds"]
             expect(same, f"{key}={folder}: {old['file']} and {file} can't be told apart,"
                          f" expected one image of {name!r}")
-    expected = " or ".join(s.images for s in SOURCES if s.key == key)
+    expected = " or ".join(plain(s.images) for s in SOURCES if s.key == key)
     found = ", ".join(files[:3]) or "no file"
     expect(jobs, f"{key}={folder}: no image of it, expected paths with {expected}, found {found}")
     return list(jobs.values())
 
 
 # ---- MedAD-38K: from image and mask to facts -----------------------------------------------------
+def parts_of(mask):
+    """The parts of a mask (H, W) bool that lie apart where its longer side is 32 cells -> their
+    areas, centroids' x and y, px, each (P,)."""
+    side, grown = math.ceil(max(mask.shape) / 32), mask.copy()
+    grown[1:] |= mask[:-1]  # what touches at a corner touches at an edge now, as floodfill needs it
+    y, x = grown.nonzero()
+    cells = np.zeros((32, 32), np.int32)  # 0 outside, -1 inside, then the number of the part
+    cells[y // side, x // side] = -1
+    image, parts = Image.fromarray(cells), 0
+    for y, x in np.argwhere(cells).tolist():
+        if image.getpixel((x, y)) < 0:
+            parts += 1
+            ImageDraw.floodfill(image, (x, y), parts)
+    y, x = mask.nonzero()
+    part = np.asarray(image)[y // side, x // side] - 1
+    area = np.bincount(part)
+    return area, np.bincount(part, x + .5) / area, np.bincount(part, y + .5) / area
+
+
 def location_of(mask):
-    """The one of Fig. 4's regions in which a lesion lies; mask (H, W) bool.
+    """Where a lesion lies; mask (H, W) bool -> the one of Fig. 4's regions, or None; why None; the
+    centroid's x and y as fractions.
 
-    Center Region is the middle third of both axes, the others are the quarters around it. It is
-    the centroid's, if two of three pixels lie there too; else the lesion spreads, or there are
-    several, and more than one region would be right: None.
+    Center Region is the middle third of both axes, the others are the quarters around it. The
+    centroid of the largest of the parts decides. None if a part of at least SIMILAR times its area
+    has its centroid in another region, or if the lesion covers more than half of the picture.
     """
-    def region(y, x):  # fractions -> index into LOCATIONS
-        central = (abs(x - .5) < 1 / 6) & (abs(y - .5) < 1 / 6)
-        return np.where(central, 4, (x >= .5) + 2 * (y >= .5))
-
-    (y, x), (h, w) = mask.nonzero(), mask.shape
-    y, x = (y + .5) / h, (x + .5) / w
-    home = region(y.mean(), x.mean())
-    if (region(y, x) == home).mean() > 2 / 3:
-        return LOCATIONS[int(home)]
-    return None
+    area, x, y = parts_of(mask)
+    x, y = x / mask.shape[1], y / mask.shape[0]
+    central = (abs(x - .5) < 1 / 6) & (abs(y - .5) < 1 / 6)
+    region, first = np.where(central, 4, (x >= .5) + 2 * (y >= .5)), area.argmax()
+    why = None
+    if mask.mean() > .5:
+        why = "over half of the picture"
+    elif (region[area >= SIMILAR * area[first]] != region[first]).any():
+        why = "in several regions"
+    return None if why else LOCATIONS[region[first]], why, (x[first], y[first])
 
 
 def lesion_of(job, size):
@@ -992,7 +1095,12 @@ def lesion_of(job, size):
         ImageDraw.Draw(outlined).polygon(polygon, fill=1)
     mask = np.array(outlined)
     for path in job["masks"]:
-        image = load_image({"id": job["file"], "path": path})
+        try:
+            image = open_image(path).convert("RGB")
+        except DataError as e:
+            raise DataError(f"has a mask that {e}") from None
+        skew = abs(image.width * size[1] - image.height * size[0])
+        expect(skew <= max(size), "has a mask of another shape")
         image = image.resize(size, Image.Resampling.NEAREST)
         least = 128 if path.lower().endswith(("jpg", "jpeg")) else 1
         mask |= np.asarray(image).max(-1) >= least
@@ -1024,6 +1132,7 @@ def slices(job):
         chosen = []
         if job["masks"]:
             mask = load(job["masks"][0])
+            expect(mask.shape == volume.shape, "another shape")
             area = (mask >= s.least).mean((1, 2))  # (Z,)
             if s.least > 1:
                 well = (mask > 0).mean((1, 2)) > .02
@@ -1037,7 +1146,7 @@ def slices(job):
             lesion = None if mask is None else mask[z] >= s.least
             out.append((Image.fromarray(a.astype(np.uint8)), lesion, f"-{z:03d}"))
     except Exception as e:  # nibabel and damaged files raise anything
-        raise DataError(f"{job['file']} can't be read as a volume with its mask ({e})") from None
+        raise DataError(f"can't be read as a volume with its mask ({e})") from None
     return out
 
 
@@ -1046,21 +1155,22 @@ def examine(job, folder, max_side):
     `folder`, at most max_side px a side. What can't be used has a "why" instead.
 
     "kinds": lesions, () if healthy, None if not told or if the mask says otherwise ("agree" is
-    False); "box": where the lesion lies if that is known: left, top, right, bottom, as fractions.
+    False); "box": where the lesion lies if that is known: left, top, right, bottom, as fractions;
+    "place": what location_of says.
     """
     s, facts = SOURCES[job["form"]], []
-    why = f"{job['file']}: no slice of which it is known whether it shows a lesion"
+    lost = {"source": s.key, "file": job["file"]}
     volume, stem = ".nii" in job["file"], re.sub("[^A-Za-z0-9]+", "-", Path(job["file"]).stem)
     try:
         if volume:
             pictures = slices(job)
         else:
-            image = load_image({"id": job["file"], "path": job["path"]}, grey=True)
+            image = open_image(job["path"])
             pictures = [(image, lesion_of(job, image.size), "")]
     except DataError as e:
-        pictures, why = [], str(e)
+        return [{**lost, "why": re.sub(r" \(.*\)$", "", str(e))}]
     for image, mask, suffix in pictures:
-        kinds, box, location = job["kinds"], None, None
+        kinds, box, place = job["kinds"], None, (None, "no mask or outline", None)
         drawn = mask is not None and bool(mask.any())
         if volume and kinds and not drawn:  # a slice beside the lesion, if there is a mask to tell
             kinds = None if mask is None else ()
@@ -1068,40 +1178,59 @@ def examine(job, folder, max_side):
         if drawn:
             (y, x), (h, w) = mask.nonzero(), mask.shape
             box = x.min() / w, y.min() / h, (x.max() + 1) / w, (y.max() + 1) / h
-            if agree:
-                location = location_of(mask)
+            place = location_of(mask)
         file = f"images/{s.key}/{job['n']:06d}-{stem}{suffix}.png"
         image.thumbnail((max_side, max_side))
+        look = look_of(image)
+        if not look:
+            facts.append({**lost, "why": "shows nothing"})
+            continue
         image.save(folder / file, compress_level=1)
         facts.append({
             "source": s.key, "image": file, "modality": s.modality, "anatomy": s.anatomy,
             "group": job["group"], "kinds": kinds if agree else None, "agree": agree, "box": box,
-            "location": location, "digest": digest(image.tobytes())})
-    return facts or [{"source": s.key, "why": why}]
+            "place": place, "absent": job["absent"], "look": look})
+    return facts or [{**lost, "why": "no slice of which it is known whether it shows a lesion"}]
 
 
 # ---- MedAD-38K: from facts to questions ----------------------------------------------------------
 def usable(facts, folder, left_out):
     """The facts without those that have a "why" and without copies of an earlier picture, which are
-    removed. Counts both in left_out[source, reason]."""
-    seen, kept = set(), []
+    removed; groups with pictures that look the same are joined. Counts in left_out[source, reason].
+    DataError if nothing of a source can be used, a warning if a tenth of it can't."""
+    whys, total = defaultdict(lambda: defaultdict(list)), Counter(f["source"] for f in facts)
     for f in facts:
         if "why" in f:
-            left_out[f["source"], f["why"]] += 1
-        elif f["digest"] in seen:
+            whys[f["source"]][f["why"]].append(f["file"])
+    for source, reasons in whys.items():
+        n, most = sum(map(len, reasons.values())), max(reasons, key=lambda x: len(reasons[x]))
+        sentence = f"{source}: {n} of {total[source]} can't be used, as {reasons[most][0]}: {most}"
+        expect(n < total[source], sentence)
+        if n > total[source] / 10:
+            tqdm.write(f"warning: {sentence}", file=sys.stderr)
+        for why, files in reasons.items():
+            left_out[source, f"{why} (first: {files[0]})"] += len(files)
+
+    shown, parts, seen, kept = [f for f in facts if "look" in f], defaultdict(set), set(), []
+    names, numbers = np.unique([f["group"] for f in shown], return_inverse=True)
+    for f, n in zip(shown, join_alike([f["look"] for f in shown], numbers), strict=True):
+        parts[n].add(f["group"])
+        f["group"], f["parts"] = str(names[n]), parts[n]  # the groups that were joined
+        if f["look"] in seen:
             left_out[f["source"], "the same picture as another"] += 1
             (folder / f["image"]).unlink()
         else:
-            seen.add(f["digest"])
+            seen.add(f["look"])
             kept.append(f)
     return kept
 
 
 def split_by_group(facts, seed):
-    """Sets "split": TRAIN_SHARE of a source's pictures are for training; a group stays whole."""
+    """Sets "split": TRAIN_SHARE of a source's pictures are for training; a group stays whole, also
+    where looks joined it to one of another source."""
     sources = defaultdict(lambda: defaultdict(list))  # source: group: facts
     for f in facts:
-        sources[f["source"]][f["group"]].append(f)
+        sources[f["group"].split()[0]][f["group"]].append(f)
     for source, groups in sources.items():
         rng = np.random.default_rng([seed, *source.encode()])
         total, before = sum(map(len, groups.values())), 0
@@ -1121,16 +1250,14 @@ def true_answer(f, task):
     if not f["agree"]:
         return None, "label and mask disagree"
     if kinds is None and task != "location":
-        return None, "no label"
+        return None, " ".join(["no label", *(f"(no file {x})" for x in f["absent"])])
     if task == "anomaly":
         return "Abnormal" if kinds else "Normal", None
     if kinds is not None and len(kinds) != 1:  # of several, an outline may be of one
         return None, "several kinds of lesion" if kinds else "healthy"
     if task == "pathology":
         return kinds[0], None
-    if f["location"]:
-        return f["location"], None
-    return None, "in several regions" if f["box"] else "no mask or outline"
+    return f["place"][:2]
 
 
 def balanced(pool, rng):
@@ -1188,11 +1315,156 @@ def medad_records(facts, seed, left_out):
     return records
 
 
+# ---- pictures that look the same -----------------------------------------------------------------
+def look_of(image):
+    """What pictures are compared by: LOOK x LOOK greys, as bytes; None if they show nothing."""
+    grey = image.convert("L").resize((LOOK, LOOK), Image.Resampling.BILINEAR)
+    return grey.tobytes() if np.std(grey) >= BLANK else None
+
+
+def greys(looks):
+    """N looks -> (N, LOOK, LOOK) float32."""
+    return np.float32(np.frombuffer(b"".join(looks), np.uint8).reshape(-1, LOOK, LOOK))
+
+
+def normed(a):
+    """(N, H, W), each brought to mean 0 and length 1: their products are correlations."""
+    a = a - a.mean((1, 2), keepdims=True)
+    return a / np.linalg.norm(a, axis=(1, 2), keepdims=True)
+
+
+def coarse(looks):
+    """N looks -> (N, 16, 16) float32: normed, then means of 4 x 4 px, times 4: no two are further
+    apart than at full size."""
+    parts = (normed(greys(looks[k:k + 1024])) for k in range(0, len(looks), 1024))
+    return np.concatenate([x.reshape(-1, 16, 4, 16, 4).mean((2, 4)) * 4 for x in parts])
+
+
+def same(looks, others):
+    """(N,) bool: whether two looks correlate above and differ below SAME, as they are or one
+    mirrored."""
+    a, b, out = greys(looks), greys(others), False
+    for c in (b, b[..., ::-1]):
+        correlation, difference = (normed(a) * normed(c)).sum((1, 2)), abs(a - c).mean((1, 2))
+        out |= (correlation > SAME[0]) & (difference < SAME[1])
+    return out
+
+
+def join_alike(looks, groups):
+    """Groups (N,) int of N looks -> the same, joined to the smallest number where looks are `same`.
+
+    None is missed: to go coarse, to add the mirror image, to keep one coordinate only shortens
+    distances. So looks are sorted along one axis and compared with those in reach, with the mirror
+    images added; who is near is compared without, and who is near then at full size.
+    """
+    groups, reach = np.array(groups), 2 - 2 * SAME[0]  # squared distance of normed looks
+    full = coarse(looks)
+    a = (full[..., :8] + full[..., :7:-1]).reshape(-1, 128) / 2**.5  # its other half is alike
+    sample = a[::len(a) // 2000 + 1]
+    along = a @ np.linalg.svd(sample - sample.mean(0), full_matrices=False)[2][0]
+    order = along.argsort()
+    a, ends = a[order], np.searchsorted(along[order], along[order] + reach**.5)
+    half, one = (a**2).sum(1, keepdims=True) / 2, np.ones((len(a), 1), np.float32)
+    left = np.hstack([a, half, one])
+    a = np.hstack([a, -one, -half])  # the product of the two is -distance^2 / 2
+    for k in range(0, len(a), 128):
+        near = left[k:k + 128] @ a[k:ends[k:k + 128][-1]].T > -reach / 2
+        pairs = order[k + np.argwhere(near)]  # (P, 2)
+        for n in range(0, len(pairs), 1024):
+            i, j = pairs[n:n + 1024].T
+            close = [((full[i] - x)**2).sum((1, 2)) < reach for x in (full[j], full[j][..., ::-1])]
+            close = (groups[i] != groups[j]) & (close[0] | close[1])
+            i, j = i[close], j[close]
+            found = same([looks[x] for x in i], [looks[x] for x in j])
+            for x, y in zip(i[found], j[found], strict=True):
+                low, high = sorted((groups[x], groups[y]))
+                groups[groups == high] = low
+    return groups
+
+
+# ---- what answers are found by without understanding ---------------------------------------------
+def look_at(path):
+    """The look of a picture's file; None if it can't be read or shows nothing."""
+    try:
+        return look_of(open_image(path))
+    except DataError:
+        return None
+
+
+def nearest(train, test, looks):
+    """For each record of test: is its answer that of train's nearest picture, among those whose
+    answer is offered?"""
+    a, b = (coarse([looks[r["path"]] for r in x]).reshape(len(x), -1) for x in (test, train))
+    names, answers = np.unique([r["right"] for r in train], return_inverse=True)
+    half, hits = (b**2).sum(1) / 2, []
+    for k in range(0, len(test), 64):
+        for r, near in zip(test[k:k + 64], a[k:k + 64] @ b.T - half, strict=True):
+            near = np.where(np.isin(names, r["options"])[answers], near, -np.inf)
+            hits.append(names[answers[near.argmax()]] == r["right"])
+    return hits
+
+
+def look_up(task, train, test, looks):
+    """Prints how many of test's answers are found by a look-up: the option that was most often
+    right, when offered, in train; `nearest`."""
+    right, offered = Counter(), Counter()
+    for r in train:
+        right[r["right"]] += 1
+        offered.update(r["options"])
+    best = [max(r["options"], key=lambda x: right[x] / max(offered[x], 1)) for r in test]
+    found = [np.mean([r["right"] == x for r, x in zip(test, best, strict=True)])]
+    chance = np.mean([1 / len(r["options"]) for r in test])
+    text = f"{task}, {len(test)} test questions: chance {chance:.1%}"
+    text += f", commonest answer {found[0]:.1%}"
+    train, test = ([r for r in x if r["path"] in looks] for x in (train, test))
+    if train and test:
+        found.append(np.mean(nearest(train, test, looks)))
+        text += f", nearest picture's {found[1]:.1%}"
+    print(text)
+    if max(found) > chance + FAR:
+        print(f"warning: {task} is answered far above chance by a look-up")
+
+
+def check(records):
+    """Prints what the questions are, what train shares with other splits, what look-ups answer."""
+    paths = sorted({r["path"] for r in records})
+    with multiprocessing.Pool() as pool:
+        done = tqdm(pool.imap(look_at, paths, chunksize=16), desc="check", total=len(paths))
+        looks = {path: look for path, look in zip(paths, done, strict=True) if look}
+    missing = sum(not os.path.isfile(path) for path in paths)
+    print(f"{len(records)} questions on {len(paths)} images, {missing} of them missing")
+    for key in ("task", "split", "answer", "modality"):
+        guessed = sum(key in r.get("guessed", ()) for r in records)
+        note = f" (guessed from the question in {guessed})" if guessed else ""
+        print(f"{key}: {counted(records, key)}{note}")
+    if len(looks) < len(paths):
+        print(f"{len(paths) - len(looks)} images can't be read or show nothing: no look-up by them")
+
+    joined = join_alike([*looks.values()], np.arange(len(looks))) if looks else ()
+    alike = dict(zip(looks, joined, strict=True))
+    train, rest = [], []
+    for r in records:
+        r = {**r, "right": r["options"][LETTERS.index(r["answer"])],
+             "group": (r["source"], r["group"]), "like": alike.get(r["path"], r["path"])}
+        (train if r["split"] == "train" else rest).append(r)
+    for key, what in (("group", "groups"), ("like", "pictures or their like")):
+        both = {r[key] for r in train} & {r[key] for r in rest}
+        if both:
+            first = next(r["path"] for r in rest if r[key] in both)
+            print(f"warning: {len(both)} {what} are in train and in test or val, as of {first}")
+    for task in sorted({r["task"] for r in records}):
+        known = [r for r in train if r["task"] == task]
+        asked = [r for r in rest if r["task"] == task and r["split"] == "test"]
+        if known and asked:
+            look_up(task, known, asked, looks)
+        else:
+            print(f"{task}: no look-up without questions of both train and test")
+
+
 # ---- MedAD-38K: build ----------------------------------------------------------------------------
 def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
     """{key: folder} -> `out`: medad38k.jsonl, images/, dataset.md, a contact sheet per source."""
     out = Path(out).absolute()
-    expect(not out.exists(), f"{out} is there already: remove it, or name another --out")
     expect(max_side > 0 and seed >= 0 and (workers is None or workers > 0),
            f"max_side {max_side}, seed {seed}, workers {workers}: expected 1 or more px, a seed of"
            " 0 or more, 1 or more processes")
@@ -1223,8 +1495,8 @@ def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
 
 
 def source_sheet(folder, key, facts):
-    """SHEET pictures of a source, evenly spaced: the five regions, a box around the lesion, what
-    it is and where."""
+    """SHEET pictures of a source, evenly spaced: the five regions, a box around the lesion and a
+    dot on its centroid, what it is and where."""
     cells = []
     for f in spread(facts, SHEET):
         image = Image.open(folder / f["image"]).convert("RGB")
@@ -1236,8 +1508,10 @@ def source_sheet(folder, key, facts):
         if f["box"]:
             left, top, right, bottom = f["box"]
             pen.rectangle((left * w, top * h, right * w, bottom * h), outline="cyan")
+            x, y = f["place"][2]
+            pen.ellipse((x * w - 3, y * h - 3, x * w + 3, y * h + 3), fill="cyan", outline="black")
         what = "not told" if f["kinds"] is None else ", ".join(f["kinds"]) or "healthy"
-        where = f", {f['location']}" if f["location"] else ""
+        where = f", {f['place'][0]}" if f["place"][0] else ""
         cells.append((image, what + where))
     if cells:
         contact_sheet(cells, folder / f"{key}.png")
@@ -1246,15 +1520,27 @@ def source_sheet(folder, key, facts):
 def about(command, facts, records, left_out):
     """dataset.md: what was built, what was left out and why."""
     text = f"# MedAD-38K, built from public sources\n\n`{command}`: {len(facts)} pictures.\n\n"
-    text += "| source | pictures | groups | train | test | questions |\n|---|---|---|---|---|---|\n"
+    text += "| source | pictures | groups | look-alikes | train | test | questions |\n"
+    text += "|---|---|---|---|---|---|---|\n"
     questions = Counter(r["source"] for r in records)
     for source in sorted({f["source"] for f in facts}):
         own = [f for f in facts if f["source"] == source]
         groups, train = {f["group"] for f in own}, sum(f["split"] == "train" for f in own)
-        text += f"| {source} | {len(own)} | {len(groups)} | {train} | {len(own) - train} "
+        alike = sum(len(f["parts"]) > 1 for f in own)
+        text += f"| {source} | {len(own)} | {len(groups)} | {alike} | {train} | {len(own) - train} "
         text += f"| {questions[source]} |\n"
+    text += "\nLook-alikes: pictures of groups that were joined because pictures look the same.\n"
     for key in ("modality", "anatomy", "task", "answer", "split"):
         text += f"\nQuestions by {key}: {counted(records, key)}.\n"
+
+    right = defaultdict(set)  # the answers that are ever right, of those that are offered together
+    for r in records:
+        where = "" if r["task"] == "location" else f" of {r['modality']}, {r['anatomy']}"
+        right[f"{r['task']}{where}, {r['split']}"].add(r["options"][LETTERS.index(r["answer"])])
+    text += "\nWhere fewer than four answers are ever right, chance is more than 25 %:\n\n"
+    for what, answers in sorted(right.items()):
+        if what.startswith(("anomaly", "pathology", "location")) and len(answers) < 4:
+            text += f"- {what}: {100 / len(answers):.0f} % ({', '.join(sorted(answers))})\n"
     text += "\nLeft out:\n\n"
     for (source, why), n in sorted(left_out.items()):
         text += f"- {source}, {why}: {n}\n"
@@ -1287,7 +1573,7 @@ def main():
     p.add_argument("--max_side", type=int, default=512, help="px above which a picture is shrunk")
     p.add_argument("--seed", type=int, default=0, help="of split, options and wording")
     p.add_argument("--workers", type=int, help="processes (default: one per core)")
-    p = commands.add_parser("check", help="validate and count questions")
+    p = commands.add_parser("check", help="validate and count questions, look for leaks")
     p.add_argument("files", nargs="+")
 
     args = parser.parse_args()
@@ -1304,12 +1590,7 @@ def main():
             sources[key] = folder
         print(build(sources, args.out, args.max_side, args.seed, args.workers))
     else:
-        records = read_records(args.files)
-        images = {r["path"] for r in records}
-        missing = sum(not os.path.isfile(path) for path in images)
-        print(f"{len(records)} questions on {len(images)} images, {missing} of them missing")
-        for key in ("task", "split", "answer", "modality"):
-            print(f"{key}: {counted(records, key)}")
+        check(read_records(args.files))
 
 
 if __name__ == "__main__":

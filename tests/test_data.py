@@ -109,7 +109,7 @@ def test_link_out_of_the_folder(tmp_path):
     (tmp_path / "secret.png").write_bytes(b"x")
     os.symlink(tmp_path / "secret.png", tmp_path / "in" / "images" / "a.png")
     os.symlink(tmp_path / "in" / "images", tmp_path / "in" / "same")
-    with pytest.raises(data.DataError, match="leaves the data folder"):
+    with pytest.raises(data.DataError, match="leaves the data folder through a link, to .*secret.png"):
         data.read_records(write(tmp_path / "in", record()))
     assert data.read_records(write(tmp_path / "in", record(image="same/b.png")))[0]["path"].endswith("in/images/b.png")
 
@@ -253,12 +253,45 @@ def test_med_r1_left_out_are_told(tmp_path, capsys):
 
 
 def test_med_r1_types(tmp_path):
-    """The question type is guessed from the question's words."""
+    """Where no name tells it, the question type is guessed from the question's words."""
     cases = {"What imaging technique was used?": "modality recognition", "What part is shown?": "anatomy identification",
              "What is the organ?": "anatomy identification", "Is it benign or malignant?": "lesion grading",
              "Is there any abnormality?": "disease diagnosis", "What type of cells are visible?": "other biological attributes"}
     records = data.read_records(med_r1(tmp_path, *[f"{q} A)x, B)y" for q in cases]))
-    assert [r["task"] for r in records] == list(cases.values())
+    assert [r["task"] for r in records] == list(cases.values()) and all(r["guessed"] == ["task"] for r in records)
+
+
+PUBLISHED = {"CT(Computed Tomography)": "CT", "Dermoscopy": "Dermoscopy", "Fundus Photography": "Fundus", "ultrasound": "Ultrasound",
+             "Infrared Reflectance Imaging": "Infrared Reflectance Imaging", "MR (Mag-netic Resonance Imaging)": "MRI",
+             "Microscopy Images": "Microscopy", "OCT (Optical Coherence Tomography": "OCT", "X-Ray": "X-ray"}
+TYPES = ("Anatomy Identification", "Disease Diagnosis", "Lesion Grading", "Modality Recognition", "Other Biological Attributes")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_med_r1_names(tmp_path, split):
+    """As published: the file's name tells modality or question type, whatever the question's words; images start at the root."""
+    for kind, names in (("modality", PUBLISHED), ("question_type", TYPES)):
+        (tmp_path / "Splits" / kind / split).mkdir(parents=True)
+        for name in names:
+            file = med_r1(tmp_path / "Splits" / kind / split, "Is this cell of the organ in this CT benign? A)x, B)y",
+                          name=f"{name}_{split}.json")
+            (r,) = data.read_records(file, split, [f"modality={PUBLISHED.get(name, 'CT')}"])
+            assert r["path"] == str(tmp_path.resolve() / "Images" / "a b.png")
+            assert r["task"] == (name.lower() if kind == "question_type" else "lesion grading")
+            assert r["guessed"] == (["modality"] if kind == "question_type" else ["task"])
+
+
+def test_med_r1_modality_of_a_question_type(tmp_path):
+    """In a file of a question type the image's path names the modality, if it names one; else question and answer, a guess."""
+    cases = {"Images/Chest CT Scan/test/a_T1/0 (6).png": ("CT", False), "Images/Retinal OCT-C8/a.png": ("OCT", False),
+             "Images/OCT & X-Ray 2017/a.png": ("Ultrasound", True), "Images/SARS-CoV-2 CT-scan/a.png": ("CT", False),
+             "Images/Chest X-Ray PA/a.png": ("X-ray", False), "Images/MIAS/mdb1.png": ("Ultrasound", True)}
+    one = {"problem": "Which technique? A)PET, B)ultrasound imaging, C)CT", "solution": "<answer> B </answer>"}
+    records = data.read_records(med_r1(tmp_path, *({**one, "image": x} for x in cases), name="Modality Recognition_test.json"))
+    assert [(r["modality"], "modality" in r["guessed"]) for r in records] == list(cases.values())
+    (r,) = data.read_records(med_r1(tmp_path, {**one, "image": "a.png", "solution": "<answer> A </answer>"},
+                                    name="Modality Recognition_train.json"))
+    assert r["modality"] == "unknown"
 
 
 def test_split_options_is_linear(tmp_path):
@@ -278,6 +311,8 @@ def test_med_r1_as_published(capsys):
     assert {len(r["options"]) for r in records} <= {2, 3, 4}
     assert not [o for r in records for o in r["options"] if re.search(r"(^|[, ])[A-F]\)", o)], "a marker left in an option"
     assert {r["modality"] for r in records} == {"CT", "Dermoscopy", "Microscopy", "Ultrasound"}
+    for r in records:  # of the file's name
+        assert r["id"].startswith(r["modality"].lower()) and r["guessed"] == ["task"]
 
 
 # ---- phantoms ---------------------------------------------------------------------------------------------------------------
@@ -524,3 +559,68 @@ def test_check_tells_missing_images(tmp_path, monkeypatch, capsys):
     assert "4 of them missing" in capsys.readouterr().out
     with pytest.raises(data.DataError, match="is missing"):
         data.load_image(data.read_records(folder / "phantoms.jsonl")[0])
+
+
+# ---- what answers are found by without understanding ------------------------------------------------------------------------
+def check_of(folder, monkeypatch, capsys, *files):
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", *map(str, files or (folder / "q.jsonl",))])
+    data.main()
+    return capsys.readouterr().out
+
+
+def leaking(folder, told):
+    """60 training pictures and 40 of test, healthy or not at random; told: test's are train's, saved as JPEG."""
+    rng, lines = np.random.default_rng(0), []
+    truth = rng.permutation(["Normal", "Abnormal"] * 30)
+    for n in range(100):
+        k, split = (n, "train") if n < 60 else (n - 60, "test")
+        image = Image.fromarray(data.draw_phantom(np.random.default_rng(k if told else n), "MRI", "Brain")[0])
+        image.save(folder / f"{n}.{'png' if n < 60 else 'jpg'}")
+        lines.append(record(id=f"q{n}", image=f"{n}.{'png' if n < 60 else 'jpg'}", task="anomaly", split=split, group=f"g{n}",
+                            options=["Normal", "Abnormal"], answer="AB"[truth[k] == "Abnormal"]))
+    return lines
+
+
+def test_check_finds_test_pictures_that_are_in_train(tmp_path, monkeypatch, capsys):
+    """Test pictures that are train's, saved again: the look-up by pictures answers all, check says so and warns twice; the
+    commonest answer is no help. With other pictures both are at chance and nothing is warned of."""
+    write(tmp_path, *leaking(tmp_path, True))
+    out = check_of(tmp_path, monkeypatch, capsys)
+    assert re.search(r"anomaly, 40 test questions: chance 50.0%, commonest answer [4-6]\d.\d%, nearest picture's 100.0%", out)
+    assert "warning: anomaly is answered far above chance" in out and "warning: 40 pictures or their like are in train" in out
+    write(tmp_path, *leaking(tmp_path, False))
+    out = check_of(tmp_path, monkeypatch, capsys)
+    assert re.search(r"chance 50.0%, commonest answer [3-6]\d.\d%, nearest picture's [3-6]\d.\d%", out) and "warning" not in out
+
+
+def test_check_finds_answers_that_options_tell(tmp_path, monkeypatch, capsys):
+    """Options that are never right give the answer away without a picture: missing pictures are said, the look-up by options is
+    made nevertheless, and counts an option that was often offered and never right below one that was right."""
+    rng, lines = np.random.default_rng(0), []
+    for n in range(90):
+        options = [str(x) for x in rng.permutation(["CT", f"odd {n % 7}", "Artifact", "Uncertain"])]
+        lines.append(record(id=f"q{n}", image=f"{n}.png", options=options, answer="ABCD"[options.index("CT")], group=f"g{n}",
+                            split="train" if n < 60 else "test"))
+    write(tmp_path, *lines)
+    out = check_of(tmp_path, monkeypatch, capsys)
+    assert "modality, 30 test questions: chance 25.0%, commonest answer 100.0%\n" in out and "warning: modality" in out
+    assert "90 images can't be read" in out
+
+
+def test_check_finds_groups_on_both_sides(tmp_path, monkeypatch, capsys):
+    """A group in train and in val or test is told, one within a split or of another source isn't; neither is a picture asked of
+    twice in one split."""
+    rows = [record(id="a", group="p1"), record(id="b", group="p1"), record(id="c", group="p1", source="other", image="c.png", split="test"),
+            record(id="d", group="p2", image="d.png"), record(id="e", group="p2", image="e.png", split="val")]
+    write(tmp_path, *rows)
+    assert "warning: 1 groups are in train and in test or val, as of" in (out := check_of(tmp_path, monkeypatch, capsys))
+    assert "e.png" in out and "their like" not in out
+    write(tmp_path, *rows[:4])
+    assert "are in train" not in check_of(tmp_path, monkeypatch, capsys)
+
+
+def test_check_tells_guesses(tmp_path, monkeypatch, capsys):
+    """Of Med-R1's questions it is said how many types and modalities are guessed."""
+    files = [med_r1(tmp_path, "What organ? A)x, B)y", "What? A)x, B)y", name=x) for x in ("X-Ray_test.json", "Lesion Grading_train.json")]
+    out = check_of(tmp_path, monkeypatch, capsys, *files)
+    assert "lesion grading 2 (guessed from the question in 2)" in out and "X-ray 2, unknown 2 (guessed from the question in 2)" in out
