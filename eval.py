@@ -507,7 +507,10 @@ PAGE = """<!doctype html>
   </table></div>
 {% endfor %}
 {% if accuracy %}{{ draw(accuracy) }}{% endif %}
-{% for line in remarks %}<p class="what">{{ line }}</p>{% endfor %}
+{% if remarks %}
+  <details class="what"><summary>Answers given, and what was left out</summary>
+    {% for line in remarks %}<p>{{ line }}</p>{% endfor %}</details>
+{% endif %}
 
 {% if curves %}
   <h2>Training</h2>
@@ -695,8 +698,8 @@ def accuracy_chart(results):
 
 
 def number(cell):
-    """The number with which a table's cell begins, or None."""
-    found = re.match(r"[+-]?\d+(\.\d+)?", cell)
+    """The number with which a table's cell begins; None for others, and for signed differences."""
+    found = re.match(r"\d+(\.\d+)?", cell)
     return float(found[0]) if found else None
 
 
