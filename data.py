@@ -25,7 +25,7 @@ import sys
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +49,7 @@ KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "an
         "source", "group", "split")
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = 2**26  # pixels an image may have; looked at before anything is decoded
+MAX_ASPECT = 200    # longer side / shorter side: beyond it Qwen's processor refuses an image
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, and warns from here on
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
@@ -77,7 +78,7 @@ def cli(main):
     except (DataError, OSError, KeyboardInterrupt) as e:
         sentence = str(e) or "stopped by Ctrl-C"
         if isinstance(e, OSError) and e.strerror:
-            sentence = f"{e.filename or 'system'}: {e.strerror}"
+            sentence = f"{e.filename or 'system'}: {e.strerror}"  # see `naming`
         tqdm.write(f"error: {sentence}", file=sys.stderr)  # below a bar that is being drawn
         sys.exit(2)
 
@@ -85,6 +86,15 @@ def cli(main):
 # ---- records -------------------------------------------------------------------------------------
 def is_text(x):
     return isinstance(x, str) and x.strip() != ""
+
+
+def check_options(options):
+    expect(isinstance(options, list) and all(map(is_text, options)),
+           f"'options' is {options!r:.60}, expected a list of non-empty strings")
+    expect(2 <= len(options) <= len(LETTERS),
+           f"number of options is {len(options)}, expected 2 to {len(LETTERS)}")
+    expect(len({x.strip().casefold() for x in options}) == len(options),
+           f"two options are the same in {options!r:.200}")
 
 
 def check_record(record, folder):
@@ -98,12 +108,10 @@ def check_record(record, folder):
                f"{key!r} is {record[key]!r:.60}, expected a non-empty string")
 
     options = record["options"]
-    expect(isinstance(options, list) and all(map(is_text, options)),
-           f"'options' is {options!r:.60}, expected a list of non-empty strings")
-    expect(2 <= len(options) <= len(LETTERS),
-           f"number of options is {len(options)}, expected 2 to {len(LETTERS)}")
-    expect(len({x.strip().casefold() for x in options}) == len(options),
-           f"two options are the same in {options!r:.200}")
+    check_options(options)
+    written = json.dumps(record, ensure_ascii=False)
+    expect(not re.search(r"[\ud800-\udfff]", written),
+           "half a character (a lone surrogate, \\ud800 to \\udfff), expected whole ones")
     for key, plural, allowed in (("answer", "options", tuple(LETTERS[:len(options)])),
                                  ("task", "tasks", (*TASKS, *MED_R1_TASKS)),
                                  ("split", "splits", SPLITS)):
@@ -242,12 +250,23 @@ def med_r1_record(item, stem, k):
             "split": "test" if "test" in words else "train"}
 
 
+@contextmanager
+def naming(path):
+    """An OSError inside that names no file, as where the disk is full, names `path`."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
+
+
 def write_text(path, text):
     """Write beside, then rename into place: a crash leaves no half file."""
     beside = Path(f"{path}.writing")
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        with naming(path):
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -283,16 +302,50 @@ def folder_beside(out):
         shutil.rmtree(part, ignore_errors=True)
 
 
+@contextmanager
+def locked(path):
+    """Inside, this process has the lock of `path`; DataError where another has it. It is held on a
+    file beside, which is removed at the end; with a process that dies the lock is gone too."""
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, f".{name}.lock"), "w") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{path}: another run is at work there") from None
+        except (ImportError, OSError):
+            pass  # Windows, or a file system that knows no locks
+        gone = os.fstat(file.fileno()).st_nlink == 0  # its holder removed it since it was opened
+        expect(not gone, f"{path}: another run was at work there a moment ago; try again")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.remove(file.name)
+
+
 def digest(content):
     return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
-def load_image(record, grey=False):
+def check_images(records):
+    """DataError for the first record whose image isn't there or, by its header, can't be used."""
+    for record in {r["path"]: r for r in records}.values():
+        load_image(record, header=True)
+
+
+def load_image(record, grey=False, header=False):
     """The record's image as PIL RGB (with grey an L stays L), upright by its EXIF tag; 16 bits and
     floats go from min to max. DataError names record and file when it is missing, truncated, not
-    an image, or has 0 or more than MAX_PIXELS pixels."""
+    an image, has 0 or more than MAX_PIXELS pixels or a side MAX_ASPECT times the other. With
+    `header` nothing is decoded -> None."""
     try:
         with Image.open(record["path"]) as file:
+            expect(max(file.size) <= MAX_ASPECT * min(file.size),
+                   f"has a side more than {MAX_ASPECT} times as long as the other")
+            if header:
+                return None
             image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
             a = np.nan_to_num(np.asarray(image, dtype=np.float64))
@@ -301,6 +354,8 @@ def load_image(record, grey=False):
         if "transparency" in image.info:
             image = image.convert("RGBA")
         return image if grey and image.mode == "L" else image.convert("RGB")
+    except DataError as e:
+        why = str(e)
     except FileNotFoundError:
         why = "is missing"
     except Image.UnidentifiedImageError:
@@ -1283,6 +1338,8 @@ def main():
 
     args = parser.parse_args()
     if args.command == "phantoms":
+        known = Path(args.show or "none.png").suffix.lower() in Image.registered_extensions()
+        expect(known, f"--show {args.show}: expected the name of a picture, as in sheet.png")
         print(make_phantoms(args.out, args.seed, args.n, args.thoughts, args.careless))
         if args.show:
             phantom_sheet(args.show, args.seed)
