@@ -146,6 +146,7 @@ def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cach
         verdicts = dict(zip(pairs, ask(list(pairs.values())), strict=True))
         return [verdicts.get(key) for key in keys]
     judge.usage = usage
+    judge.awake = server.awake if kind == "openai" else lambda records: True
     return judge
 
 
@@ -254,6 +255,7 @@ class LocalAnnotator:
 # ---- a chat server, and the replies that are kept ------------------------------------------------
 
 TRIES = 6      # of a request, the first included
+GIVE_UP = 32   # failed requests in a row after which the server is no longer asked
 BACKOFF = 1.0  # s before the second try, about; doubled each time
 FINAL = {f"HTTP {x}" for x in range(300, 500)} - {"HTTP 408", "HTTP 429"}  # not asked again
 
@@ -296,7 +298,7 @@ class Replies(dict):
         self[key] = reply
         if self.file:
             os.makedirs(os.path.dirname(os.path.abspath(self.file)), exist_ok=True)
-            with open(self.file, "ab", buffering=0) as f:
+            with data.naming(self.file), open(self.file, "ab", buffering=0) as f:
                 f.write(f"\n{json.dumps([key, reply])}".encode())
         return read(reply)
 
@@ -316,16 +318,23 @@ class Server:
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
         self.counting = threading.Lock()  # += takes several steps
+        self.failed = 0  # requests in a row
         self.askers = daemon_threads(concurrency)
         # Requests run in threads that can be given up: a socket's limit begins anew with each byte.
         self.requests = daemon_threads(concurrency)
 
     def letters(self, pairs):
         """As F: [(text, item)] -> letters, None or nan."""
+        self.failed = 0
         def ask(pair):
             letters = LETTERS[:len(pair[1]["options"])]
             return self.ask(judge_prompt(*pair), partial(read_letter, letters))
         return self.askers.map(ask, pairs, chunksize=1)
+
+    def awake(self, records):
+        """Whether F replies on one of the records, a kept reply aside."""
+        asked = [judge_prompt(f"So it is {rewards.right_option(r)}.", r) for r in records]
+        return any(not failed(self.request(x, partial(read_letter, LETTERS))) for x in asked)
 
     def write(self, prompt, record):
         """As an annotator: -> a text about the record's image, or nan where none came."""
@@ -337,11 +346,16 @@ class Server:
         return self.replies.ask(partial(self.request, content, read), read, self.spec, content)
 
     def request(self, content, read):
-        """-> the reply's text, or nan when it failed TRIES times. Never raises.
+        """-> the reply's text, or nan when it failed TRIES times or was late twice. After
+        GIVE_UP requests in a row that failed the server isn't asked. Never raises.
 
         read(reply) gives nan for a reply that can't be used: it is asked for again, later each time
-        and at a random moment, as after 408, 429, 5xx, a cut or slow connection or broken JSON.
+        and at a random moment, as after 408, 429, 5xx, a cut connection or broken JSON.
         """
+        if self.failed >= GIVE_UP:
+            self.count(f"not asked after {GIVE_UP} failures in a row")
+            return math.nan
+        late, waited = f"timeout, no reply in {self.timeout:g} s", 0
         body = self.knobs | dict(messages=[dict(role="user", content=content)])
         body = json.dumps(body).encode()
         for k in range(TRIES):
@@ -354,13 +368,19 @@ class Server:
                     self.count("calls")
                     text = json.loads(reply)["choices"][0]["message"]["content"]
                     if not failed(read(text)):
+                        self.failed = 0
                         return text
                     why = "a reply that is no answer"
             except Exception as e:  # a cut connection, a reply of another shape
                 why = type(e).__name__
+                if why == "TimeoutError":  # Python has two of that name
+                    why = late
             self.count(why)
-            if why in FINAL:
+            waited += why == late
+            if why in FINAL or waited == 2:
                 break
+        with self.counting:
+            self.failed += 1
         return math.nan
 
     def post(self, body):
