@@ -340,6 +340,7 @@ def parse_args(argv):
     expect(len(args.seeds) == 1 or args.temperature > 0,
            "--seeds needs a --temperature above 0: greedy answers are the same for each")
     expect(len(set(args.seeds)) == len(args.seeds), "--seeds: expected different ones")
+    expect(0 <= min(args.seeds) and max(args.seeds) < 2**32, "--seeds: expected 0 to 2^32 - 1")
     return args
 
 
@@ -381,9 +382,7 @@ def questions_of(ckpt, args):
            f"{phantoms} is not there, expected the phantoms, or --data FILE")
     records = data.read_records(args.data or phantoms, args.split, args.only, args.thinking)
     records = subset(records, args.questions)
-    for record in records:
-        expect(os.path.isfile(record["path"]),
-               f"record {record['id']!r}: image {record['path']} is missing")
+    data.check_images(records)
     return records
 
 
@@ -407,6 +406,7 @@ def answer_one(checkpoints, args):
     """--image, --question, --options: print each checkpoint's thought and answer."""
     expect(args.image and args.question and 2 <= len(args.options) <= len(data.LETTERS),
            f"one question needs --image, --question and 2 to {len(data.LETTERS)} --options")
+    data.check_options(args.options)
     item = vars(args) | dict(id="--image", path=args.image, task="", modality="", answer="")
     for ckpt in sum(checkpoints.values(), []):
         rows, _ = answer(ckpt, [item], make_judge(), args)
@@ -425,6 +425,7 @@ def main(argv=None):
     judge = make_judge(args.judge, args.judge_sees, cache=os.path.join(out, "replies.jsonl"))
     questions = {ckpt: questions_of(ckpt, args) for ckpt in ckpts}
     os.makedirs(out, exist_ok=True)
+    expect(os.access(out, os.W_OK), f"{out}: can't be written to, expected another --out")
     path = os.path.join(out, "results.json")
     earlier_results(path)  # if it can't be read, say so now and not after an hour of sampling
 
