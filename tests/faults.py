@@ -47,10 +47,11 @@ def plan(stage, place, at, number):
     """Have this process send itself the signal when it comes to a place for the at-th time: into a forward pass or a rollout,
     between gradient and step, when half of state.pt is written, between two files of the checkpoint. -> a function that takes
     it back."""
-    sampled = stage == "grpo"
-    owner, name = {"forward": (M, "sample" if sampled else "token_logprobs"), "update": (M, "sum_gradients"),
+    forward = "sample" if stage == "grpo" else "token_logprobs"
+    owner, name = {"forward": (M, forward), "update": (M, "sum_gradients"),
                    "state": (torch, "save"), "checkpoint": (os, "replace")}[place]
-    at = 2 * at - 1 if place == "forward" and not sampled else at  # two micro-batches a step
+    if place == "forward" and stage == "sft" and "WORLD_SIZE" not in os.environ:
+        at = 2 * at - 1  # one process has two micro-batches a step
     real, calls = getattr(owner, name), []
 
     def hooked(*args, **kwargs):
