@@ -56,6 +56,7 @@ KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "an
 SHOWN = ("modality", "anatomy", "lesion", "style", "location")  # optional, in a key "shows"
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = 2**26  # pixels an image may have; looked at before anything is decoded
+MAX_ASPECT = 200    # longer side / shorter side: beyond it Qwen's processor refuses an image
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, and warns from here on
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
@@ -84,7 +85,7 @@ def cli(main):
     except (DataError, OSError, KeyboardInterrupt) as e:
         sentence = str(e) or "stopped by Ctrl-C"
         if isinstance(e, OSError) and e.strerror:
-            sentence = f"{e.filename or 'system'}: {e.strerror}"
+            sentence = f"{e.filename or 'system'}: {e.strerror}"  # see `naming`
         tqdm.write(f"error: {sentence}", file=sys.stderr)  # below a bar that is being drawn
         sys.exit(2)
 
@@ -92,6 +93,15 @@ def cli(main):
 # ---- records -------------------------------------------------------------------------------------
 def is_text(x):
     return isinstance(x, str) and x.strip() != ""
+
+
+def check_options(options):
+    expect(isinstance(options, list) and all(map(is_text, options)),
+           f"'options' is {options!r:.60}, expected a list of non-empty strings")
+    expect(2 <= len(options) <= len(LETTERS),
+           f"number of options is {len(options)}, expected 2 to {len(LETTERS)}")
+    expect(len({x.strip().casefold() for x in options}) == len(options),
+           f"two options are the same in {options!r:.200}")
 
 
 def check_record(record, folder):
@@ -105,12 +115,10 @@ def check_record(record, folder):
                f"{key!r} is {record[key]!r:.60}, expected a non-empty string")
 
     options = record["options"]
-    expect(isinstance(options, list) and all(map(is_text, options)),
-           f"'options' is {options!r:.60}, expected a list of non-empty strings")
-    expect(2 <= len(options) <= len(LETTERS),
-           f"number of options is {len(options)}, expected 2 to {len(LETTERS)}")
-    expect(len({x.strip().casefold() for x in options}) == len(options),
-           f"two options are the same in {options!r:.200}")
+    check_options(options)
+    written = json.dumps(record, ensure_ascii=False)
+    expect(not re.search(r"[\ud800-\udfff]", written),
+           "half a character (a lone surrogate, \\ud800 to \\udfff), expected whole ones")
     for key, plural, allowed in (("answer", "options", tuple(LETTERS[:len(options)])),
                                  ("task", "tasks", (*TASKS, *MED_R1_TASKS)),
                                  ("split", "splits", SPLITS)):
@@ -279,12 +287,23 @@ def named_modality(text):
     return named[0] if len(named) == 1 else None
 
 
+@contextmanager
+def naming(path):
+    """An OSError inside that names no file, as where the disk is full, names `path`."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
+
+
 def write_text(path, text):
     """Write beside, then rename into place: a crash leaves no half file."""
     beside = Path(f"{path}.writing")
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        with naming(path):
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -323,7 +342,9 @@ def locked(path):
             alone = os.path.samestat(os.stat(file), os.fstat(lock.fileno()))
         except (BlockingIOError, PermissionError, FileNotFoundError):  # the last: just removed
             alone = False
-        expect(alone, f"another run is at work in {path}")
+        except OSError:  # a file system that knows no locks
+            alone = True
+        expect(alone, f"{path}: another run is at work there")
         try:
             yield
         finally:
@@ -354,20 +375,32 @@ def digest(content):
     return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
-def load_image(record):
-    """The record's image as PIL RGB; DataError names record and file, see open_image."""
+def check_images(records):
+    """DataError for the first record whose image isn't there or, by its header, can't be used."""
+    for record in {r["path"]: r for r in records}.values():
+        load_image(record, header=True)
+
+
+def load_image(record, header=False):
+    """The record's image as PIL RGB; DataError names record and file, see open_image. With `header`
+    nothing is decoded -> None."""
     try:
-        return open_image(record["path"]).convert("RGB")
+        image = open_image(record["path"], header)
+        return None if header else image.convert("RGB")
     except DataError as e:
         raise DataError(f"record {record['id']!r}: image {record['path']} {e}") from None
 
 
-def open_image(path):
+def open_image(path, header=False):
     """An image as PIL RGB or L, upright by its EXIF tag; 16 bits and floats go from min to max.
-    DataError, half a sentence, when it is missing, truncated, not an image, or has 0 or more than
-    MAX_PIXELS pixels."""
+    DataError, half a sentence, when it is missing, truncated, not an image, has 0 or more than
+    MAX_PIXELS pixels or a side more than MAX_ASPECT times the other."""
     try:
         with Image.open(path) as file:
+            expect(max(file.size) <= MAX_ASPECT * min(file.size),
+                   f"has a side more than {MAX_ASPECT} times as long as the other")
+            if header:
+                return None
             image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
             a = np.nan_to_num(np.asarray(image, dtype=np.float64))
@@ -376,6 +409,8 @@ def open_image(path):
         if "transparency" in image.info:
             image = image.convert("RGBA")
         return image if image.mode == "L" else image.convert("RGB")
+    except DataError as e:
+        why = str(e)
     except FileNotFoundError:
         why = "is missing"
     except Image.UnidentifiedImageError:
@@ -1578,6 +1613,8 @@ def main():
 
     args = parser.parse_args()
     if args.command == "phantoms":
+        known = Path(args.show or "none.png").suffix.lower() in Image.registered_extensions()
+        expect(known, f"--show {args.show}: expected the name of a picture, as in sheet.png")
         print(make_phantoms(args.out, args.seed, args.n, args.thoughts, args.careless))
         if args.show:
             phantom_sheet(args.show, args.seed)

@@ -829,6 +829,7 @@ def parse_args(argv):
     expect(len(args.seeds) == 1 or args.temperature > 0,
            "--seeds needs a --temperature above 0: greedy answers are the same for each")
     expect(len(set(args.seeds)) == len(args.seeds), "--seeds: expected different ones")
+    expect(0 <= min(args.seeds) and max(args.seeds) < 2**32, "--seeds: expected 0 to 2^32 - 1")
     return args
 
 
@@ -885,9 +886,7 @@ def questions_of(ckpt, args):
     records = data.read_records(args.data or phantoms, args.split, args.only,
                                 thinking_of(ckpt, args))
     records = subset(records, args.questions)
-    for record in records:
-        expect(os.path.isfile(record["path"]),
-               f"record {record['id']!r}: image {record['path']} is missing")
+    data.check_images(records)
     return records
 
 
@@ -917,6 +916,7 @@ def answer_one(checkpoints, args):
     """--image, --question, --options: print each checkpoint's thought and answer."""
     expect(args.image and args.question and 2 <= len(args.options) <= len(data.LETTERS),
            f"one question needs --image, --question and 2 to {len(data.LETTERS)} --options")
+    data.check_options(args.options)
     item = vars(args) | dict(id="--image", path=args.image, task="", modality="", answer="",
                              group="")
     for ckpt in sum(checkpoints.values(), []):
@@ -944,6 +944,7 @@ def main(argv=None):
         expect(values & checkpoints.keys(), f"--matrix {args.matrix}: expected --ckpt NAME=A.., "
                                             f"NAME one of {', '.join(sorted(values))}")
     os.makedirs(out, exist_ok=True)
+    expect(os.access(out, os.W_OK), f"{out}: can't be written to, expected another --out")
     path = os.path.join(out, "results.json")
     json_object(path)  # if it can't be read, say so now and not after an hour of sampling
 

@@ -25,7 +25,7 @@ import math
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 
 import torch
 from tqdm import tqdm
@@ -39,9 +39,9 @@ from data import DataError, expect
 from judge import daemon_threads, failures, make_judge, parse_spec
 from sft import SHARED, Knob
 
-GOLD_ASKED = 32    # gold thoughts that F, if it is a model, is asked about before the first step
-JUDGE_WINDOW = 20  # rollouts over which the share of F's failures is taken
-SHOWN = 4          # groups per rollout that are written to completions.jsonl
+GOLD_ASKED = 32     # gold thoughts that F, if it is a model, is asked about before the first step
+JUDGE_WINDOW = 256  # thoughts, or some more, over which the share of F's failures is taken
+SHOWN = 4           # groups per rollout that are written to completions.jsonl
 
 # Knob(type, default of the `tiny` preset, of `paper`, meaning): `paper` has the figures of the
 # paper's section 4.1, where it gives them. F is a rule in both; --judge names a model.
@@ -87,8 +87,8 @@ KNOBS = dict(
                            positive=True, may_change=True),
     judge_timeout=Knob(float, 60.0, 60.0, "seconds a request to it may take; replies are kept in "
                        "ROOT/replies.jsonl", positive=True, may_change=True),
-    judge_failures=Knob(float, 0.5, 0.5, "share of thoughts on which F failed, over "
-                        f"{JUDGE_WINDOW} rollouts, past which the run saves and stops",
+    judge_failures=Knob(float, 0.5, 0.5, f"share of the last {JUDGE_WINDOW} thoughts on "
+                        "which F failed, past which the run saves and stops",
                         may_change=True),
     micro_tokens=Knob(int, 8192, 8192, "tokens per forward pass on one device: whole groups, each "
                       "a prompt and its G completions", positive=True),
@@ -97,7 +97,7 @@ KNOBS = dict(
     save_every=Knob(int, 0, 50, "optimiser steps between checkpoints, 0 = at the end alone",
                     may_change=True),
     show_every=Knob(int, 10, 10, "rollouts between samples of completions in completions.jsonl, "
-                    "for eyes", may_change=True),
+                    "for eyes, 0 = never", may_change=True),
     **SHARED)
 
 # ---- the equations -------------------------------------------------------------------------------
@@ -248,10 +248,11 @@ def reference_logprobs(policy, sft_copy, batch, tokens, mask, args):
     return logp
 
 
-def update(policy, parameters, optimizer, batch, tokens, mask, A, ref_logp, old_logp, args):
+def update(policy, parameters, run, batch, tokens, mask, A, ref_logp, old_logp, args):
     """One optimiser step of Eq. (8). A (N, G), ref_logp and old_logp (N, G, T); old_logp None: the
     policy's own before this step -> log pi_theta (N, G, T), gradient norm, sums: the loss, and
-    policy_loss's metrics as sums over this process's tokens, which can be added up."""
+    policy_loss's metrics as sums over this process's tokens, which can be added up, and 1 if the
+    step was skipped (see sft.Run.step), else 0."""
     total = M.sum_over_ranks(int(mask.sum()) if args.loss_norm == "token" else A.numel())
     logps = torch.zeros(tokens.shape, device=tokens.device)
     sums = Counter(loss=0.0, kl=0.0, ratio=0.0, clip_low=0.0, clip_high=0.0)  # on every rank alike
@@ -269,10 +270,11 @@ def update(policy, parameters, optimizer, batch, tokens, mask, A, ref_logp, old_
             sums[name] += mean * int(mask[rows].sum())
     M.sum_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
+    skipped = 0
     if total:  # else no group of any process has spread: there is nothing to learn from
-        optimizer.step()
-    optimizer.zero_grad()
-    return logps, norm, sums
+        skipped = run.step(M.sum_over_ranks(sums["loss"]), norm)
+    run.optimizer.zero_grad()
+    return logps, norm, sums, skipped
 
 
 def learning_rate(step, steps, args):
@@ -291,6 +293,8 @@ def questions(args, world):
                         "expected at least 2")
     expect(os.path.realpath(args.model) != os.path.realpath(args.out),
            f"--out {args.out} is the folder of the SFT policy itself; name another")
+    expect(args.thinking != "none" or any(args.weights[:2]),
+           "--thinking none --weights 0 0 1: without a thought there is no consistency to reward")
     records = data.read_records(args.data, "train", args.only, args.thinking)
     per_step = min(args.batch // args.G, len(records))
     expect(args.batch % args.G == 0 and per_step >= world,
@@ -302,7 +306,9 @@ def questions(args, world):
 def check_gold(records, judge, lexical=True):
     """The gold answers must score 1 by the code that will score the policy's; else the reward, not
     the policy, is wrong. The lexical F is asked about all of them. A model may differ on some, and
-    each costs a call: it is asked about GOLD_ASKED, and must not fail on all."""
+    each costs a call: it is asked about GOLD_ASKED, and must not fail on all. A server is asked
+    something first that no kept reply answers."""
+    expect(lexical or judge.awake(records[:2]), f"--judge: F failed: {failures(judge.usage)}")
     records = [r for r in records if r["thought"] is not None]
     if not lexical:
         records = evaluation.subset(records, GOLD_ASKED)
@@ -344,8 +350,8 @@ class Clock:
 
 
 MEANS = dict(  # the figures of a step, by what they are means over
-    completions=("reward", "format", "accuracy", "consistency", "length", "truncated",
-                 "thoughts_cut"),
+    completions=("format", "accuracy", "length", "truncated", "thoughts_cut"),
+    judged=("consistency",), rewarded=("reward",),  # those without a verdict of F are left out
     groups=("no_spread",), thoughts=("judge_failed",),
     tokens=("kl", "ratio", "clip_low", "clip_high", "sampled_nll"))  # those trained on
 
@@ -358,25 +364,42 @@ def figures_of(texts, ended, scores, R, mask, trained_mask, logp, sums, args):
     thoughts = [rewards.parse_completion(text, args.thinking)[0] for text in texts]
     thoughts = [thought for thought in thoughts if thought is not None]
     failed = con.isnan().sum() if args.thinking != "none" else 0
+    judged = ~con.isnan()                                                # (N, G)
+    rewarded = judged | (args.thinking == "none" or not args.weights[2])
     local = dict(
-        sums, completions=R.numel(), groups=len(R), thoughts=len(thoughts),
-        tokens=trained_mask.sum(), trained_on=len(trained_mask), reward=R.sum(), format=fmt.sum(),
-        accuracy=acc.sum(), consistency=without_failures(con).sum(), length=mask.sum(),
+        sums, completions=R.numel(), groups=len(R), thoughts=len(thoughts), judged=judged.sum(),
+        rewarded=rewarded.sum(), tokens=trained_mask.sum(), trained_on=len(trained_mask),
+        reward=R[rewarded].sum(), format=fmt.sum(), accuracy=acc.sum(),
+        consistency=con.nansum(), length=mask.sum(),
         truncated=(~ended).sum(), no_spread=(~group_spread(R)).sum(), judge_failed=failed,
         thoughts_cut=sum(rewards.visible_thought(t)[1] for t in thoughts), sampled_nll=-logp.sum())
     numbers = torch.tensor([float(x) for x in local.values()], dtype=torch.float64)
     total = dict(zip(local, M.sum_over_ranks(numbers).tolist(), strict=True))
-    figures = dict(loss=total["loss"], trained_on=total["trained_on"])
+    figures = {name: total[name] for name in ("loss", "trained_on", "thoughts")}
     for what, names in MEANS.items():
         for name in names:
             figures[name] = total[name] / max(1, total[what])
+            if what in ("judged", "rewarded") and not total[what]:
+                figures[name] = math.nan
     return figures
+
+
+def failed_share(asked):
+    """The share of the last JUDGE_WINDOW thoughts, or some more, on which F failed; 0 as long as
+    there were fewer. asked: the thoughts of each rollout, and the share of failures among them."""
+    thoughts = failed = 0
+    for n, share in reversed(asked):
+        thoughts, failed = thoughts + n, failed + n * share
+        if thoughts >= JUDGE_WINDOW:
+            return failed / thoughts
+    return 0.0
 
 
 def show(folder, step, records, texts, rewards):
     """Append some groups to completions.jsonl, for eyes. rewards (N, G, 4): fmt, acc, con, R."""
     N, G, _ = rewards.shape
-    with open(os.path.join(folder, "completions.jsonl"), "a") as f:
+    path = os.path.join(folder, "completions.jsonl")
+    with data.naming(path), open(path, "a") as f:
         for n in range(min(N, SHOWN)):
             completions = []
             for text, scores in zip(texts[n * G:], rewards[n].tolist(), strict=False):
@@ -394,17 +417,26 @@ def passes(step, mu, every):
 # ---- the loop ------------------------------------------------------------------------------------
 
 def main(argv=None):
+    with sft.Run(keep_adapter=True) as run:
+        train(run, argv)
+
+
+def train(run, argv):
     args = sft.knobs(KNOBS, __doc__, argv)
     args.out = args.out or os.path.join(args.root, "grpo")
     args.model = args.model or os.path.join(args.root, "sft")
     args.data = args.data or [os.path.join(args.root, "phantoms", "phantoms.jsonl")]
     rank, world, device = M.setup_devices()
+    args.fixed["nproc_per_node (processes in all)"] = world  # each samples with its own numbers
     records, held_out = questions(args, world), sft.held_out_questions(args)[rank::world]
+    if rank == 0:
+        data.check_images(records)
 
     # The policy starts as pi_SFT, and pi_SFT is the reference.
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
     sft_copy = None if args.lora else frozen_copy(policy)
+    M.check_texts(processor, records, rewards.question_text)
     policy, parameters, optimizer = sft.trainable(policy, args)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency,
                        timeout=args.judge_timeout, cache=os.path.join(args.root, "replies.jsonl"),
@@ -416,11 +448,11 @@ def main(argv=None):
     sampled = round(wanted * args.oversample)      # questions to sample for them
     epoch_rollouts = max(1, len(records) // sampled)
     steps = max(1, round(args.epochs * epoch_rollouts)) * args.mu
-    start = sft.open_run(args, policy, optimizer, rank)
+    start = run.open(args, policy, processor, optimizer, records, rank)
     end = math.ceil(min(steps, args.max_steps or steps) / args.mu) * args.mu  # whole rollouts
     generator = torch.Generator(device)
     reader = daemon_threads(1)              # the thread in which F reads
-    failed = deque(maxlen=JUDGE_WINDOW)     # the share of thoughts on which F failed, per rollout
+    asked = []                              # each rollout's thoughts and share of F's failures
 
     bar = tqdm(range(start, end, args.mu), initial=start // args.mu, total=end // args.mu,
                desc="grpo", unit="rollout", disable=rank > 0)
@@ -460,37 +492,35 @@ def main(argv=None):
 
         # Eq. (8): mu optimiser steps. pi_old is the policy before the first of them.
         old_logp = ref_logp if args.ratio == "sft" else None
+        skipped = 0
         for inner in range(args.mu):
             optimizer.param_groups[0]["lr"] = learning_rate(step + inner, steps, args)
-            logp, norm, sums = update(policy, parameters, optimizer, batch, tokens, mask,
-                                      A.to(device), ref_logp, old_logp, args)
+            logp, norm, sums, lost = update(policy, parameters, run, batch, tokens, mask,
+                                            A.to(device), ref_logp, old_logp, args)
+            skipped += lost
             if old_logp is None:
                 old_logp = logp
         clock.tick("update")
 
         done = step + args.mu
         figures = figures_of(texts, ended, scores, R, sampled_mask, mask, logp, sums, args)
-        failed.append(figures["judge_failed"])
-        stop = len(failed) == JUDGE_WINDOW and sum(failed) > JUDGE_WINDOW * args.judge_failures
+        asked.append((figures["thoughts"], figures["judge_failed"]))
         seconds = sum(x for name, x in clock.figures.items() if name.startswith("seconds"))
         if passes(step, args.mu, args.eval_every):
             figures["held_out_accuracy"] = sft.held_out_accuracy(policy, processor, held_out, judge,
                                                                  args.max_new_tokens)
         bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("reward", "accuracy", "kl")})
         if rank == 0:
-            sft.log(args.out, step=done, **figures, grad_norm=norm,
+            sft.log(args.out, step=done, **figures, grad_norm=norm, skipped=skipped,
                     lr=optimizer.param_groups[0]["lr"], **clock.figures,
                     tokens_per_second=figures["length"] * sampled * args.G / seconds)
-            if step // args.mu % args.show_every == 0:
+            if args.show_every and step // args.mu % args.show_every == 0:
                 show(args.out, done, mine, texts, torch.stack([*scores, R], -1))
-            if done >= end or stop or passes(step, args.mu, args.save_every):
-                M.save(policy, processor, args.out, keep_adapter=True)
-                sft.save_state(args, policy, optimizer, done)
-        if stop:
-            M.sum_over_ranks(0)  # the other processes wait until it is saved
-            raise DataError(f"--judge: F failed on {100 * sum(failed) / JUDGE_WINDOW:.0f} % of the "
-                            f"thoughts of the last {JUDGE_WINDOW} rollouts "
-                            f"({failures(judge.usage)}); saved after step {done}, --resume goes on")
+        why = None
+        if failed_share(asked) > args.judge_failures:
+            why = DataError(f"--judge: F failed on {100 * failed_share(asked):.0f} % of the last "
+                            f"thoughts ({failures(judge.usage)})")
+        run.after(done, end, passes(step, args.mu, args.save_every), why)
     M.close_devices()
 
 

@@ -148,6 +148,7 @@ def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cach
         verdicts = dict(zip(pairs, ask(list(pairs.values())), strict=True))
         return [verdicts.get(key) for key in keys]
     judge.usage = usage
+    judge.awake = server.awake if kind == "openai" else lambda records: True
     return judge
 
 
@@ -256,7 +257,8 @@ class LocalAnnotator:
 # ---- a chat server, and the replies that are kept ------------------------------------------------
 
 TRIES = 6      # of a request, the first included
-GIVE_UP = 8    # first questions to a model without one reply after which it isn't asked on
+FIRST = 8      # questions to a model under test without one reply after which it isn't asked on
+GIVE_UP = 32   # failed requests in a row after which the server is no longer asked
 BACKOFF = 1.0  # s before the second try, about; doubled each time
 FINAL = {f"HTTP {x}" for x in range(300, 500)} - {"HTTP 408", "HTTP 429"}  # not asked again
 
@@ -299,7 +301,7 @@ class Replies(dict):
         self[key] = reply
         if self.file:
             os.makedirs(os.path.dirname(os.path.abspath(self.file)), exist_ok=True)
-            with open(self.file, "ab", buffering=0) as f:
+            with data.naming(self.file), open(self.file, "ab", buffering=0) as f:
                 f.write(f"\n{json.dumps([key, reply])}".encode())
         return read(reply)
 
@@ -329,16 +331,26 @@ class Server:
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
         self.counting = threading.Lock()  # += takes several steps
+        self.failed = 0  # requests in a row
         self.askers = daemon_threads(concurrency)
         # Requests run in threads that can be given up: a socket's limit begins anew with each byte.
         self.requests = daemon_threads(concurrency)
 
     def letters(self, pairs):
         """As F: [(text, item)] -> letters, None or nan."""
+        self.failed = 0
         def ask(pair):
             letters = LETTERS[:len(pair[1]["options"])]
             return self.ask(judge_prompt(*pair), partial(read_letter, letters))
         return self.askers.map(ask, pairs, chunksize=1)
+
+    def awake(self, records):
+        """Whether F replies on one of the records, a kept reply aside."""
+        for record in records:
+            prompt = judge_prompt(f"So it is {rewards.right_option(record)}.", record)
+            if not failed(self.request(prompt, partial(read_letter, LETTERS), message_text, {})):
+                return True
+        return False
 
     def write(self, prompt, record):
         """As an annotator: -> a text about the record's image, or nan where none came."""
@@ -355,10 +367,10 @@ class Server:
                        dict(type="text", text=rewards.question_text(record))]
             return self.ask(content, list, text_and_end, **self.knobs | knobs)
 
-        lost = 0
+        lost = self.failed = 0
         for k, reply in enumerate(self.askers.imap(ask, records), start=1):
             lost += failed(reply)
-            expect(lost < k or k < min(GIVE_UP, len(records)),
+            expect(lost < k or k < min(FIRST, len(records)),
                    f"{self.spec}: no reply to the first questions: {failures(self.usage)}")
             yield (math.nan, math.nan) if failed(reply) else reply
 
@@ -370,11 +382,16 @@ class Server:
         return self.replies.ask(request, read, *key)
 
     def request(self, content, read, part, knobs):
-        """-> the reply, or nan when it failed TRIES times. Never raises.
+        """-> the reply, or nan when it failed TRIES times or was late twice. After GIVE_UP requests
+        in a row that failed the server isn't asked. Never raises.
 
         read(reply) gives nan for a reply that can't be used: it is asked for again, later each time
-        and at a random moment, as after 408, 429, 5xx, a cut or slow connection or broken JSON.
+        and at a random moment, as after 408, 429, 5xx, a cut connection or broken JSON.
         """
+        if self.failed >= GIVE_UP:
+            self.count(f"not asked after {GIVE_UP} failures in a row")
+            return math.nan
+        late, waited = f"timeout, no reply in {self.timeout:g} s", 0
         body = self.knobs | knobs | dict(messages=[dict(role="user", content=content)])
         body = json.dumps(body).encode()
         for k in range(TRIES):
@@ -387,13 +404,19 @@ class Server:
                     self.count("calls")
                     said = part(json.loads(reply)["choices"][0])
                     if not failed(read(said)):
+                        self.failed = 0
                         return said
                     why = "a reply that is no answer"
             except Exception as e:  # a cut connection, a reply of another shape
                 why = type(e).__name__
+                if why == "TimeoutError":  # Python has two of that name
+                    why = late
             self.count(why)
-            if why in FINAL:
+            waited += why == late
+            if why in FINAL or waited == 2:
                 break
+        with self.counting:
+            self.failed += 1
         return math.nan
 
     def post(self, body):

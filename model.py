@@ -32,7 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import DataError, expect, load_image
+from data import DataError, digest, expect, load_image
 from rewards import question_text
 
 transformers.logging.set_verbosity_error()
@@ -50,11 +50,16 @@ ATTENTION = dict(text_config=GROUPED, vision_config="sdpa")  # of every network 
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # not the vision tower
 ADAPTER = "adapter"         # folder in a checkpoint of GRPO under LoRA: the adapter by itself
 MAX_PIXELS = 512 * 28 * 28  # pixels: a larger image is shrunk to at most 512 image tokens
+MAX_TEXT = 4096             # tokens of a question or an answer: attention's memory is their square
 PIXEL_CACHE = 2**29         # bytes of prepared image patches that are kept in memory
 LOGIT_FLOATS = 2**26        # floats: the most logits that exist at a time in token_logprobs
 GRAPHED = {"cuda"}          # devices on which a token's step is one graph
 LOOK_EVERY = 16             # tokens between looks at how many rows are unfinished, on those
 STAY = 0.8                  # share of unfinished rows at which the finished ones leave
+
+
+class NotFinite(DataError):
+    """The weights have become useless."""
 
 
 class Processor(NamedTuple):
@@ -68,16 +73,8 @@ class Processor(NamedTuple):
 def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
     """A checkpoint (folder or hub name) -> (model in eval mode, Processor).
 
-    DataError where there is none, it is incomplete, or it is not one of FAMILIES."""
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise DataError(f"{name}: no such checkpoint, or one that needs code of its own: expected "
-                        "a folder with a config.json, or a name on the hub that can be reached "
-                        f"({type(e).__name__}); {OTHERS}") from e
-    expect(config.model_type in FAMILIES,
-           f"{name}: a checkpoint of another architecture ({config.model_type}); "
-           f"expected one of {', '.join(FAMILIES)}; {OTHERS}")
+    DataError where there is none, it is incomplete or not finite, or it is not one of FAMILIES."""
+    config = config_of(name)
     try:
         net, info = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True,
@@ -89,14 +86,47 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
         expect(not missing, f"{len(missing)} tensors are missing: {', '.join(missing[:3])}")
         expect(tokenizer.convert_tokens_to_ids("<|image_pad|>") == config.image_token_id,
                f"its tokenizer has no <|image_pad|> of id {config.image_token_id}")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        reason = str(e).splitlines()[0].split(". ")[0]
+        longest = min(max_pixels, image_processor.size["longest_edge"])
+        shortest = min(image_processor.size["shortest_edge"], longest)
+        image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
+        processor, net = Processor(tokenizer, image_processor), net.to(device).eval()
+        image = torch.zeros(1), torch.tensor([[1, 1, image_processor.merge_size**2]])  # one token
+        prompt = tensors(processor, ["its text"], [image])["input_ids"][0]
+        shown = (prompt == config.image_token_id).sum() == 1 and "text" in tokenizer.decode(prompt)
+        expect(shown, "its chat template does not show an image and a text")
+        expect(all_finite(net.parameters()), "some of its weights are not finite")
+    except Exception as e:  # transformers raises anything on a folder that isn't a checkpoint
+        reason = (str(e) or type(e).__name__).splitlines()[0].split(". ")[0]
         raise DataError(f"{name}: the checkpoint can't be used: {reason}") from e
+    return net, processor
 
-    longest = min(max_pixels, image_processor.size["longest_edge"])
-    shortest = min(image_processor.size["shortest_edge"], longest)
-    image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
-    return net.to(device).eval(), Processor(tokenizer, image_processor)
+
+def config_of(name):
+    """A checkpoint's configuration; DataError where there is none of FAMILIES."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config.get_text_config()
+    except Exception as e:  # on another file than a configuration transformers raises anything
+        raise DataError(f"{name}: no such checkpoint, or one that needs code of its own: expected "
+                        "a folder with a config.json, or a name on the hub that can be reached "
+                        f"({type(e).__name__}); {OTHERS}") from e
+    expect(config.model_type in FAMILIES,
+           f"{name}: a checkpoint of another architecture ({config.model_type}); "
+           f"expected one of {', '.join(FAMILIES)}; {OTHERS}")
+    return config
+
+
+def all_finite(tensors):
+    return all(bool(x.isfinite().all()) for x in tensors)
+
+
+def weights_digest(model):
+    """A digest of a network's weights, from sums of their bits: exact on every device."""
+    sums = []
+    for name, p in model.named_parameters():
+        bits = p.detach().view(torch.int16 if p.element_size() == 2 else torch.int32)
+        sums.append(f"{name} {int(bits.sum(dtype=torch.int64))}")
+    return digest("\n".join(sums).encode())
 
 
 def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
@@ -157,8 +187,7 @@ def is_tiny(name):
     """Whether a checkpoint folder holds a network as small as sft.build_tiny's."""
     if not os.path.exists(os.path.join(name, "config.json")):
         return False
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    return config.get_text_config().hidden_size <= 256
+    return config_of(name).get_text_config().hidden_size <= 256
 
 
 def network(model):
@@ -261,13 +290,18 @@ def tensors(processor, texts, images, device="cpu", openings=None):
 
 
 def check_texts(processor, records, text_of):
-    """DataError for a record whose text holds a special token: it would be read as an image or a
-    turn."""
+    """DataError for a record whose text holds a special token, which would be read as an image or
+    a turn, or is longer than MAX_TEXT tokens."""
     special = [str(t) for t in processor.tokenizer.added_tokens_decoder.values() if t.special]
     for r in records:
-        found = [t for t in special if t in text_of(r)]
+        text = text_of(r)
+        found = [t for t in special if t in text]
         expect(not found, f"record {r['id']!r}: its text holds the special token {found}, "
                           "which only the program may set")
+        if len(text.encode()) > MAX_TEXT:  # a token has at least one byte
+            n = len(processor.tokenizer(text)["input_ids"])
+            expect(n <= MAX_TEXT, f"record {r['id']!r}: its text has {n} tokens, expected at most "
+                                  f"{MAX_TEXT}")
 
 
 def encode(processor, records, device="cpu"):
@@ -528,6 +562,8 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
         h = hidden_states(net, batch["input_ids"], causal_mask(batch["attention_mask"]), positions,
                           with_image_features(model, batch), cache)
         logits = next_token_logits(net, h[:, -1], temperature).repeat_interleave(G, 0)
+        if not (logits < torch.inf).all():  # nan neither: the draw would fail, on CUDA for good
+            raise NotFinite("the policy can't be sampled: its logits are not finite")
         for t in range(max_new_tokens):
             y = torch.where(alive, draw(logits, temperature, top_p, generator), batch["pad_id"])
             tokens[rows, t], mask[rows, t] = y, alive

@@ -11,11 +11,14 @@ of them (`make_base`, kept in ROOT/tiny-base) and fine-tunes that.
 Left out on purpose: early stopping, packing of several questions into one row.
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
 import os
 import re
+import signal
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -33,6 +36,7 @@ import model as M
 import rewards
 from judge import make_judge
 
+SKIPPED = 10  # steps in a row without a finite loss and gradient, after which a run ends
 AdamW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.0)
 
 
@@ -96,10 +100,12 @@ def check_knob(name, value, knob):
         least = "more than" if knob.positive else "of at least"
         fine = 0 <= value < math.inf and not (knob.positive and value == 0)
         data.expect(fine, f"--{name} {value}: expected a number {least} 0")
+    data.expect(value != "", f"--{name} '': expected a name, or leave the flag out")
+    data.expect(name != "seed" or value < 2**32, f"--seed {value}: expected less than 2^32")
     if name == "top_p":
         data.expect(value <= 1, "--top_p: expected more than 0, at most 1")
     if name == "weights":
-        fine = len(value) == 3 and min(value) >= 0 and sum(value) > 0
+        fine = len(value) == 3 and min(value) >= 0 and 0 < sum(value) < math.inf
         data.expect(fine, f"--weights {' '.join(map(str, value))}: expected three numbers of at "
                           "least 0, not all of them 0")
 
@@ -137,60 +143,176 @@ def knobs(table, doc, argv=None):
     return args
 
 
+class Run(contextlib.AbstractContextManager):
+    """A run in its folder, --out, locked while the run is at work: opened or resumed, and saved now
+    and then, at its end, and where it ends early by an error, Ctrl-C or SIGTERM."""
+
+    def __init__(self, keep_adapter=False):
+        self.keep_adapter = keep_adapter
+        self.done = self.saved = 0  # optimiser steps behind the policy (None inside one), the saved
+        self.skipped = 0            # steps skipped in a row
+        self.told = None            # the signal that asked to stop
+        self.agreed = False         # whether all processes end early, and at the same step
+        self.held = contextlib.ExitStack()  # lock and signals
+
+    def open(self, args, policy, processor, optimizer, records, rank):
+        """Prepare --out and heed signals -> the number of steps that are done."""
+        self.args, self.policy, self.processor, self.optimizer = args, policy, processor, optimizer
+        self.rank = rank
+        texts = [{k: v for k, v in r.items() if k != "path"} for r in records]
+        args.fixed["data (digest of its records)"] = data.digest(json.dumps(texts).encode())
+        if rank == 0:
+            self.held.enter_context(data.locked(args.out))
+        self.done = self.saved = open_run(args, policy, optimizer, rank)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.held.callback(signal.signal, number, signal.signal(number, self.stop))
+        return self.done
+
+    def stop(self, number, frame):
+        """What a signal does: the run stops when its step is done, at a second Ctrl-C at once."""
+        if self.told and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.told = number
+        os.write(2, b"\nstopping when this step is done; Ctrl-C: at once\n")  # print may be at work
+
+    def step(self, loss, norm):
+        """An optimiser step, unless loss or gradient norm, which are the same on all processes, is
+        not finite -> 1 if it is skipped, else 0."""
+        if not math.isfinite(loss + norm):
+            self.skipped += 1
+            return 1
+        self.skipped, self.done = 0, None
+        self.optimizer.step()
+        return 0
+
+    def after(self, done, end, due, why=None):
+        """Behind every step: save at the end or if it is due, and end early for `why` or if a
+        process was told to. While steps are skipped the weights may be to blame, and the last
+        checkpoint stays."""
+        self.done = done
+        if done >= end or (due and not self.skipped):
+            self.save()
+        told = [self.told == number for number in (signal.SIGINT, signal.SIGTERM)]
+        interrupted, terminated = M.sum_over_ranks(torch.tensor(told).double()).tolist()
+        if self.skipped >= SKIPPED:
+            why = M.NotFinite(f"loss or gradient was not finite in {self.skipped} steps in a row")
+        elif interrupted:
+            why = KeyboardInterrupt()
+        elif terminated:
+            why = SystemExit(0)
+        if why and done < end:
+            self.agreed = True
+            raise why
+
+    def save(self):
+        """Write state and checkpoint; NotFinite, and nothing is written, where a weight isn't."""
+        done, self.done = self.done, None  # not tried again where it fails
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        if not M.all_finite(trained):
+            raise M.NotFinite("the weights are no longer finite")
+        if self.rank == 0:
+            with data.naming(self.args.out):
+                save_state(self.args, self.policy, self.optimizer, done)
+                M.save(self.policy, self.processor, self.args.out, keep_adapter=self.keep_adapter)
+        self.done = self.saved = done
+
+    def __exit__(self, kind, error, trace):
+        """Where the run ends early, save what is done: but useless weights replace no others."""
+        with self.held:  # given back behind this
+            spoilt = self.saved and isinstance(error, M.NotFinite)
+            if error and not spoilt and self.done not in (None, self.saved):
+                self.save()
+            if error and self.saved and self.rank == 0:
+                tqdm.write(f"{self.args.out}: saved after step {self.saved}, --resume goes on",
+                           file=sys.stderr)
+            if self.agreed:
+                M.sum_over_ranks(0)  # the other processes wait until it is saved
+                M.close_devices()
+
+
+def resume(args, policy, optimizer):
+    """Put back what --out's state.pt holds -> steps that are done. DataError where that can't be
+    read, or is of another run."""
+    path = os.path.join(args.out, "state.pt")
+    data.expect(os.path.exists(path), f"{args.out}: nothing to resume: there is no state.pt")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        for name, value in state["knobs"].items():
+            given = args.fixed.get(name)
+            data.expect(given == value,
+                        f"{args.out}: the run to resume had --{name} {value}, not {given}")
+        trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+        data.expect(trained == state["trained"].keys(), f"{path}: the state of another network")
+        policy.load_state_dict(state["trained"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
+    except data.DataError:
+        raise
+    except Exception as e:  # torch raises anything on what it hasn't written
+        raise data.DataError(f"{path}: not the state of such a run ({type(e).__name__})") from e
+
+
+def lines_until(path, done):
+    """A log's lines up to step `done`. The last may have been cut short by a kill."""
+    kept = []
+    for k, line in enumerate(Path(path).read_text(errors="replace").split("\n")[:-1], 1):
+        try:
+            if json.loads(line)["step"] <= done:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, LookupError):
+            raise data.DataError(f"{path}, line {k}: expected JSON with a step") from None
+    return "".join(kept)
+
+
 def open_run(args, policy, optimizer, rank):
     """Prepare --out -> the number of steps that are done.
 
     With --resume the checkpoint's weights and optimiser state are put back, and the logs' later
     lines dropped: they will be written again. Without, an earlier run is moved aside."""
-    done, metrics = 0, os.path.join(args.out, "metrics.jsonl")
-    if args.resume:
-        path = os.path.join(args.out, "state.pt")
-        data.expect(os.path.exists(path), f"{args.out}: nothing to resume: there is no state.pt")
-        state = torch.load(path, weights_only=True)
-        for name, value in state["knobs"].items():
-            given = args.fixed.get(name)
-            data.expect(given == value,
-                        f"{args.out}: the run to resume had --{name} {value}, not {given}")
-        policy.load_state_dict(state["trained"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
+    done = resume(args, policy, optimizer) if args.resume else 0
     if rank > 0:
         return done
-    if not args.resume and os.path.exists(metrics):
+    logs = [os.path.join(args.out, name) for name in ("metrics.jsonl", "completions.jsonl")]
+    if not args.resume and os.path.exists(logs[0]):
         print(f"{args.out} held an earlier run: moved to {data.move_aside(args.out)}")
     os.makedirs(args.out, exist_ok=True)
     data.write_text(os.path.join(args.out, "knobs.json"), json.dumps(vars(args), indent=2))
-    for path in (metrics, os.path.join(args.out, "completions.jsonl")):
+    for path in logs:
         if args.resume and os.path.exists(path):
-            with open(path) as f:
-                whole = [line for line in f if line.endswith("\n")]  # a kill cuts the last short
-            kept = [line for line in whole if json.loads(line)["step"] <= done]
-            data.write_text(path, "".join(kept))
+            data.write_text(path, lines_until(path, done))
     return done
 
 
 def log(folder, **figures):
     """Append one line to metrics.jsonl."""
     for name, value in figures.items():
-        if isinstance(value, float):
-            figures[name] = float(f"{value:.6g}")  # digits, not places: lr may be 1e-7
-    with open(os.path.join(folder, "metrics.jsonl"), "a") as f:
+        if isinstance(value, float):  # digits, not places: lr may be 1e-7. JSON has no nan
+            figures[name] = float(f"{value:.6g}") if math.isfinite(value) else None
+    path = os.path.join(folder, "metrics.jsonl")
+    with data.naming(path), open(path, "a") as f:
         f.write(json.dumps(figures) + "\n")
 
 
 def save_state(args, policy, optimizer, step):
     """Write what a resumed run needs. There is no random state: the order of the questions and
     the sampling are functions of seed and step."""
-    path = os.path.join(args.out, "state.pt")
+    path = Path(args.out, "state.pt")
+    beside = Path(f"{path}.writing")
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     state = dict(trained=trained, optimizer=optimizer.state_dict(), step=step, knobs=args.fixed)
-    with open(f"{path}.writing", "wb") as f:  # given a name, torch hides that the disk is full
-        torch.save(state, f)
-    os.replace(f"{path}.writing", path)
+    try:
+        with open(beside, "wb") as f:  # given a name, torch hides that the disk is full
+            torch.save(state, f)
+        os.replace(beside, path)
+    except RuntimeError as e:  # torch's own, behind the OSError that says why
+        raise data.DataError(f"{path} can't be written: {e.__context__ or e}") from e
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def trainable(policy, args):
     """Make LoRA of rank --lora, or every parameter, trainable -> policy, those, AdamW."""
+    args.fixed["model (digest of its weights)"] = M.weights_digest(policy)
     if args.lora:
         policy = M.add_lora(policy, args.lora, args.seed)
     else:
@@ -225,7 +347,9 @@ def held_out_questions(args):
     validation = [r for r in records if r["split"] == "val"]
     held_out = validation or [r for r in records if r["split"] == "test"]
     data.expect(held_out, f"--eval_every: no held-out questions in {args.data}")
-    return evaluation.subset(held_out, args.eval_questions)
+    held_out = evaluation.subset(held_out, args.eval_questions)
+    data.check_images(held_out)
+    return held_out
 
 # ---- Eq. (1) -------------------------------------------------------------------------------------
 
@@ -534,9 +658,10 @@ def prepare_tiny(args, rank):
         wording=WORDING_EVERY, eyes=EYE_STEPS, reading=READ_STEPS, images=BASE_IMAGES))
     if rank == 0:
         data.make_phantoms(phantoms, args.seed, args.images, args.thoughts)
-        if not made.exists():
-            make_base(base, args.seed)
-            data.write_text(made, recipe)
+        with data.locked(base):
+            if not made.exists():
+                make_base(base, args.seed)
+                data.write_text(made, recipe)
         data.expect(made.read_text() == recipe, f"{base} was made with another seed or recipe: "
                                                 "remove it, or name another --root")
     M.sum_over_ranks(0)  # the other processes wait here
@@ -553,6 +678,11 @@ def held_out_accuracy(policy, processor, records, judge, max_new_tokens):
 
 
 def main(argv=None):
+    with Run() as run:
+        train(run, argv)
+
+
+def train(run, argv):
     args = knobs(KNOBS, __doc__, argv)
     args.out = args.out or os.path.join(args.root, "sft")
     rank, world, device = M.setup_devices()
@@ -568,6 +698,11 @@ def main(argv=None):
     if rank == 0 and len(records) < len(every):
         print(f"{len(records)} training questions have a thought; {len(every) - len(records)} "
               "have none and are left to grpo.py")
+    if rank == 0:
+        data.check_images(records)
+    for r in records:
+        data.expect(rewards.format_reward(rewards.answer_text(r), args.thinking),
+                    f"record {r['id']!r}: its thought holds one of the tags {rewards.TAGS}")
     held_out = held_out_questions(args)[rank::world]
     data.expect(min(args.batch, len(records)) >= world,
                 f"--batch {args.batch}: expected at least one question for each of the {world} "
@@ -576,11 +711,12 @@ def main(argv=None):
     # What is trained is kept in fp32: the LoRA parameters, or all of them.
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
+    M.check_texts(processor, records, rewards.question_text)
     M.check_texts(processor, records, rewards.answer_text)
     policy, parameters, optimizer = trainable(policy, args)
     epoch_steps = max(1, len(records) // args.batch)
     steps = math.ceil(args.epochs * epoch_steps)
-    start = open_run(args, policy, optimizer, rank)
+    start = run.open(args, policy, processor, optimizer, records, rank)
     end = min(steps, args.max_steps or steps)
 
     bar = tqdm(range(start, end), initial=start, total=end, desc="sft", unit="step",
@@ -611,10 +747,11 @@ def main(argv=None):
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
         lr = learning_rate(step, steps, args.lr, args.warmup)
         optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
+        loss = M.sum_over_ranks(loss_sum)
+        skipped = run.step(loss, norm)
         optimizer.zero_grad()
 
-        figures = dict(loss=M.sum_over_ranks(loss_sum), lr=lr, grad_norm=norm, tokens=int(total),
+        figures = dict(loss=loss, lr=lr, grad_norm=norm, skipped=skipped, tokens=int(total),
                        seconds=time.perf_counter() - began)
         if args.eval_every and done % args.eval_every == 0:
             limit = 80 if args.preset == "tiny" else 512  # tokens
@@ -623,9 +760,7 @@ def main(argv=None):
         bar.set_postfix(loss=f"{figures['loss']:.3f}")
         if rank == 0:
             log(args.out, step=done, **figures)
-            if done == end or (args.save_every and done % args.save_every == 0):
-                M.save(policy, processor, args.out)
-                save_state(args, policy, optimizer, done)
+        run.after(done, end, args.save_every and done % args.save_every == 0)
     M.close_devices()
 
 

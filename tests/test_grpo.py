@@ -442,8 +442,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stage, lora, world, monkeypat
     assert all(same(x, b["optimizer"]["state"][k]) for k, x in a["optimizer"]["state"].items())
 
 
-def test_a_killed_run_resumes_from_its_last_checkpoint(world, monkeypatch, tmp_path):
-    """--save_every 2, killed after the third step while it writes the fourth's line: the run goes on from the second step and
+def test_an_interrupted_run_goes_on_behind_its_last_step(world, monkeypatch, tmp_path):
+    """--save_every 2, interrupted after the third step while it writes the fourth's line: the run goes on behind the third and
     ends as if nothing had happened, log and completions too."""
     flags = ("--max_steps", "4", "--show_every", "1", "--save_every", "2")
     straight = train(world, monkeypatch, tmp_path / "straight", *flags)
@@ -528,7 +528,7 @@ grpo.main([*common, "--data", jsonl, "--out", out + "/grpo", "--batch", "12", "-
            "--no-drop_no_spread"])
 torch.save(kept[len(kept) // 2:], f"{out}/loss-{rank}.pt")
 
-# 3. A run in which the second rank finds its image missing, while the first waits for its gradients.
+# 3. A run in which the second rank finds its image cut behind the header, while the first waits for its gradients.
 print("now dying", flush=True)
 data.cli(lambda: sft.main([*common, "--data", broken, "--out", out + "/dying", "--batch", "4"]))
 """
@@ -548,8 +548,10 @@ def two(world, tmp_path_factory):
     (out / "worker.py").write_text("import sys\nimport torch\nimport data, grpo, sft\nimport model as M\n"
                                    f"torch.set_num_threads(1)\n{inspect.getsource(toy_score)}{WORKER}")
     records = data.read_records(world.jsonl, "train")
-    records[sft.epoch_order(len(records), 0, 0)[1]]["image"] = "images/gone.png"  # step 0's second question is rank 1's
-    broken = Path(world.jsonl).with_name("broken.jsonl")
+    broken, second = Path(world.jsonl).with_name("broken.jsonl"), records[sft.epoch_order(len(records), 0, 0)[1]]
+    whole = Path(second["path"]).read_bytes()
+    (broken.parent / "images" / "torn.png").write_bytes(whole[:len(whole) // 2])
+    second["image"] = "images/torn.png"  # step 0's second question is rank 1's
     data.write_records(records, broken)
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -607,7 +609,7 @@ def test_the_log_of_two_processes_is_that_of_the_whole_batch(two):
 
 
 def test_a_dying_rank_ends_the_others(two):
-    """Rank 1 meets a missing image while rank 0 waits for it: the launch ends with an error that names the record, no rank
+    """Rank 1 meets a broken image while rank 0 waits for it: the launch ends with an error that names the record, no rank
     hangs."""
     code, seconds, said = two["died"]
-    assert code != 0 and seconds < 60 and "images/gone.png is missing" in said
+    assert code != 0 and seconds < 60 and "images/torn.png is truncated" in said

@@ -467,24 +467,24 @@ def test_a_run_beside_a_failing_server(serve, world, monkeypatch, tmp_path):
 
 
 def test_f_gone_for_good_saves_and_stops(serve, world, monkeypatch, tmp_path, capsys):
-    """Past --judge_failures over JUDGE_WINDOW rollouts the run saves and ends with one sentence and exit code 2, and can be
+    """Past --judge_failures over JUDGE_WINDOW thoughts the run saves and ends with one sentence and exit code 2, and can be
     resumed; if F never answered it ends before the first step, and nothing is written."""
     think(world, monkeypatch)
     monkeypatch.setattr(J, "TRIES", 1)
     monkeypatch.setattr(grpo, "GOLD_ASKED", 8)
-    monkeypatch.setattr(grpo, "JUDGE_WINDOW", 2)
+    monkeypatch.setattr(grpo, "JUDGE_WINDOW", 32)
     server = serve(fault=lambda prompt, n: "500" if len(server.calls) > 24 else None)
     flags = ("--judge_failures", "0.7")
     with pytest.raises(SystemExit) as stopped:
         data.cli(lambda: train(world, tmp_path, server.spec, *flags, "--epochs", "10"))
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stopped.value.code == 2 and re.search(r"F failed on \d+ % of the thoughts of the last 2 .*HTTP 500", said), said
+    told, said = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert stopped.value.code == 2 and re.search(r"F failed on \d+ % of the last thoughts .*HTTP 500", said), said
     saved = torch.load(tmp_path / "grpo" / "state.pt", weights_only=True)["step"]
-    assert 2 <= saved <= 4 and f"after step {saved}" in said and (tmp_path / "grpo" / "model.safetensors").exists()
+    assert 2 <= saved <= 4 and f"saved after step {saved}, --resume" in told and (tmp_path / "grpo" / "model.safetensors").exists()
     server.fault = lambda prompt, n: None
     lines = train(world, tmp_path, server.spec, *flags, "--epochs", "10", "--max_steps", str(saved + 1), "--resume")
     assert len(lines) == saved + 1 and lines[-1]["judge_failed"] == 0
-    with pytest.raises(DataError, match="all of 8 gold thoughts: HTTP 401"):
+    with pytest.raises(DataError, match="F failed: HTTP 401"):
         train(world, tmp_path / "other", serve(fault=lambda prompt, n: "401").spec)
     assert not (tmp_path / "other").exists()
 
@@ -506,7 +506,7 @@ def test_a_repeated_run_asks_nothing_and_the_wait_is_logged(serve, world, monkey
     assert first["seconds_judge"] > 0.1 > second["seconds_judge"] and second["seconds_reference"] > 0.6
     n = len(server.calls)
     again, = train(world, tmp_path / "b", server.spec, "--max_steps", "1")
-    assert len(server.calls) == n and (tmp_path / "b" / "grpo.1").exists()
+    assert len(server.calls) == n + 1 and (tmp_path / "b" / "grpo.1").exists()  # whether it is awake
     same = [{k: v for k, v in line.items() if "second" not in k and "peak" not in k} for line in (second, again)]
     assert same[0] == same[1]
 
@@ -523,7 +523,7 @@ def test_the_reference_as_f(lora, world, monkeypatch, tmp_path):
         def both(thoughts, items):
             kept.append((thoughts, items, judge(thoughts, items)))
             return kept[-1][2]
-        both.usage = judge.usage
+        both.usage, both.awake = judge.usage, judge.awake
         return both
     monkeypatch.setattr(grpo, "make_judge", watched)
     lines = train(world, tmp_path, "hf:reference", "--max_steps", "3", "--lora", lora, "--lr", "0.01", "--warmup", "1")
