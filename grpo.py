@@ -202,6 +202,19 @@ def reference_of(policy, copy_of_sft=None):
 
 # ---- the parts of a step -------------------------------------------------------------------------
 
+def dealt(records, rank, world):
+    """A process's part of a step's questions: every world-th, and of several processes all have
+    long and short ones, dealt back and forth."""
+    if world == 1:
+        return records
+    records = sorted(records, key=lambda r: -len(rewards.question_text(r)))
+    rounds = [records[i:i + world] for i in range(0, len(records), world)]
+    for k, some in enumerate(rounds):
+        if k % 2 == 1 and len(some) == world:
+            some.reverse()
+    return [some[rank] for some in rounds if rank < len(some)]
+
+
 def rollout(policy, processor, records, generator, args):
     """Eq. (2): G completions for each of N questions, from the current policy -> the questions'
     batch (model.tensors), tokens (N, G, T), mask (N, G, T) bool, texts (N * G)."""
@@ -426,11 +439,12 @@ def main(argv=None):
                desc="grpo", unit="rollout", disable=rank > 0)
     for step in bar:  # one rollout, then mu optimiser steps on it
         clock = Clock(device)
+        began = clock.last
 
         # This process's share of the questions. A resumed run has the same, and the same samples.
         epoch, place = divmod(step // args.mu, epoch_rollouts)
         order = sft.epoch_order(len(records), epoch, args.seed)[place * sampled:][:sampled]
-        mine = [records[i] for i in order[rank::world]]
+        mine = dealt([records[i] for i in order], rank, world)
         generator.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)
 
         # Eq. (2): G completions for each.
@@ -458,6 +472,8 @@ def main(argv=None):
             ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)
             clock.tick("reference")
 
+        waiting = M.seconds_waiting(clock.last - began)
+
         # Eq. (8): mu optimiser steps. pi_old is the policy before the first of them.
         old_logp = ref_logp if args.ratio == "sft" else None
         for inner in range(args.mu):
@@ -479,13 +495,14 @@ def main(argv=None):
         bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("reward", "accuracy", "kl")})
         if rank == 0:
             sft.log(args.out, step=done, **figures, grad_norm=norm,
-                    lr=optimizer.param_groups[0]["lr"], **clock.figures,
+                    lr=optimizer.param_groups[0]["lr"], **clock.figures, seconds_waiting=waiting,
                     tokens_per_second=figures["length"] * sampled * args.G / seconds)
             if step // args.mu % args.show_every == 0:
                 show(args.out, done, mine, texts, torch.stack([*scores, R], -1))
-            if done >= end or stop or passes(step, args.mu, args.save_every):
+        if done >= end or stop or passes(step, args.mu, args.save_every):
+            if rank == 0:
                 M.save(policy, processor, args.out, keep_adapter=True)
-                sft.save_state(args, policy, optimizer, done)
+            sft.save_state(args, policy, optimizer, done)
         if stop:
             M.sum_over_ranks(0)  # the other processes wait until it is saved
             raise DataError(f"--judge: F failed on {100 * sum(failed) / JUDGE_WINDOW:.0f} % of the "
@@ -495,4 +512,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    M.run(main)

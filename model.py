@@ -8,6 +8,7 @@ checkpoint's generation_config (the policy that is sampled must be the policy th
 """
 import contextlib
 import copy
+import datetime
 import functools
 import json
 import os
@@ -32,7 +33,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import DataError, expect, load_image
+from data import DataError, cli, expect, load_image
 from rewards import question_text
 
 transformers.logging.set_verbosity_error()
@@ -53,6 +54,8 @@ PIXEL_CACHE = 2**29         # bytes of prepared image patches that are kept in m
 LOGIT_FLOATS = 2**26        # floats: the most logits that exist at a time in token_logprobs
 GRAPHED = {"cuda"}          # devices on which a token's step is one graph
 LOOK_EVERY = 16             # tokens between looks at how many rows are unfinished, on those
+PIECE_FLOATS = 2**24        # floats: gradients that are added up over the processes at a time
+LONGEST_WAIT = datetime.timedelta(minutes=30)  # of a process for another; F may be slow
 STAY = 0.8                  # share of unfinished rows at which the finished ones leave
 
 
@@ -661,38 +664,94 @@ def chosen_logprobs(net, h, y, temperature):
 # --- devices --------------------------------------------------------------------------------------
 
 def setup_devices():
-    """One process, or those that torchrun started -> (rank, world size, device)."""
+    """One process, or those that torchrun started on one machine or several -> (rank, world size,
+    device). Numbers are summed up on the CPU by gloo, gradients on CUDA by NCCL."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        expect(device.index < torch.cuda.device_count(),
+               f"--nproc_per_node: more processes than this machine's "
+               f"{torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=LONGEST_WAIT)
     return rank, world, device
+
+
+def run(main):
+    """data.cli for what torchrun starts: the sentence that ends a process names it, and torchrun
+    then ends the others."""
+    def named():
+        try:
+            main()
+        except (DataError, torch.OutOfMemoryError) as e:
+            rank = os.environ.get("RANK")
+            hint = "" if isinstance(e, DataError) else "; --print says what needs how much"
+            raise DataError(f"process {rank}: {e}{hint}" if rank else f"{e}{hint}") from e
+    cli(named)
+
+
+def all_reduce(x):
+    """Sum a tensor over the processes, in place."""
+    try:
+        dist.all_reduce(x)
+    except RuntimeError as e:  # the sentence of the one that failed stands elsewhere in the log
+        raise DataError("another process has ended") from e
 
 
 def sum_over_ranks(x):
     """Sum a tensor or a number over the processes, on all of them alike."""
     if not dist.is_initialized():
         return x
-    total = x if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
-    if dist.get_backend() == "nccl":
-        total = total.to("cuda")
-    dist.all_reduce(total)
+    total = x.cpu() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
+    all_reduce(total)
     return total if torch.is_tensor(x) else total.item()
+
+
+def expect_alike(what, number):
+    """DataError where the processes don't have the same number, say of steps that are done."""
+    alike = sum_over_ranks(number) == number * sum_over_ranks(1)
+    expect(alike, f"{what}: each process sees another state there; machines that share no folder "
+                  "need copies of the same one")
 
 
 def sum_gradients(parameters):
     """Add up the processes' gradients, once per optimiser step. Each rank's loss is already
-    divided by global counts."""
+    divided by global counts.
+
+    In few large pieces, not one per parameter (on gloo that takes seven times as long); after the
+    backward passes, not while the last one runs, which gained nothing measurable and has no place
+    on a rank without a micro-batch."""
     if not dist.is_initialized():
         return
-    for p in parameters:
+    piece, floats = [], 0
+    for i, p in enumerate(parameters):
         if p.grad is None:  # a rank whose share did not touch this parameter must take part too
             p.grad = torch.zeros_like(p)
-        dist.all_reduce(p.grad)
+        piece.append(p.grad)
+        floats += p.numel()
+        if floats < PIECE_FLOATS and i + 1 < len(parameters):
+            continue
+        flat = torch.cat([grad.flatten() for grad in piece])
+        all_reduce(flat)
+        parts = flat.split([grad.numel() for grad in piece])
+        for grad, part in zip(piece, parts, strict=True):
+            grad.copy_(part.view_as(grad))
+        piece, floats = [], 0
+
+
+def seconds_waiting(own):
+    """What the processes wait for the slowest, on average, where each came to the place at which
+    they meet after `own` seconds."""
+    if not dist.is_initialized():
+        return 0.0
+    seconds = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+    seconds[dist.get_rank()] = own
+    seconds = sum_over_ranks(seconds)
+    return (seconds.max() - seconds.mean()).item()
 
 
 def peak_memory(device):
