@@ -182,7 +182,10 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
 
 def frozen_copy(model):
     """The reference of a fully fine-tuned policy. Under LoRA `reference_of` needs no copy."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    for matrix in M.matrices_of(frozen) if model.device.type == "cuda" else []:
+        matrix.to(torch.bfloat16)
+    return frozen
 
 
 adapter_switch = threading.Lock()  # --judge hf:reference reads in a thread: one at a time
@@ -203,16 +206,13 @@ def reference_of(policy, copy_of_sft=None):
 # ---- the parts of a step -------------------------------------------------------------------------
 
 def dealt(records, rank, world):
-    """A process's part of a step's questions: every world-th, and of several processes all have
-    long and short ones, dealt back and forth."""
-    if world == 1:
-        return records
-    records = sorted(records, key=lambda r: -len(rewards.question_text(r)))
-    rounds = [records[i:i + world] for i in range(0, len(records), world)]
-    for k, some in enumerate(rounds):
-        if k % 2 == 1 and len(some) == world:
-            some.reverse()
-    return [some[rank] for some in rounds if rank < len(some)]
+    """A process's part of a step's questions, of all lengths: from the shortest to the longest they
+    are dealt back and forth."""
+    places = sorted(range(len(records)), key=lambda i: len(rewards.question_text(records[i])))
+    rounds = [places[i:i + world] for i in range(0, len(places), world)]
+    for full in [some for some in rounds if len(some) == world][1::2]:
+        full.reverse()
+    return [records[i] for i in sorted(some[rank] for some in rounds if rank < len(some))]
 
 
 def rollout(policy, processor, records, generator, args):
@@ -439,7 +439,6 @@ def main(argv=None):
                desc="grpo", unit="rollout", disable=rank > 0)
     for step in bar:  # one rollout, then mu optimiser steps on it
         clock = Clock(device)
-        began = clock.last
 
         # This process's share of the questions. A resumed run has the same, and the same samples.
         epoch, place = divmod(step // args.mu, epoch_rollouts)
@@ -472,7 +471,8 @@ def main(argv=None):
             ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)
             clock.tick("reference")
 
-        waiting = M.seconds_waiting(clock.last - began)
+        M.sum_over_ranks(0)  # here the processes meet
+        waiting = M.sum_over_ranks(time.perf_counter() - clock.last) / world
 
         # Eq. (8): mu optimiser steps. pi_old is the policy before the first of them.
         old_logp = ref_logp if args.ratio == "sft" else None

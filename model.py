@@ -12,6 +12,7 @@ import datetime
 import functools
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -67,10 +68,8 @@ class Processor(NamedTuple):
 
 # --- the network ----------------------------------------------------------------------------------
 
-def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
-    """A checkpoint (folder or hub name) -> (model in eval mode, Processor).
-
-    DataError where there is none, it is incomplete, or it is not one of FAMILIES."""
+def config_of(name):
+    """A checkpoint's config; DataError where there is none, or it is not one of FAMILIES."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as e:
@@ -79,6 +78,14 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
     expect(config.model_type in FAMILIES,
            f"{name}: a checkpoint of another architecture ({config.model_type}); "
            f"expected one of {', '.join(FAMILIES)}")
+    return config
+
+
+def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
+    """A checkpoint (folder or hub name) -> (model in eval mode, Processor).
+
+    DataError as in config_of, or where it is incomplete."""
+    config = config_of(name)
     try:
         net, info = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True,
@@ -125,7 +132,9 @@ def save(model, processor, folder, keep_adapter=False):
     file. DataError where the weights can't be written."""
     net = model
     if isinstance(model, PeftModel):
-        net = copy.deepcopy(model).cpu()
+        device = network(model).device
+        net = copy.deepcopy(model.cpu())  # a GPU may have no room for a second one
+        model.to(device)
         if keep_adapter:
             net = net.float()
         net = net.merge_and_unload()
@@ -171,6 +180,14 @@ def autocast(model):
     """bf16 arithmetic on CUDA, whatever the weights are kept in; plain fp32 on the CPU."""
     device = next(model.parameters()).device.type
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def matrices_of(net):
+    """The layers whose weights autocast rounds to bf16 at each use: kept in bf16 they are the same.
+    Not a head that is also the embedding, which is read as it is."""
+    embedding = net.get_input_embeddings().weight
+    return [m for m in net.modules()
+            if isinstance(m, torch.nn.Linear) and m.weight is not embedding]
 
 
 def enable_checkpointing(policy):
@@ -569,8 +586,9 @@ def captured(step, y):
     given = y.clone()
     try:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(y.device)
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(y.device),
-                              capture_error_mode="thread_local"):  # other threads may go on
+        # On torch's one stream for it: cuBLAS keeps a workspace for each that it has seen. Other
+        # threads may go on.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = step(given)  # recorded, not run
     except (RuntimeError, ValueError) as e:  # ValueError: not a CUDA device
         reason = str(e).splitlines()[0]
@@ -661,6 +679,64 @@ def chosen_logprobs(net, h, y, temperature):
     return torch.cat([chunked(a, b) for a, b in zip(h.split(size), y.split(size), strict=True)])
 
 
+# --- memory ---------------------------------------------------------------------------------------
+
+def without_weights(config):
+    """A network of sizes alone, which takes no memory."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def memory(net, *, cuda, world, lora, checkpointing, sampled, micro, G, image, prompt, T):
+    """Bytes that a device needs, for `without_weights`' network: the parts, and "peak".
+
+    world processes; `sampled` questions of G completions each are sampled at once on this one (0:
+    sft.py, which has no reference either), `micro` are in a forward pass of the update; prompt and
+    T: tokens of each. Allocator and CUDA itself, a GB or two, come on top."""
+    text, vision = net.config.get_text_config(), net.model.visual.blocks
+    L, D, I = text.num_hidden_layers, text.hidden_size, text.intermediate_size
+    shared = text.num_attention_heads // text.num_key_value_heads
+    K = net.model.language_model.layers[0].self_attn.k_proj.out_features  # a token's keys
+    patches = 4 * image * micro  # whose 2 x 2 become a token
+    D_vision = vision[0].norm1.weight.numel()
+    sizes = [p.numel() for p in net.parameters()]
+    matrices = sum(m.weight.numel() for m in matrices_of(net))
+    adapted = [m for name, m in net.named_modules() if re.fullmatch(LORA_TARGETS, name)]
+    learns = [lora * n for m in adapted for n in m.weight.shape] if lora else sizes
+    trained = sum(learns)
+    fp = 2 if cuda else 4                       # bytes of a number in a matrix product
+
+    out = dict(weights=4 * trained + fp * sum(sizes) if lora else 4 * trained)
+    out["reference"] = 0
+    if sampled and not lora:
+        out["reference"] = 4 * (sum(sizes) - matrices) + fp * matrices
+    out["rounded_weights"] = 0 if lora or not cuda else 2 * sum(sizes)  # autocast's
+    out["gradients"] = 4 * trained
+    out["moments"] = 8 * max(trained // world, max(learns))  # AdamW's
+
+    # What a layer of a pass over t tokens keeps for the backward pass.
+    t = micro * (prompt + G * T)
+    layer = t * D * (2 if lora else 4) * 4                          # norms, in fp32
+    layer += t * (5 * D + 4 * I + 7 * lora) * fp                    # inputs of products, SwiGLU
+    layer += 2 * K * micro * (prompt + G * (prompt + T)) * fp       # keys, values
+    layer += shared * micro * (prompt**2 + G * T * (prompt + T)) * fp  # masks
+    block = 0 if lora else patches * (16 * D_vision + 18 * D_vision * fp)
+    kept, again = L * layer + len(vision) * block, 0
+    if checkpointing:
+        inputs = t * D * (fp if lora else 4), patches * D_vision * (0 if lora else 4)
+        kept, again = L * inputs[0] + len(vision) * inputs[1], max(layer, block)
+    logits = 4 * 4 * min(micro * G * T * text.vocab_size, LOGIT_FLOATS)
+    backward = again + t * (4 * I + 4 * D) * fp                     # and a layer's gradients
+    out["activations"] = kept + max(logits, backward)
+
+    rows = sampled * G
+    out["cache"] = 2 * (L + 1) * K * rows * (prompt + T) * fp       # one layer is copied
+    out["sampling"] = 6 * 4 * rows * text.vocab_size                # logits and probabilities
+    always = sum(out[k] for k in ("weights", "reference", "rounded_weights", "moments"))
+    update = out["gradients"] + out["activations"]
+    return dict(out, peak=always + max(update, out["cache"] + out["sampling"]))
+
+
 # --- devices --------------------------------------------------------------------------------------
 
 def setup_devices():
@@ -671,9 +747,8 @@ def setup_devices():
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        expect(device.index < torch.cuda.device_count(),
-               f"--nproc_per_node: more processes than this machine's "
-               f"{torch.cuda.device_count()} GPUs")
+        expect(device.index < torch.cuda.device_count(), "--nproc_per_node: expected at most this "
+               f"machine's number of GPUs, {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -682,15 +757,14 @@ def setup_devices():
 
 
 def run(main):
-    """data.cli for what torchrun starts: the sentence that ends a process names it, and torchrun
-    then ends the others."""
+    """data.cli, with a sentence for a full device, and with the name of the process. When one ends,
+    torchrun ends the others."""
     def named():
         try:
             main()
         except (DataError, torch.OutOfMemoryError) as e:
-            rank = os.environ.get("RANK")
-            hint = "" if isinstance(e, DataError) else "; --print says what needs how much"
-            raise DataError(f"process {rank}: {e}{hint}" if rank else f"{e}{hint}") from e
+            where = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
+            raise DataError(f"{where}{e}") from e
     cli(named)
 
 
@@ -698,8 +772,8 @@ def all_reduce(x):
     """Sum a tensor over the processes, in place."""
     try:
         dist.all_reduce(x)
-    except RuntimeError as e:  # the sentence of the one that failed stands elsewhere in the log
-        raise DataError("another process has ended") from e
+    except RuntimeError as e:
+        raise DataError("another process has ended; its own sentence says why") from e
 
 
 def sum_over_ranks(x):
@@ -711,47 +785,27 @@ def sum_over_ranks(x):
     return total if torch.is_tensor(x) else total.item()
 
 
-def expect_alike(what, number):
-    """DataError where the processes don't have the same number, say of steps that are done."""
-    alike = sum_over_ranks(number) == number * sum_over_ranks(1)
-    expect(alike, f"{what}: each process sees another state there; machines that share no folder "
-                  "need copies of the same one")
-
-
 def sum_gradients(parameters):
     """Add up the processes' gradients, once per optimiser step. Each rank's loss is already
     divided by global counts.
 
-    In few large pieces, not one per parameter (on gloo that takes seven times as long); after the
-    backward passes, not while the last one runs, which gained nothing measurable and has no place
-    on a rank without a micro-batch."""
+    In few large pieces: one per parameter took seven times as long on gloo. After the backward
+    passes: starting while the last one runs gained nothing measurable."""
     if not dist.is_initialized():
         return
     piece, floats = [], 0
-    for i, p in enumerate(parameters):
+    for p in parameters:
         if p.grad is None:  # a rank whose share did not touch this parameter must take part too
             p.grad = torch.zeros_like(p)
         piece.append(p.grad)
         floats += p.numel()
-        if floats < PIECE_FLOATS and i + 1 < len(parameters):
-            continue
-        flat = torch.cat([grad.flatten() for grad in piece])
-        all_reduce(flat)
-        parts = flat.split([grad.numel() for grad in piece])
-        for grad, part in zip(piece, parts, strict=True):
-            grad.copy_(part.view_as(grad))
-        piece, floats = [], 0
-
-
-def seconds_waiting(own):
-    """What the processes wait for the slowest, on average, where each came to the place at which
-    they meet after `own` seconds."""
-    if not dist.is_initialized():
-        return 0.0
-    seconds = torch.zeros(dist.get_world_size(), dtype=torch.float64)
-    seconds[dist.get_rank()] = own
-    seconds = sum_over_ranks(seconds)
-    return (seconds.max() - seconds.mean()).item()
+        if floats >= PIECE_FLOATS or p is parameters[-1]:
+            flat = torch.cat([grad.flatten() for grad in piece])
+            all_reduce(flat)
+            parts = flat.split([grad.numel() for grad in piece])
+            for grad, part in zip(piece, parts, strict=True):
+                grad.copy_(part.view_as(grad))
+            piece, floats = [], 0
 
 
 def peak_memory(device):

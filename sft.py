@@ -49,6 +49,8 @@ class Knob(NamedTuple):
     may_change: bool = False  # when a run is resumed
 
 
+TEXT_TOKENS, TARGET_TOKENS = 200, 256  # of a prompt and a target, where memory is estimated
+
 # The knobs of both stages.
 SHARED = dict(
     data=Knob(str, (), (), "files of records, .jsonl or Med-R1's .json "
@@ -133,10 +135,39 @@ def knobs(table, doc, argv=None):
             setattr(args, name, getattr(knob, args.preset))
         check_knob(name, getattr(args, name), knob)
     if args.print:
-        print(json.dumps(vars(args), indent=2))
+        print(json.dumps(vars(args) | memory_of(args), indent=2))
         raise SystemExit(0)
     args.fixed = {name: getattr(args, name) for name in table if not table[name].may_change}
     return args
+
+
+def memory_gb(net, args, world, **changed):
+    """What a device needs with these knobs, some of them changed, in GB (`paper`: on CUDA)."""
+    k, vision = argparse.Namespace(**vars(args) | changed), net.config.vision_config
+    image = k.max_pixels // (vision.patch_size * vision.spatial_merge_size)**2  # tokens
+    prompt = image + TEXT_TOKENS
+    if "G" in k:
+        shape = dict(G=k.G, T=k.max_new_tokens, sampled=k.batch * k.oversample / k.G / world)
+        micro = k.micro_tokens // (prompt + k.G * k.max_new_tokens)
+    else:
+        shape, micro = dict(G=1, T=TARGET_TOKENS, sampled=0), k.micro_batch
+    micro = max(1, min(micro, k.batch // shape["G"] // world))
+    needs = M.memory(net, cuda=k.preset == "paper", world=world, lora=k.lora, micro=micro,
+                     checkpointing=k.checkpointing, image=image, prompt=prompt, **shape)
+    return {part: round(n / 1e9, 1) for part, n in needs.items()}
+
+
+def memory_of(args):
+    """What --print says of memory: the GB a device needs, and the peak with one knob changed."""
+    if args.model is None:
+        return {}
+    net, world = M.without_weights(M.config_of(args.model)), int(os.environ.get("WORLD_SIZE", 1))
+    changes = dict(checkpointing=True, lora=64, max_pixels=args.max_pixels // 2)
+    changes["micro_tokens" if "G" in args else "micro_batch"] = 1
+    peaks = {f"--{k} {x}": memory_gb(net, args, world, **{k: x})["peak"]
+             for k, x in changes.items()}
+    peaks["twice the processes"] = memory_gb(net, args, 2 * world)["peak"]
+    return dict(memory_gb=memory_gb(net, args, world), peak_gb_with=peaks)
 
 
 def open_run(args, policy, optimizer, rank):
@@ -158,7 +189,8 @@ def open_run(args, policy, optimizer, rank):
         if dist.is_initialized():
             optimizer.state.clear()  # a second copy, which nothing reads
         done = state["step"]
-    M.expect_alike(args.out, done)
+    data.expect(M.sum_over_ranks(done) == done * M.sum_over_ranks(1), f"{args.out}: the processes "
+                "see different checkpoints; machines that share no folder need copies of one")
     if rank > 0:
         return done
     if not args.resume and os.path.exists(metrics):
@@ -213,11 +245,7 @@ def trainable(policy, args):
 
 def sharded_adamw(parameters, **knobs):
     """AdamW. Of several processes each keeps the moments of its share of the parameters, updates
-    them and sends them to the others (ZeRO, stage 1).
-
-    Weights and gradients are whole on every device. FSDP would share them out too, but sampling
-    needs all weights at every token: to gather them each time, 7.5 GB of a 3B model for each of
-    512 tokens, takes longer than the step; to keep them gathered frees nothing at the peak."""
+    them and sends them to the others (ZeRO, stage 1; README, Devices, says why not FSDP)."""
     if not dist.is_initialized():
         return AdamW(parameters, **knobs)
     from torch.distributed.optim import ZeroRedundancyOptimizer  # a second to import
