@@ -471,8 +471,9 @@ def main(argv=None):
             ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)
             clock.tick("reference")
 
+        ready = time.perf_counter()
         M.sum_over_ranks(0)  # here the processes meet
-        waiting = M.sum_over_ranks(time.perf_counter() - clock.last) / world
+        waiting = M.sum_over_ranks(time.perf_counter() - ready) / world
 
         # Eq. (8): mu optimiser steps. pi_old is the policy before the first of them.
         old_logp = ref_logp if args.ratio == "sft" else None

@@ -726,7 +726,7 @@ def memory(net, *, cuda, world, lora, checkpointing, sampled, micro, G, image, p
         inputs = t * D * (fp if lora else 4), patches * D_vision * (0 if lora else 4)
         kept, again = L * inputs[0] + len(vision) * inputs[1], max(layer, block)
     logits = 4 * 4 * min(micro * G * T * text.vocab_size, LOGIT_FLOATS)
-    backward = again + t * (4 * I + 4 * D) * fp                     # and a layer's gradients
+    backward = again + t * (3 * I + 2 * D) * fp                     # and a layer's gradients
     out["activations"] = kept + max(logits, backward)
 
     rows = sampled * G
