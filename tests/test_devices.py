@@ -90,9 +90,11 @@ def test_a_reference_in_bf16_is_the_reference(world, monkeypatch):
     assert torch.equal(*logps)
 
 
-def test_a_token_s_step_asks_the_device_nothing(world):
+@pytest.mark.parametrize("half", [False, True])
+def test_a_token_s_step_asks_the_device_nothing(half, world, monkeypatch):
     """What a CUDA graph records must not wait for a value: a sampling step, at fixed shapes, reads none back and makes no tensor
-    from numbers of the host."""
+    from numbers of the host. So too in CUDA's types: bf16 autocast (the CPU's here), LoRA in fp32 over a base in bf16; what is
+    drawn greedily is then the likeliest by the update's log-probabilities, to bf16's precision."""
     from torch.utils._python_dispatch import TorchDispatchMode
     forbidden = ("_local_scalar_dense", "nonzero", "item", "unique", "masked_select", "lift_fresh", "is_nonzero", "equal")
     seen = []
@@ -102,7 +104,6 @@ def test_a_token_s_step_asks_the_device_nothing(world):
             seen.append(func.overloadpacket.__name__)
             return func(*args, **kwargs or {})
     batch = M.encode(world.processor, world.mixed[:2])
-    graphed, graphed_call = set(M.GRAPHED), M.Graphed.__call__
 
     def watched(self, y):
         if self.rows == len(y):  # not the first step of a shape, which is not recorded
@@ -110,14 +111,20 @@ def test_a_token_s_step_asks_the_device_nothing(world):
                 return self.step(y)
         self.rows = len(y)
         return self.step(y)
-    M.GRAPHED.add("cpu")
-    M.Graphed.__call__ = watched
-    try:
-        for policy in (world.net, M.add_lora(copy.deepcopy(world.net), 2)):
-            M.sample(policy, batch, group_size=2, max_new_tokens=6)
-    finally:
-        M.Graphed.__call__ = graphed_call
-        M.GRAPHED = graphed
+    monkeypatch.setattr(M, "GRAPHED", {"cpu"})
+    monkeypatch.setattr(M.Graphed, "__call__", watched)
+    lora = M.add_lora(copy.deepcopy(world.net), 2)
+    if half:
+        monkeypatch.setattr(M, "autocast", lambda model: torch.autocast("cpu", torch.bfloat16))
+        lora = M.add_lora(copy.deepcopy(world.net).to(torch.bfloat16), 2)
+    for policy in (world.net, lora):
+        tokens, mask = M.sample(policy, batch, group_size=1, max_new_tokens=6, temperature=0)
+        with torch.no_grad():
+            taken = M.token_logprobs(policy, batch, tokens, mask)[..., 0]
+            never = M.never_drawn(world.net).tolist()
+            every = torch.tensor([i for i in range(len(world.processor.tokenizer)) if i not in never]).expand(2, -1)[..., None]
+            others = M.token_logprobs(policy, batch, every, torch.ones_like(every, dtype=torch.bool))[..., 0]
+        assert (taken[:, 0] > others.max(1).values - (0.05 if half else 1e-4)).all()
     assert len(seen) > 100 and not [name for name in seen if name in forbidden]
 
 
