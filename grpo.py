@@ -182,7 +182,10 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
 
 def frozen_copy(model):
     """The reference of a fully fine-tuned policy. Under LoRA `reference_of` needs no copy."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    for matrix in M.matrices_of(frozen) if model.device.type == "cuda" else []:
+        matrix.to(torch.bfloat16)
+    return frozen
 
 
 adapter_switch = threading.Lock()  # --judge hf:reference reads in a thread: one at a time
@@ -201,6 +204,16 @@ def reference_of(policy, copy_of_sft=None):
                 yield policy
 
 # ---- the parts of a step -------------------------------------------------------------------------
+
+def dealt(records, rank, world):
+    """A process's part of a step's questions, of all lengths: from the shortest to the longest they
+    are dealt back and forth."""
+    places = sorted(range(len(records)), key=lambda i: len(rewards.question_text(records[i])))
+    rounds = [places[i:i + world] for i in range(0, len(places), world)]
+    for full in [some for some in rounds if len(some) == world][1::2]:
+        full.reverse()
+    return [records[i] for i in sorted(some[rank] for some in rounds if rank < len(some))]
+
 
 def rollout(policy, processor, records, generator, args):
     """Eq. (2): G completions for each of N questions, from the current policy -> the questions'
@@ -462,7 +475,7 @@ def train(run, argv):
         # This process's share of the questions. A resumed run has the same, and the same samples.
         epoch, place = divmod(step // args.mu, epoch_rollouts)
         order = sft.epoch_order(len(records), epoch, args.seed)[place * sampled:][:sampled]
-        mine = [records[i] for i in order[rank::world]]
+        mine = dealt([records[i] for i in order], rank, world)
         generator.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)
 
         # Eq. (2): G completions for each.
@@ -490,6 +503,10 @@ def train(run, argv):
             ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)
             clock.tick("reference")
 
+        ready = time.perf_counter()
+        M.sum_over_ranks(0)  # here the processes meet
+        waiting = M.sum_over_ranks(time.perf_counter() - ready) / world
+
         # Eq. (8): mu optimiser steps. pi_old is the policy before the first of them.
         old_logp = ref_logp if args.ratio == "sft" else None
         skipped = 0
@@ -512,7 +529,7 @@ def train(run, argv):
         bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("reward", "accuracy", "kl")})
         if rank == 0:
             sft.log(args.out, step=done, **figures, grad_norm=norm, skipped=skipped,
-                    lr=optimizer.param_groups[0]["lr"], **clock.figures,
+                    lr=optimizer.param_groups[0]["lr"], **clock.figures, seconds_waiting=waiting,
                     tokens_per_second=figures["length"] * sampled * args.G / seconds)
             if args.show_every and step // args.mu % args.show_every == 0:
                 show(args.out, done, mine, texts, torch.stack([*scores, R], -1))
@@ -525,4 +542,4 @@ def train(run, argv):
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    M.run(main)

@@ -8,9 +8,11 @@ checkpoint's generation_config (the policy that is sampled must be the policy th
 """
 import contextlib
 import copy
+import datetime
 import functools
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -32,7 +34,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import DataError, digest, expect, load_image
+from data import DataError, cli, digest, expect, load_image
 from rewards import question_text
 
 transformers.logging.set_verbosity_error()
@@ -55,6 +57,8 @@ PIXEL_CACHE = 2**29         # bytes of prepared image patches that are kept in m
 LOGIT_FLOATS = 2**26        # floats: the most logits that exist at a time in token_logprobs
 GRAPHED = {"cuda"}          # devices on which a token's step is one graph
 LOOK_EVERY = 16             # tokens between looks at how many rows are unfinished, on those
+PIECE_FLOATS = 2**24        # floats: gradients that are added up over the processes at a time
+LONGEST_WAIT = datetime.timedelta(minutes=30)  # of a process for another; F may be slow
 STAY = 0.8                  # share of unfinished rows at which the finished ones leave
 
 
@@ -154,7 +158,9 @@ def save(model, processor, folder, keep_adapter=False):
     file. DataError where the weights can't be written."""
     net = model
     if isinstance(model, PeftModel):
-        net = copy.deepcopy(model).cpu()
+        device = network(model).device
+        net = copy.deepcopy(model.cpu())  # a GPU may have no room for a second one
+        model.to(device)
         if keep_adapter:
             net = net.float()
         net = net.merge_and_unload()
@@ -199,6 +205,14 @@ def autocast(model):
     """bf16 arithmetic on CUDA, whatever the weights are kept in; plain fp32 on the CPU."""
     device = next(model.parameters()).device.type
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def matrices_of(net):
+    """The layers whose weights autocast rounds to bf16 at each use: kept in bf16 they are the same.
+    Not a head that is also the embedding, which is read as it is."""
+    embedding = net.get_input_embeddings().weight
+    return [m for m in net.modules()
+            if isinstance(m, torch.nn.Linear) and m.weight is not embedding]
 
 
 def enable_checkpointing(policy):
@@ -604,8 +618,9 @@ def captured(step, y):
     given = y.clone()
     try:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(y.device)
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(y.device),
-                              capture_error_mode="thread_local"):  # other threads may go on
+        # On torch's one stream for it: cuBLAS keeps a workspace for each that it has seen. Other
+        # threads may go on.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = step(given)  # recorded, not run
     except (RuntimeError, ValueError) as e:  # ValueError: not a CUDA device
         reason = str(e).splitlines()[0]
@@ -696,29 +711,109 @@ def chosen_logprobs(net, h, y, temperature):
     return torch.cat([chunked(a, b) for a, b in zip(h.split(size), y.split(size), strict=True)])
 
 
+# --- memory ---------------------------------------------------------------------------------------
+
+def without_weights(config):
+    """A network of sizes alone, which takes no memory."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def memory(net, *, cuda, world, lora, checkpointing, sampled, micro, G, image, prompt, T):
+    """Bytes that a device needs, for `without_weights`' network: the parts, and "peak".
+
+    world processes; `sampled` questions of G completions each are sampled at once on this one (0:
+    sft.py, which has no reference either), `micro` are in a forward pass of the update; prompt and
+    T: tokens of each. Allocator and CUDA itself, a GB or two, come on top."""
+    text, vision = net.config.get_text_config(), net.model.visual.blocks
+    L, D, I = text.num_hidden_layers, text.hidden_size, text.intermediate_size
+    shared = text.num_attention_heads // text.num_key_value_heads
+    K = net.model.language_model.layers[0].self_attn.k_proj.out_features  # a token's keys
+    patches = 4 * image * micro  # whose 2 x 2 become a token
+    D_vision = vision[0].norm1.weight.numel()
+    sizes = [p.numel() for p in net.parameters()]
+    matrices = sum(m.weight.numel() for m in matrices_of(net))
+    adapted = [m for name, m in net.named_modules() if re.fullmatch(LORA_TARGETS, name)]
+    learns = [lora * n for m in adapted for n in m.weight.shape] if lora else sizes
+    trained = sum(learns)
+    fp = 2 if cuda else 4                       # bytes of a number in a matrix product
+
+    out = dict(weights=4 * trained + fp * sum(sizes) if lora else 4 * trained)
+    out["reference"] = 0
+    if sampled and not lora:
+        out["reference"] = 4 * (sum(sizes) - matrices) + fp * matrices
+    out["rounded_weights"] = 0 if lora or not cuda else 2 * sum(sizes)  # autocast's
+    out["gradients"] = 4 * trained
+    out["moments"] = 8 * max(trained // world, max(learns))  # AdamW's
+
+    # What a layer of a pass over t tokens keeps for the backward pass.
+    t = micro * (prompt + G * T)
+    layer = t * D * (2 if lora else 4) * 4                          # norms, in fp32
+    layer += t * (5 * D + 4 * I + 7 * lora) * fp                    # inputs of products, SwiGLU
+    layer += 2 * K * micro * (prompt + G * (prompt + T)) * fp       # keys, values
+    layer += shared * micro * (prompt**2 + G * T * (prompt + T)) * fp  # masks
+    block = 0 if lora else patches * (16 * D_vision + 18 * D_vision * fp)
+    kept, again = L * layer + len(vision) * block, 0
+    if checkpointing:
+        inputs = t * D * (fp if lora else 4), patches * D_vision * (0 if lora else 4)
+        kept, again = L * inputs[0] + len(vision) * inputs[1], max(layer, block)
+    logits = 4 * 4 * min(micro * G * T * text.vocab_size, LOGIT_FLOATS)
+    backward = again + t * (3 * I + 2 * D) * fp                     # and a layer's gradients
+    out["activations"] = kept + max(logits, backward)
+
+    rows = sampled * G
+    out["cache"] = 2 * (L + 1) * K * rows * (prompt + T) * fp       # one layer is copied
+    out["sampling"] = 6 * 4 * rows * text.vocab_size                # logits and probabilities
+    always = sum(out[k] for k in ("weights", "reference", "rounded_weights", "moments"))
+    update = out["gradients"] + out["activations"]
+    return dict(out, peak=always + max(update, out["cache"] + out["sampling"]))
+
+
 # --- devices --------------------------------------------------------------------------------------
 
 def setup_devices():
-    """One process, or those that torchrun started -> (rank, world size, device)."""
+    """One process, or those that torchrun started on one machine or several -> (rank, world size,
+    device). Numbers are summed up on the CPU by gloo, gradients on CUDA by NCCL."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        expect(device.index < torch.cuda.device_count(), "--nproc_per_node: expected at most this "
+               f"machine's number of GPUs, {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=LONGEST_WAIT)
     return rank, world, device
+
+
+def run(main):
+    """data.cli, with a sentence for a full device, and with the name of the process. When one ends,
+    torchrun ends the others."""
+    def named():
+        try:
+            main()
+        except (DataError, torch.OutOfMemoryError) as e:
+            where = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
+            raise DataError(f"{where}{e}") from e
+    cli(named)
+
+
+def all_reduce(x):
+    """Sum a tensor over the processes, in place."""
+    try:
+        dist.all_reduce(x)
+    except RuntimeError as e:
+        raise DataError("another process has ended; its own sentence says why") from e
 
 
 def sum_over_ranks(x):
     """Sum a tensor or a number over the processes, on all of them alike."""
     if not dist.is_initialized():
         return x
-    total = x if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
-    if dist.get_backend() == "nccl":
-        total = total.to("cuda")
-    dist.all_reduce(total)
+    total = x.cpu() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
+    all_reduce(total)
     return total if torch.is_tensor(x) else total.item()
 
 
@@ -733,13 +828,25 @@ def gather(rows):
 
 def sum_gradients(parameters):
     """Add up the processes' gradients, once per optimiser step. Each rank's loss is already
-    divided by global counts."""
+    divided by global counts.
+
+    In few large pieces: one per parameter took seven times as long on gloo. After the backward
+    passes: starting while the last one runs gained nothing measurable."""
     if not dist.is_initialized():
         return
+    piece, floats = [], 0
     for p in parameters:
         if p.grad is None:  # a rank whose share did not touch this parameter must take part too
             p.grad = torch.zeros_like(p)
-        dist.all_reduce(p.grad)
+        piece.append(p.grad)
+        floats += p.numel()
+        if floats >= PIECE_FLOATS or p is parameters[-1]:
+            flat = torch.cat([grad.flatten() for grad in piece])
+            all_reduce(flat)
+            parts = flat.split([grad.numel() for grad in piece])
+            for grad, part in zip(piece, parts, strict=True):
+                grad.copy_(part.view_as(grad))
+            piece, floats = [], 0
 
 
 def peak_memory(device):

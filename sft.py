@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -37,7 +38,8 @@ import rewards
 from judge import make_judge
 
 SKIPPED = 10  # steps in a row without a finite loss and gradient, after which a run ends
-AdamW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.0)
+# foreach=False, the default on the CPU: on CUDA the other needs as much again as the weights.
+AdamW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.0, foreach=False)
 
 
 class Knob(NamedTuple):
@@ -50,6 +52,8 @@ class Knob(NamedTuple):
     positive: bool = False    # 0 is refused
     may_change: bool = False  # when a run is resumed
 
+
+TEXT_TOKENS, TARGET_TOKENS = 200, 256  # of a prompt and a target, where memory is estimated
 
 # The knobs of both stages.
 SHARED = dict(
@@ -137,10 +141,39 @@ def knobs(table, doc, argv=None):
             setattr(args, name, getattr(knob, args.preset))
         check_knob(name, getattr(args, name), knob)
     if args.print:
-        print(json.dumps(vars(args), indent=2))
+        print(json.dumps(vars(args) | memory_of(args), indent=2))
         raise SystemExit(0)
     args.fixed = {name: getattr(args, name) for name in table if not table[name].may_change}
     return args
+
+
+def memory_gb(net, args, world, **changed):
+    """What a device needs with these knobs, some of them changed, in GB (`paper`: on CUDA)."""
+    k, vision = argparse.Namespace(**vars(args) | changed), net.config.vision_config
+    image = k.max_pixels // (vision.patch_size * vision.spatial_merge_size)**2  # tokens
+    prompt = image + TEXT_TOKENS
+    if "G" in k:
+        shape = dict(G=k.G, T=k.max_new_tokens, sampled=k.batch * k.oversample / k.G / world)
+        micro = k.micro_tokens // (prompt + k.G * k.max_new_tokens)
+    else:
+        shape, micro = dict(G=1, T=TARGET_TOKENS, sampled=0), k.micro_batch
+    micro = max(1, min(micro, k.batch // shape["G"] // world))
+    needs = M.memory(net, cuda=k.preset == "paper", world=world, lora=k.lora, micro=micro,
+                     checkpointing=k.checkpointing, image=image, prompt=prompt, **shape)
+    return {part: round(n / 1e9, 1) for part, n in needs.items()}
+
+
+def memory_of(args):
+    """What --print says of memory: the GB a device needs, and the peak with one knob changed."""
+    if args.model is None:
+        return {}
+    net, world = M.without_weights(M.config_of(args.model)), int(os.environ.get("WORLD_SIZE", 1))
+    changes = dict(checkpointing=True, lora=64, max_pixels=args.max_pixels // 2)
+    changes["micro_tokens" if "G" in args else "micro_batch"] = 1
+    peaks = {f"--{k} {x}": memory_gb(net, args, world, **{k: x})["peak"]
+             for k, x in changes.items()}
+    peaks["twice the processes"] = memory_gb(net, args, 2 * world)["peak"]
+    return dict(memory_gb=memory_gb(net, args, world), peak_gb_with=peaks)
 
 
 class Run(contextlib.AbstractContextManager):
@@ -210,17 +243,19 @@ class Run(contextlib.AbstractContextManager):
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         if not M.all_finite(trained):
             raise M.NotFinite("the weights are no longer finite")
-        if self.rank == 0:
-            with data.naming(self.args.out):
-                save_state(self.args, self.policy, self.optimizer, done)
+        with data.naming(self.args.out):
+            save_state(self.args, self.policy, self.optimizer, done)
+            if self.rank == 0:
                 M.save(self.policy, self.processor, self.args.out, keep_adapter=self.keep_adapter)
         self.done = self.saved = done
 
     def __exit__(self, kind, error, trace):
-        """Where the run ends early, save what is done: but useless weights replace no others."""
+        """Where the run ends early, save what is done: but useless weights replace no others, and
+        one of several processes that fails alone can't, the optimiser's state is shared out."""
         with self.held:  # given back behind this
             spoilt = self.saved and isinstance(error, M.NotFinite)
-            if error and not spoilt and self.done not in (None, self.saved):
+            alone = dist.is_initialized() and not self.agreed
+            if error and not spoilt and not alone and self.done not in (None, self.saved):
                 self.save()
             if error and self.saved and self.rank == 0:
                 tqdm.write(f"{self.args.out}: saved after step {self.saved}, --resume goes on",
@@ -245,6 +280,8 @@ def resume(args, policy, optimizer):
         data.expect(trained == state["trained"].keys(), f"{path}: the state of another network")
         policy.load_state_dict(state["trained"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
+        if dist.is_initialized():
+            optimizer.state.clear()  # a second copy, which nothing reads
         return int(state["step"])
     except data.DataError:
         raise
@@ -270,6 +307,8 @@ def open_run(args, policy, optimizer, rank):
     With --resume the checkpoint's weights and optimiser state are put back, and the logs' later
     lines dropped: they will be written again. Without, an earlier run is moved aside."""
     done = resume(args, policy, optimizer) if args.resume else 0
+    data.expect(M.sum_over_ranks(done) == done * M.sum_over_ranks(1), f"{args.out}: the processes "
+                "see different checkpoints; machines that share no folder need copies of one")
     if rank > 0:
         return done
     logs = [os.path.join(args.out, name) for name in ("metrics.jsonl", "completions.jsonl")]
@@ -294,8 +333,12 @@ def log(folder, **figures):
 
 
 def save_state(args, policy, optimizer, step):
-    """Write what a resumed run needs. There is no random state: the order of the questions and
-    the sampling are functions of seed and step."""
+    """Write what a resumed run needs; all processes call it, the first writes. There is no random
+    state: the order of the questions and the sampling are functions of seed and step."""
+    if dist.is_initialized():
+        optimizer.consolidate_state_dict()
+        if dist.get_rank() > 0:
+            return
     path = Path(args.out, "state.pt")
     beside = Path(f"{path}.writing")
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
@@ -320,8 +363,19 @@ def trainable(policy, args):
     if args.checkpointing:
         M.enable_checkpointing(policy)
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = sharded_adamw(parameters, lr=args.lr, weight_decay=args.weight_decay)
     return policy, parameters, optimizer
+
+
+def sharded_adamw(parameters, **knobs):
+    """AdamW. Of several processes each keeps the moments of its share of the parameters, updates
+    them and sends them to the others (ZeRO, stage 1; README, Devices, says why not FSDP)."""
+    if not dist.is_initialized():
+        return AdamW(parameters, **knobs)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # a second to import
+    optimizer = ZeroRedundancyOptimizer(parameters, AdamW, **knobs)
+    optimizer._default_device = torch.device("cpu")  # a checkpoint is collected there
+    return optimizer
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -765,4 +819,4 @@ def train(run, argv):
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    M.run(main)

@@ -1,0 +1,253 @@
+"""Memory, several processes on several machines, and what of CUDA's arithmetic can be shown on a CPU."""
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import grpo
+import model as M
+import rewards
+import sft
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ----------------------------------------------------------------------------------------------------------------------- memory
+
+def needs(net, **knobs):
+    usual = dict(cuda=True, world=1, lora=0, checkpointing=False, sampled=4, micro=2, G=8, image=16, prompt=80, T=32)
+    return M.memory(M.without_weights(net.config), **usual | knobs)
+
+
+def test_weights_and_moments_are_counted_to_the_byte(world):
+    """Counted without weights: as many bytes as the loaded network, its adapter and AdamW's moments really have."""
+    for lora in (0, 4):
+        policy, parameters, optimizer = sft.trainable(copy.deepcopy(world.net), sft.argparse.Namespace(
+            lora=lora, seed=0, checkpointing=False, lr=1e-3, weight_decay=0.0, fixed={}))
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        moments = sum(x.nbytes for state in optimizer.state.values() for k, x in state.items() if k != "step")
+        said = needs(world.net, cuda=False, lora=lora)
+        assert said["weights"] == sum(p.nbytes for p in policy.parameters())
+        assert said["gradients"] == sum(p.nbytes for p in parameters) and said["moments"] == moments
+        assert (said["reference"] == 0) == bool(lora)
+
+
+def test_what_is_said_to_lessen_memory_does(world):
+    """Each knob that --print names lowers the peak of a network whose activations dominate, and the parts add up to no less."""
+    most = needs(world.net, micro=64, prompt=400, image=320)
+    for less in (dict(micro=1), dict(checkpointing=True), dict(world=8), dict(prompt=240, image=160), dict(lora=8)):
+        assert needs(world.net, **dict(micro=64, prompt=400, image=320) | less)["peak"] < most["peak"], less
+    parts = sum(v for k, v in most.items() if k != "peak")
+    assert max(v for k, v in most.items() if k != "peak") < most["peak"] <= parts
+    moments = needs(world.net, world=64)["moments"]
+    assert moments == 8 * max(p.numel() for p in world.net.parameters()), "the embedding is one process's"
+
+
+def test_memory_is_what_a_process_measures():
+    """Peak of an update and of a rollout by the kernel's count, in a process of its own: within 15 % of the formula."""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "memory.py", "--one", *"grpo 0 0 8 8 64 112 1000".split()],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for part, (measured, said) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert measured > 1.5e7 and abs(said / measured - 1) < 0.15, (part, measured, said)
+
+
+@pytest.mark.parametrize("stage", [sft, grpo])
+def test_print_says_what_a_device_needs(stage, world, capsys):
+    """--print beside --model holds the parts and the peak in GB, with each knob that changes it; the output stays JSON."""
+    with pytest.raises(SystemExit):
+        stage.main(["--model", world.folder, "--print", "--preset", "paper", "--micro_batch" if stage is sft else "--micro_tokens", "90000"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["memory_gb"]["peak"] > 0 and len(said["peak_gb_with"]) == 5
+    with pytest.raises(data.DataError, match="no such checkpoint"):
+        stage.main(["--model", "/nowhere", "--preset", "paper", "--print"])
+
+
+# --------------------------------------------------------------------------------------------------------- CUDA's arithmetic
+
+def test_a_reference_in_bf16_is_the_reference(world, monkeypatch):
+    """Under bf16 autocast (the CPU's here) a frozen copy whose matrices are in bf16 has the same log-probabilities, bit for bit:
+    the KL penalty and the ratio of --ratio sft still start from the policy itself. The embedding stays in fp32."""
+    monkeypatch.setattr(M, "autocast", lambda model: torch.autocast("cpu", torch.bfloat16))
+    half = copy.deepcopy(world.net)
+    for matrix in M.matrices_of(half):
+        matrix.to(torch.bfloat16)
+    dtypes = {p.dtype for p in half.parameters()}
+    assert dtypes == {torch.float32, torch.bfloat16} and half.get_input_embeddings().weight.dtype == torch.float32
+    batch = M.encode(world.processor, world.mixed[:2])
+    tokens = torch.randint(0, 256, (2, 3, 7))
+    with torch.no_grad():
+        logps = [M.token_logprobs(net, batch, tokens, torch.ones_like(tokens, dtype=torch.bool)) for net in (world.net, half)]
+    assert torch.equal(*logps)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_token_s_step_asks_the_device_nothing(half, world, monkeypatch):
+    """What a CUDA graph records must not wait for a value: a sampling step, at fixed shapes, reads none back and makes no tensor
+    from numbers of the host. So too in CUDA's types: bf16 autocast (the CPU's here), LoRA in fp32 over a base in bf16; what is
+    drawn greedily is then the likeliest by the update's log-probabilities, to bf16's precision."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    forbidden = ("_local_scalar_dense", "nonzero", "item", "unique", "masked_select", "lift_fresh", "is_nonzero", "equal")
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **kwargs or {})
+    batch = M.encode(world.processor, world.mixed[:2])
+
+    def watched(self, y):
+        if self.rows == len(y):  # not the first step of a shape, which is not recorded
+            with Watch():
+                return self.step(y)
+        self.rows = len(y)
+        return self.step(y)
+    monkeypatch.setattr(M, "GRAPHED", {"cpu"})
+    monkeypatch.setattr(M.Graphed, "__call__", watched)
+    lora = M.add_lora(copy.deepcopy(world.net), 2)
+    if half:
+        monkeypatch.setattr(M, "autocast", lambda model: torch.autocast("cpu", torch.bfloat16))
+        lora = M.add_lora(copy.deepcopy(world.net).to(torch.bfloat16), 2)
+    for policy in (world.net, lora):
+        tokens, mask = M.sample(policy, batch, group_size=1, max_new_tokens=6, temperature=0)
+        with torch.no_grad():
+            taken = M.token_logprobs(policy, batch, tokens, mask)[..., 0]
+            never = M.never_drawn(world.net).tolist()
+            every = torch.tensor([i for i in range(len(world.processor.tokenizer)) if i not in never]).expand(2, -1)[..., None]
+            others = M.token_logprobs(policy, batch, every, torch.ones_like(every, dtype=torch.bool))[..., 0]
+        assert (taken[:, 0] > others.max(1).values - (0.05 if half else 1e-4)).all()
+    assert len(seen) > 100 and not [name for name in seen if name in forbidden]
+
+
+# ----------------------------------------------------------------------------------------------------------- several processes
+
+def test_questions_are_dealt_evenly(world):
+    """Every question goes to one process, in the order of the step; all have as many as every world-th would give them, and
+    about as much text; one process has the list as it is."""
+    records = world.records[:30]
+    assert grpo.dealt(records, 0, 1) == records
+    for n, processes in ((30, 4), (7, 3), (16, 2)):
+        parts = [grpo.dealt(records[:n], rank, processes) for rank in range(processes)]
+        assert [len(p) for p in parts] == [len(range(rank, n, processes)) for rank in range(processes)]
+        places = [[next(i for i, r in enumerate(records) if r is x) for x in p] for p in parts]
+        assert sorted(sum(places, [])) == list(range(n)) and all(p == sorted(p) for p in places)
+    lengths = [sum(len(rewards.question_text(r)) for r in grpo.dealt(records[:28], rank, 4)) for rank in range(4)]
+    longest = max(len(rewards.question_text(r)) for r in records)
+    assert max(lengths) - min(lengths) < longest
+
+
+@pytest.mark.parametrize("error", [data.DataError("x.png is missing"), torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB.")])
+def test_an_error_names_its_process(error, monkeypatch, capsys):
+    """One sentence and exit code 2, for bad input and for a full device, with the process that met it."""
+    def main():
+        raise error
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as ended:
+        M.run(main)
+    assert ended.value.code == 2 and capsys.readouterr().err == f"error: process 3: {error}\n"
+
+
+WORKER = """
+import os, sys
+import torch
+import torch.distributed as dist
+import model as M, sft
+torch.set_num_threads(1)
+folder, jsonl, out = sys.argv[1:4]
+rank, world, device = M.setup_devices()
+M.close_devices = lambda: None  # not between runs
+
+# Gradients in pieces, of which a parameter may fill several; the second rank had no micro-batch.
+M.PIECE_FLOATS = 10
+torch.manual_seed(rank)
+parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 4, 25, 1, 9)]
+if rank == 0:
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+M.sum_gradients(parameters)
+torch.save([p.grad for p in parameters], f"{out}/pieces-{rank}.pt")
+
+run = ["--preset", "tiny", "--model", folder, "--data", jsonl, "--batch", "6", "--micro_batch", "2", "--epochs", "2"]
+sft.main([*run, "--out", out + "/whole", "--max_steps", "3"])
+sft.main([*run, "--out", out + "/again", "--max_steps", "2"])
+sft.main([*run, "--out", out + "/again", "--max_steps", "3", "--resume"])
+# Machines that share no folder: each has an --out of its own, and only the first machine's has the checkpoint.
+M.run(lambda: sft.main([*run, "--out", f"{out}/machine-{rank}", "--max_steps", "1"]))
+M.run(lambda: sft.main([*run, "--out", f"{out}/machine-{rank}", "--max_steps", "2", "--resume"]))
+"""
+
+
+@pytest.fixture(scope="module")
+def machines(world, tmp_path_factory):
+    """WORKER on two machines, a process on each: two agents of torchrun that find each other at a port -> its folder, and each
+    agent's exit code and words."""
+    out = tmp_path_factory.mktemp("machines")
+    (out / "worker.py").write_text(WORKER)
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d",
+               "--rdzv_id", "test", "--rdzv_endpoint", f"localhost:{port}", out / "worker.py", world.folder, world.jsonl, out]
+    agents = [subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES=""))
+              for _ in range(2)]
+    try:
+        said = [agent.communicate(timeout=150)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert (out / "again" / "state.pt").exists(), said
+    return dict(out=out, codes=[agent.returncode for agent in agents], said="".join(said))
+
+
+def test_gradients_in_pieces_are_whole(machines):
+    """Whatever the pieces, each parameter has the sum, also on a process that had nothing to add."""
+    first, second = (torch.load(machines["out"] / f"pieces-{rank}.pt") for rank in (0, 1))
+    torch.manual_seed(0)
+    for a, b, n in zip(first, second, (3, 4, 25, 1, 9), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, torch.randn(n))
+
+
+def test_a_resumed_run_of_two_machines_has_the_same_bits(machines):
+    """Two steps and a third after --resume are three steps: weights and moments, collected from both processes."""
+    whole, again = (torch.load(machines["out"] / name / "state.pt", weights_only=True) for name in ("whole", "again"))
+    for name, weight in whole["trained"].items():
+        assert torch.equal(weight, again["trained"][name]), name
+    for a, b in zip(whole["optimizer"]["state"].values(), again["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def test_two_machines_train_as_one_process_does(machines, world, tmp_path):
+    """Three steps of sft.py over two machines, AdamW's state shared out, make one process's weights to 1e-5, and its state.pt
+    is one that one process can go on from."""
+    knobs = ["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--batch", "6", "--micro_batch", "2", "--epochs", "2"]
+    sft.main([*knobs, "--out", str(tmp_path / "one"), "--max_steps", "3"])
+    one, two = (torch.load(f / "state.pt", weights_only=True) for f in (tmp_path / "one", machines["out"] / "whole"))
+    start = dict(world.net.named_parameters())
+
+    def flat(tensors):
+        return torch.cat([tensors[k].detach().flatten() for k in start])
+    moved = flat(one["trained"]) - flat(start)
+    assert (flat(one["trained"]) - flat(two["trained"])).norm() < 1e-5 * flat(start).norm() < 1e-2 * moved.norm()
+    assert list(one["optimizer"]["state"]) == list(two["optimizer"]["state"])
+    for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
+        torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-5, atol=1e-5)
+    sft.main([*knobs, "--out", str(machines["out"] / "whole"), "--max_steps", "4", "--resume"])
+    assert torch.load(machines["out"] / "whole" / "state.pt", weights_only=True)["step"] == 4
+
+
+def test_machines_without_a_shared_folder_are_told(machines):
+    """A run needs no shared --out, of which the first process alone writes. To resume one, each machine must have the checkpoint:
+    one that hasn't ends with a sentence that says which and what, and ends the other."""
+    assert (machines["out"] / "machine-0" / "state.pt").exists() and not (machines["out"] / "machine-1" / "state.pt").exists()
+    assert all(machines["codes"]) and "process 1: " in machines["said"]
+    assert "machine-1: nothing to resume" in machines["said"] and "another process has ended" in machines["said"]
