@@ -408,6 +408,16 @@ def failed_share(asked):
     return 0.0
 
 
+def failing(judge, asked, limit):
+    """Why the run should stop where F failed on more than a share of `limit` -> DataError, or
+    None."""
+    share = failed_share(asked)
+    if share > limit:
+        return DataError(f"--judge: F failed on {100 * share:.0f} % of the last thoughts "
+                         f"({failures(judge.usage)})")
+    return None
+
+
 def show(folder, step, records, texts, rewards):
     """Append some groups to completions.jsonl, for eyes. rewards (N, G, 4): fmt, acc, con, R."""
     N, G, _ = rewards.shape
@@ -503,9 +513,7 @@ def train(run, argv):
             ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)
             clock.tick("reference")
 
-        ready = time.perf_counter()
-        M.sum_over_ranks(0)  # here the processes meet
-        waiting = M.sum_over_ranks(time.perf_counter() - ready) / world
+        waiting = M.meet()  # s
 
         # Eq. (8): mu optimiser steps. pi_old is the policy before the first of them.
         old_logp = ref_logp if args.ratio == "sft" else None
@@ -533,11 +541,8 @@ def train(run, argv):
                     tokens_per_second=figures["length"] * sampled * args.G / seconds)
             if args.show_every and step // args.mu % args.show_every == 0:
                 show(args.out, done, mine, texts, torch.stack([*scores, R], -1))
-        why = None
-        if failed_share(asked) > args.judge_failures:
-            why = DataError(f"--judge: F failed on {100 * failed_share(asked):.0f} % of the last "
-                            f"thoughts ({failures(judge.usage)})")
-        run.after(done, end, passes(step, args.mu, args.save_every), why)
+        due = passes(step, args.mu, args.save_every)
+        run.after(done, end, due, failing(judge, asked, args.judge_failures))
     M.close_devices()
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -815,6 +816,13 @@ def sum_over_ranks(x):
     total = x.cpu() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
     all_reduce(total)
     return total if torch.is_tensor(x) else total.item()
+
+
+def meet():
+    """Wait for the other processes -> how long they waited here for the slowest, s, their mean."""
+    began = time.perf_counter()
+    world = sum_over_ranks(1)
+    return sum_over_ranks(time.perf_counter() - began) / world
 
 
 def gather(rows):
