@@ -358,7 +358,7 @@ def folder_beside(out):
     what a killed run left goes."""
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     with locked(out):
-        free = not out.exists() or out.is_dir() and not os.listdir(out)
+        free = not out.exists() or (out.is_dir() and not os.listdir(out))
         expect(free, f"{out} is there already: remove it or name another folder")
         for old in os.listdir(out.parent):
             if re.fullmatch(re.escape(f".{out.name}.") + r"\d+\.part", old):
@@ -1229,28 +1229,35 @@ def examine(job, folder, max_side):
 
 
 # ---- MedAD-38K: from facts to questions ----------------------------------------------------------
-def usable(facts, folder, left_out):
-    """The facts without those that have a "why" and without copies of an earlier picture, which are
-    removed; groups with pictures that look the same are joined. Counts in left_out[source, reason].
-    DataError if nothing of a source can be used, a warning if a tenth of it can't."""
-    whys, total = defaultdict(lambda: defaultdict(list)), Counter(f["source"] for f in facts)
+def usable(facts, left_out):
+    """The facts without those that have a "why", which are counted in left_out[source, reason].
+    DataError if nothing of a source can be used, a warning if more than a tenth of it can't."""
+    total = Counter(f["source"] for f in facts)
+    lost = defaultdict(lambda: defaultdict(list))  # source: why: files
     for f in facts:
         if "why" in f:
-            whys[f["source"]][f["why"]].append(f["file"])
-    for source, reasons in whys.items():
-        n, most = sum(map(len, reasons.values())), max(reasons, key=lambda x: len(reasons[x]))
+            lost[f["source"]][f["why"]].append(f["file"])
+    for source, reasons in lost.items():
+        n = sum(map(len, reasons.values()))
+        most = max(reasons, key=lambda why: len(reasons[why]))
         sentence = f"{source}: {n} of {total[source]} can't be used, as {reasons[most][0]}: {most}"
         expect(n < total[source], sentence)
         if n > total[source] / 10:
             tqdm.write(f"warning: {sentence}", file=sys.stderr)
         for why, files in reasons.items():
             left_out[source, f"{why} (first: {files[0]})"] += len(files)
+    return [f for f in facts if "why" not in f]
 
-    shown, parts, seen, kept = [f for f in facts if "look" in f], defaultdict(set), set(), []
-    names, numbers = np.unique([f["group"] for f in shown], return_inverse=True)
-    for f, n in zip(shown, join_alike([f["look"] for f in shown], numbers), strict=True):
+
+def without_copies(facts, folder, left_out):
+    """The facts without copies of an earlier picture, whose files are removed and which are counted
+    in left_out. Groups with pictures that look the same become one."""
+    names, numbers = np.unique([f["group"] for f in facts], return_inverse=True)
+    joined = join_alike([f["look"] for f in facts], numbers)
+    parts, seen, kept = defaultdict(set), set(), []  # parts: the groups that became one
+    for f, n in zip(facts, joined, strict=True):
         parts[n].add(f["group"])
-        f["group"], f["parts"] = str(names[n]), parts[n]  # the groups that were joined
+        f["group"], f["parts"] = str(names[n]), parts[n]
         if f["look"] in seen:
             left_out[f["source"], "the same picture as another"] += 1
             (folder / f["image"]).unlink()
@@ -1481,7 +1488,10 @@ def check(records):
     for r in records:
         r = {**r, "right": r["options"][LETTERS.index(r["answer"])],
              "group": (r["source"], r["group"]), "like": alike.get(r["path"], r["path"])}
-        (train if r["split"] == "train" else rest).append(r)
+        if r["split"] == "train":
+            train.append(r)
+        else:
+            rest.append(r)
     for key, what in (("group", "groups"), ("like", "pictures or their like")):
         both = {r[key] for r in train} & {r[key] for r in rest}
         if both:
@@ -1518,7 +1528,7 @@ def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
             done = pool.imap(work, jobs, chunksize=4)
             for made in tqdm(done, desc="build", unit="file", total=len(jobs)):
                 facts += made
-        facts = usable(facts, part, left_out)
+        facts = without_copies(usable(facts, left_out), part, left_out)
         split_by_group(facts, seed)
         records = medad_records(facts, seed, left_out)
         write_records(records, part / "medad38k.jsonl")

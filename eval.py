@@ -650,7 +650,7 @@ def curve(key, over, logs):
     lines, xs, ys = [], [0.0], []
     for name, k, steps in logs:
         points = [(x[over], x[key]) for x in steps if key in x]
-        if not points or key == "loss" and "reward" in steps[0]:
+        if not points or (key == "loss" and "reward" in steps[0]):
             continue
         x, y = np.array(points, dtype=float).T                           # (n), (n)
         some = np.linspace(0, len(x) - 1, min(len(x), POINTS)).astype(int)

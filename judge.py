@@ -529,7 +529,7 @@ def faults(thought, record, known, verdict):
         wrong.append("does not lead to the answer")
     for step in steps[:-1]:
         _, has_letter = visible_thought(step)
-        if has_letter or CONCLUDES.search(step) and mentions(step, [answer]):
+        if has_letter or (CONCLUDES.search(step) and mentions(step, [answer])):
             wrong.append("states the answer before its last sentence")
             break
     return wrong + untrue_names(thought, record, known)
