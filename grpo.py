@@ -2,13 +2,13 @@
 
 For each question the policy samples a group of G completions. Each is scored for format, accuracy
 and consistency (rewards.py, judge.py). A completion's advantage is its reward minus its group's
-mean. One clipped step follows, held to the SFT policy by a KL penalty. The loop at the end of this
-file reads in that order: rollout, rewards, advantages, update.
+mean. Then follow mu optimiser steps on Eq. (8), held to the SFT policy by a KL penalty. The loop at
+the end of this file reads in that order: rollout, rewards, advantages, update.
 
 With --ratio old and one update per rollout (the tiny preset) the ratio of Eq. (8) is 1 and the clip
 never acts: the step is then REINFORCE with the group's mean as baseline and a KL term. With --ratio
-sft, as the paper prints it (the paper preset), the clip keeps each token's probability near
-pi_SFT's.
+sft, as the paper prints it (the paper preset), a token is pushed no further once its probability is
+more than eps from pi_SFT's.
 
     torchrun grpo.py                                        # the phantoms: out/sft to out/grpo
     torchrun --nproc_per_node=8 grpo.py --model out/sft --data medad38k/medad38k.jsonl
@@ -142,11 +142,11 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
                 max_tokens=None, total=None):
     """Minus Eq. (8), to be minimised -> (loss, metrics).
 
-    L(theta) = E[ sum_t min(r_t A, clip(r_t, 1-eps, 1+eps) A) - beta D_KL(pi_theta || pi_SFT) ]
+    L(theta) = E[ sum_t ( min(r_t A, clip(r_t, 1-eps, 1+eps) A) - beta D_KL(pi_theta || pi_SFT) ) ]
 
     logp, old_logp, ref_logp (B, T) float32; mask (B, T) bool; advantages (B,). The ratio r_t is
     pi_theta / pi_SFT where old_logp is ref_logp (the paper), and pi_theta / pi_old where it is the
-    sampling policy's. The KL is estimated at each token and stands inside the sum over t.
+    sampling policy's. The KL is estimated at each token, hence our brackets; the paper has none.
 
     loss_norm: "sum" mean over B of the sum over t (Eq. 8); "sequence" mean over t, then over B
     (Shao et al.); "token" mean over all tokens; "constant" sum over t divided by max_tokens, then
@@ -235,8 +235,8 @@ def score(texts, items, judge):
 
 def without_failures(con):
     """R_con (N, G) with nan where F failed -> the same with the group's mean there. Such a sample's
-    part of the advantage is 0, and the others' is what it would be in a group without it: a failure
-    of F is not a reward of 0."""
+    part of the advantage is 0, and the others' (--scale none) is what it would be in a group
+    without it: a failure of F is not a reward of 0."""
     mean = torch.nan_to_num(con.nanmean(1, keepdim=True))                # (N, 1)
     return torch.where(con.isnan(), mean, con)                           # (N, G)
 
@@ -272,9 +272,9 @@ def update(policy, parameters, run, batch, tokens, mask, A, ref_logp, old_logp, 
     for rows, *part in micro_batches(batch, tokens, mask, args):
         logp = M.token_logprobs(policy, *part, temperature=args.temperature)  # (n, G, T)
         logps[rows] = logp.detach()
-        old = logps if old_logp is None else old_logp                    # None: the ratio is 1
+        old = logp.detach() if old_logp is None else old_logp[rows]      # None: the ratio is 1
         loss, metrics = policy_loss(
-            logp.flatten(0, 1), old[rows].flatten(0, 1), ref_logp[rows].flatten(0, 1),
+            logp.flatten(0, 1), old.flatten(0, 1), ref_logp[rows].flatten(0, 1),
             A[rows].flatten(), mask[rows].flatten(0, 1), eps=args.eps, beta=args.beta,
             loss_norm=args.loss_norm, kl=args.kl, max_tokens=args.max_new_tokens, total=total)
         loss.backward()
@@ -308,6 +308,8 @@ def questions(args, world):
            f"--out {args.out} is the folder of the SFT policy itself; name another")
     expect(args.thinking != "none" or any(args.weights[:2]),
            "--thinking none --weights 0 0 1: without a thought there is no consistency to reward")
+    expect(args.drop_no_spread or args.oversample == 1,
+           "--oversample is for --drop_no_spread: without it every question sampled is trained on")
     records = data.read_records(args.data, "train", args.only, args.thinking)
     per_step = min(args.batch // args.G, len(records))
     expect(args.batch % args.G == 0 and per_step >= world,
@@ -514,6 +516,7 @@ def train(run, argv):
             clock.tick("reference")
 
         waiting = M.meet()  # s
+        clock.tick("waiting")
 
         # Eq. (8): mu optimiser steps. pi_old is the policy before the first of them.
         old_logp = ref_logp if args.ratio == "sft" else None
@@ -537,7 +540,8 @@ def train(run, argv):
         bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("reward", "accuracy", "kl")})
         if rank == 0:
             sft.log(args.out, step=done, **figures, grad_norm=norm, skipped=skipped,
-                    lr=optimizer.param_groups[0]["lr"], **clock.figures, seconds_waiting=waiting,
+                    lr=optimizer.param_groups[0]["lr"],
+                    **clock.figures | dict(seconds_waiting=waiting),
                     tokens_per_second=figures["length"] * sampled * args.G / seconds)
             if args.show_every and step // args.mu % args.show_every == 0:
                 show(args.out, done, mine, texts, torch.stack([*scores, R], -1))
