@@ -308,6 +308,7 @@ def questions(args, world):
            f"--out {args.out} is the folder of the SFT policy itself; name another")
     expect(args.thinking != "none" or any(args.weights[:2]),
            "--thinking none --weights 0 0 1: without a thought there is no consistency to reward")
+    expect(args.oversample >= 1, f"--oversample {args.oversample}: expected at least 1")
     expect(args.drop_no_spread or args.oversample == 1,
            "--oversample is for --drop_no_spread: without it every question sampled is trained on")
     records = data.read_records(args.data, "train", args.only, args.thinking)
@@ -528,9 +529,9 @@ def train(run, argv):
             skipped += lost
             if old_logp is None:
                 old_logp = logp
+        done = run.done = step + args.mu
         clock.tick("update")
 
-        done = step + args.mu
         figures = figures_of(texts, ended, scores, R, sampled_mask, mask, logp, sums, args)
         asked.append((figures["thoughts"], figures["judge_failed"]))
         seconds = sum(x for name, x in clock.figures.items() if name.startswith("seconds"))

@@ -805,8 +805,12 @@ def all_reduce(x):
     """Sum a tensor over the processes, in place."""
     try:
         dist.all_reduce(x)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as e:
-        raise DataError("another process has ended; its own sentence says why") from e
+        why = str(e).splitlines()[0]
+        raise DataError("another process has ended, and its own sentence says why, or it can't be "
+                        f"reached: {why}") from e
 
 
 def sum_over_ranks(x):
