@@ -53,7 +53,7 @@ MED_R1_TASKS = {  # where a file's name tells none: the first rule found in the 
                               "visuali[sz]ed|seen|represent"}
 KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "answer", "thought",
         "source", "group", "split")
-SHOWN = ("modality", "anatomy", "lesion", "style", "location")  # optional, in a key "shows"
+SHOWS = ("modality", "anatomy", "lesion", "style", "location")  # optional, in a key "shows"
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = 2**26  # pixels an image may have; looked at before anything is decoded
 MAX_ASPECT = 200    # longer side / shorter side: beyond it Qwen's processor refuses an image
@@ -126,10 +126,10 @@ def check_record(record, folder):
                f"{key} {record[key]!r:.60} is not among the {plural} {', '.join(allowed)}")
 
     shows = record.get("shows")
-    expect(shows is None or (isinstance(shows, dict) and shows.keys() == set(SHOWN)
+    expect(shows is None or (isinstance(shows, dict) and shows.keys() == set(SHOWS)
                              and shows["style"] in (None, *STYLES)
                              and all(x is None or is_text(x) for x in shows.values())),
-           f"'shows' is {shows!r:.200}, expected texts or null for {', '.join(SHOWN)}, the style "
+           f"'shows' is {shows!r:.200}, expected texts or null for {', '.join(SHOWS)}, the style "
            f"one of {', '.join(STYLES)}")
 
     image, root = record["image"], os.path.realpath(folder)

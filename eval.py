@@ -159,10 +159,16 @@ def evaluate(policy, processor, records, judge, *, max_new_tokens, temperature=0
         texts = [group[0] for group in M.decode(processor, tokens, mask)]
         ended = M.finished(inputs, tokens, mask)[:, 0].tolist()                # n
         scored = score(texts, items, judge)
-        for item, row, end in zip(items, scored, ended, strict=True):
-            row |= rewards.grounding(row["thought"], item.get("shows"))
-            rows.append(row | dict(path=item["path"], group=item["group"], seed=seed,
-                                   cut_off=not end))
+        rows += completed(items, scored, [not end for end in ended], seed)
+    return rows
+
+
+def completed(items, scored, cut_off, seed):
+    """The rows that rewards.score made of `items`, with what it does not tell."""
+    rows = []
+    for item, row, cut in zip(items, scored, cut_off, strict=True):
+        row |= rewards.grounding(row["thought"], item.get("shows"))
+        rows.append(row | dict(path=item["path"], group=item["group"], seed=seed, cut_off=cut))
     return rows
 
 
@@ -175,10 +181,7 @@ def ask_server(spec, records, judge, args, replies):
         said = server.answers(records, args.max_pixels, temperature=args.temperature, seed=seed)
         said = list(tqdm(said, f"{spec}, seed {seed}", len(records)))
         scored = rewards.score_leniently([text for text, _ in said], records, judge)
-        for item, row, (_, cut_off) in zip(records, scored, said, strict=True):
-            row |= rewards.grounding(row["thought"], item.get("shows"))
-            rows.append(row | dict(path=item["path"], group=item["group"], seed=seed,
-                                   cut_off=cut_off))
+        rows += completed(records, scored, [cut_off for _, cut_off in said], seed)
     if any(row["read_as"] == "failed" for row in rows):
         print(f"{spec}: some questions got no reply: {failures(server.usage)}")
     return rows

@@ -547,7 +547,7 @@ def train(run, argv):
             if args.show_every and step // args.mu % args.show_every == 0:
                 show(args.out, done, mine, texts, torch.stack([*scores, R], -1))
         due = passes(step, args.mu, args.save_every)
-        run.after(done, end, due, failing(judge, asked, args.judge_failures))
+        run.after(end, due, failing(judge, asked, args.judge_failures))
     M.close_devices()
 
 

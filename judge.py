@@ -360,7 +360,7 @@ class Server:
     def answers(self, records, max_pixels, **knobs):
         """As a model under test, each record's question in the words of our own training: yields
         (text, whether it was cut off), or (nan, nan) where none came. max_pixels: of an image that
-        is sent. knobs: temperature, seed. DataError if the first GIVE_UP got no reply."""
+        is sent. knobs: temperature, seed. DataError if the first FIRST got no reply."""
         def ask(record):
             url = data_url(record, math.inf, max_pixels)
             content = [dict(type="image_url", image_url=dict(url=url)),

@@ -218,12 +218,12 @@ class Run(contextlib.AbstractContextManager):
         self.optimizer.step()
         return 0
 
-    def after(self, done, end, due, why=None):
+    def after(self, end, due, why=None):
         """Behind every step: save at the end or if it is due, and end early for `why` or if a
         process was told to. While steps are skipped the weights may be to blame, and the last
         checkpoint stays."""
-        self.done = done
-        if done >= end or (due and not self.skipped):
+        ended = self.done >= end
+        if ended or (due and not self.skipped):
             self.save()
         told = [self.told == number for number in (signal.SIGINT, signal.SIGTERM)]
         interrupted, terminated = M.sum_over_ranks(torch.tensor(told).double()).tolist()
@@ -233,7 +233,7 @@ class Run(contextlib.AbstractContextManager):
             why = KeyboardInterrupt()
         elif terminated:
             why = SystemExit(0)
-        if why and done < end:
+        if why and not ended:
             self.agreed = True
             raise why
 
@@ -833,7 +833,7 @@ def train(run, argv):
         bar.set_postfix(loss=f"{figures['loss']:.3f}")
         if rank == 0:
             log(args.out, step=done, **figures)
-        run.after(done, end, args.save_every and done % args.save_every == 0)
+        run.after(end, args.save_every and done % args.save_every == 0)
     M.close_devices()
 
 

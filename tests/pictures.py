@@ -27,6 +27,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import eval as evaluation
+
 WIDTH, HEIGHT = 760, 380                    # px, of a chart
 LEFT, TOP, BOTTOM = 48, 40, 58              # px, its margins; the right one holds the names
 FONT, CHARACTER = 15, 9                     # px, height of the letters and their mean width
@@ -105,22 +108,16 @@ def chart(file, lines, ticks, x_title, y_title):
     Path(file).write_text("\n".join([*svg, "</svg>\n"]))
 
 
-def seconds_of(line):
-    """Seconds of a step: sft.py logs them whole, grpo.py by part."""
-    if "seconds" in line:
-        return line["seconds"]
-    return sum(v for k, v in line.items() if k.startswith("seconds_"))
-
-
 def points_of(folders):
     """[(minutes of training, held-out accuracy in %)] of runs that follow each other."""
-    points, seconds = [], 0.0
+    points, before = [], 0.0
     for folder in folders:
-        for line in Path(folder, "metrics.jsonl").read_text().splitlines():
-            figures = json.loads(line)
-            seconds += seconds_of(figures)
+        steps = evaluation.steps_of(folder)
+        for figures in steps:
             if "held_out_accuracy" in figures:
-                points.append((seconds / 60, 100 * figures["held_out_accuracy"]))
+                minutes = before + figures["minutes"]
+                points.append((minutes, 100 * figures["held_out_accuracy"]))
+        before += steps[-1]["minutes"]
     return points
 
 

@@ -68,7 +68,7 @@ BAD = {  # what line 2 holds -> what the sentence must say
     "unknown split": (record(split="dev"), "split 'dev' is not among the splits train, val, test"),
     "shows is a text": (record(shows="a cyst"), "'shows' is 'a cyst', expected texts or null for modality"),
     "shows lacks a key": (record(shows={"modality": "CT"}), "'shows' is {'modality': 'CT'}"),
-    "shows an unknown style": (record(shows=dict.fromkeys(data.SHOWN, "cyst")), "the style one of solid, cystic"),
+    "shows an unknown style": (record(shows=dict.fromkeys(data.SHOWS, "cyst")), "the style one of solid, cystic"),
     "same id": (record(), "id 'x1' was already used in"),
     "surrogate in path": (json.dumps(record(id="x2", image="\ud800.png")), ""),
     "null byte in path": (record(id="x2", image="a\0.png"), ""),
@@ -476,7 +476,7 @@ def test_a_record_tells_what_was_drawn(phantoms):
     """"shows" agrees with what the questions ask, on every image; no other key, and no prompt, holds it."""
     for r in phantoms[1]:
         shows, truth = r["shows"], rewards.right_option(r)
-        assert tuple(shows) == data.SHOWN and (shows["modality"], shows["anatomy"]) == (r["modality"], r["anatomy"])
+        assert tuple(shows) == data.SHOWS and (shows["modality"], shows["anatomy"]) == (r["modality"], r["anatomy"])
         state = "Abnormal" if shows["lesion"] else "Normal"
         told = dict(shows, pathology=shows["lesion"], anomaly=state)
         assert told[r["task"]] == truth
