@@ -23,7 +23,6 @@ import copy
 import json
 import math
 import os
-import threading
 import time
 from collections import Counter
 
@@ -36,12 +35,11 @@ import model as M
 import rewards
 import sft
 from data import DataError, expect
-from judge import daemon_threads, failures, make_judge, parse_spec
+from judge import failures, make_judge, parse_spec
 from sft import SHARED, Knob
 
-GOLD_ASKED = 32     # gold thoughts that F, if it is a model, is asked about before the first step
-JUDGE_WINDOW = 256  # thoughts, or some more, over which the share of F's failures is taken
-SHOWN = 4           # groups per rollout that are written to completions.jsonl
+GOLD_ASKED = 32  # gold thoughts that F, if it is a model, is asked about before the first step
+SHOWN = 4        # groups of a rollout that are written to completions.jsonl
 
 # Knob(type, default of the `tiny` preset, of `paper`, meaning): `paper` has the figures of the
 # paper's section 4.1, where it gives them. F is a rule in both; --judge names a model.
@@ -87,9 +85,8 @@ KNOBS = dict(
                            positive=True, may_change=True),
     judge_timeout=Knob(float, 60.0, 60.0, "seconds a request to it may take; replies are kept in "
                        "ROOT/replies.jsonl", positive=True, may_change=True),
-    judge_failures=Knob(float, 0.5, 0.5, f"share of the last {JUDGE_WINDOW} thoughts on "
-                        "which F failed, past which the run saves and stops",
-                        may_change=True),
+    judge_failures=Knob(float, 0.5, 0.5, "share of a rollout's thoughts on which F failed, past "
+                        "which the run saves and stops", may_change=True),
     micro_tokens=Knob(int, 8192, 8192, "tokens per forward pass on one device: whole groups, each "
                       "a prompt and its G completions", positive=True),
     lora=Knob(int, 16, 64, "rank of LoRA on the language model; 0 trains every parameter against "
@@ -180,39 +177,36 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
 
 # ---- the reference -------------------------------------------------------------------------------
 
-def frozen_copy(model):
+def frozen_copy(policy):
     """The reference of a fully fine-tuned policy. Under LoRA `reference_of` needs no copy."""
-    frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    for matrix in M.matrices_of(frozen) if model.device.type == "cuda" else []:
-        matrix.to(torch.bfloat16)
+    frozen = copy.deepcopy(policy).requires_grad_(False).eval()
+    if frozen.device.type == "cuda":
+        for matrix in M.matrices_of(frozen):
+            matrix.to(torch.bfloat16)
     return frozen
 
 
-adapter_switch = threading.Lock()  # --judge hf:reference reads in a thread: one at a time
-
-
 @contextlib.contextmanager
-def reference_of(policy, copy_of_sft=None):
+def reference_of(policy, sft_copy=None):
     """Inside, the value is pi_SFT: the frozen copy, or under LoRA the policy with its adapter off.
     That is pi_SFT because stage 1's adapter was merged into the weights before stage 2's was added;
     otherwise it would be the base model."""
-    with adapter_switch:
-        if copy_of_sft is not None:
-            yield copy_of_sft
-        else:
-            with policy.disable_adapter():
-                yield policy
+    if sft_copy is not None:
+        yield sft_copy
+    else:
+        with policy.disable_adapter():
+            yield policy
 
 # ---- the parts of a step -------------------------------------------------------------------------
 
-def dealt(records, rank, world):
-    """A process's part of a step's questions, of all lengths: from the shortest to the longest they
-    are dealt back and forth."""
-    places = sorted(range(len(records)), key=lambda i: len(rewards.question_text(records[i])))
-    rounds = [places[i:i + world] for i in range(0, len(places), world)]
-    for full in [some for some in rounds if len(some) == world][1::2]:
-        full.reverse()
-    return [records[i] for i in sorted(some[rank] for some in rounds if rank < len(some))]
+def questions_of(records, step, sampled, args, rank, world):
+    """This process's part of the `sampled` questions of a step, a function of step and seed alone.
+    They are dealt by length, so that no process has all the long ones."""
+    epoch, place = divmod(step // args.mu, max(1, len(records) // sampled))
+    order = sft.epoch_order(len(records), epoch, args.seed)[place * sampled:][:sampled]
+    lengths = {i: len(rewards.question_text(records[i])) for i in order}
+    mine = sorted(order, key=lengths.get)[rank::world]
+    return [records[i] for i in order if i in mine]
 
 
 def rollout(policy, processor, records, generator, args):
@@ -226,11 +220,14 @@ def rollout(policy, processor, records, generator, args):
     return batch, tokens, mask, sum(M.decode(processor, tokens, mask), [])
 
 
-def score(texts, items, judge):
-    """Eqs. (4) to (6) for n texts and the record of each -> (3, n) float32: fmt, acc, con; con is
-    nan where F failed, and where no thought is asked for."""
+def score(texts, records, judge, args):
+    """Eqs. (4) to (6) for the G completions of each of N records -> rows (rewards.score), N * G of
+    them, and their fmt, acc, con, each (N, G) float32; con is nan where F failed, and where no
+    thought is asked for."""
+    items = [record for record in records for _ in range(args.G)]
     rows = rewards.score(texts, items, judge)
-    return torch.tensor([[row[part] for row in rows] for part in ("fmt", "acc", "con")])
+    parts = [[row[part] for row in rows] for part in ("fmt", "acc", "con")]
+    return rows, *torch.tensor(parts).view(3, len(records), args.G)
 
 
 def without_failures(con):
@@ -263,12 +260,11 @@ def reference_logprobs(policy, sft_copy, batch, tokens, mask, args):
 
 def update(policy, parameters, run, batch, tokens, mask, A, ref_logp, old_logp, args):
     """One optimiser step of Eq. (8). A (N, G), ref_logp and old_logp (N, G, T); old_logp None: the
-    policy's own before this step -> log pi_theta (N, G, T), gradient norm, sums: the loss, and
-    policy_loss's metrics as sums over this process's tokens, which can be added up, and 1 if the
-    step was skipped (see sft.Run.step), else 0."""
+    policy's own before this step -> log pi_theta (N, G, T); sums over this process's tokens of
+    policy_loss's metrics; the step's loss, grad_norm and skipped (see sft.Run.step), which are of
+    all processes."""
     total = M.sum_over_ranks(int(mask.sum()) if args.loss_norm == "token" else A.numel())
-    logps = torch.zeros(tokens.shape, device=tokens.device)
-    sums = Counter(loss=0.0, kl=0.0, ratio=0.0, clip_low=0.0, clip_high=0.0)  # on every rank alike
+    logps, loss_sum, sums = torch.zeros(tokens.shape, device=tokens.device), 0.0, Counter()
     for rows, *part in micro_batches(batch, tokens, mask, args):
         logp = M.token_logprobs(policy, *part, temperature=args.temperature)  # (n, G, T)
         logps[rows] = logp.detach()
@@ -278,16 +274,16 @@ def update(policy, parameters, run, batch, tokens, mask, A, ref_logp, old_logp, 
             A[rows].flatten(), mask[rows].flatten(0, 1), eps=args.eps, beta=args.beta,
             loss_norm=args.loss_norm, kl=args.kl, max_tokens=args.max_new_tokens, total=total)
         loss.backward()
-        sums["loss"] += loss.item()
+        loss_sum += loss.item()
         for name, mean in metrics.items():
             sums[name] += mean * int(mask[rows].sum())
     M.sum_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
-    skipped = 0
+    loss, skipped = M.sum_over_ranks(loss_sum), 0
     if total:  # else no group of any process has spread: there is nothing to learn from
-        skipped = run.step(M.sum_over_ranks(sums["loss"]), norm)
+        skipped = run.step(loss, norm)
     run.optimizer.zero_grad()
-    return logps, norm, sums, skipped
+    return logps, sums, dict(loss=loss, grad_norm=norm, skipped=skipped)
 
 
 def learning_rate(step, steps, args):
@@ -304,8 +300,6 @@ def questions(args, world):
     parse_spec(args.judge)  # before a model is loaded
     expect(args.G >= 2, f"--G {args.G}: a group of one has no advantage over its own mean; "
                         "expected at least 2")
-    expect(os.path.realpath(args.model) != os.path.realpath(args.out),
-           f"--out {args.out} is the folder of the SFT policy itself; name another")
     expect(args.thinking != "none" or any(args.weights[:2]),
            "--thinking none --weights 0 0 1: without a thought there is no consistency to reward")
     expect(args.oversample >= 1, f"--oversample {args.oversample}: expected at least 1")
@@ -325,24 +319,25 @@ def check_gold(records, judge, lexical=True):
     each costs a call: it is asked about GOLD_ASKED, and must not fail on all. A server is asked
     something first that no kept reply answers."""
     expect(lexical or judge.awake(records[:2]), f"--judge: F failed: {failures(judge.usage)}")
-    records = [r for r in records if r["thought"] is not None]
+    gold = [r for r in records if r["thought"] is not None]
     if not lexical:
-        records = evaluation.subset(records, GOLD_ASKED)
-    if not records:
+        gold = evaluation.subset(gold, GOLD_ASKED)
+    if not gold:
         return
-    scores = score([rewards.answer_text(r) for r in records], records, judge)  # (3, n)
-    con = scores[2]
-    if not lexical and records[0].get("thinking") != "none":
-        expect(not con.isnan().all(), f"--judge: F failed on all of {len(con)} gold thoughts: "
-                                      f"{failures(judge.usage)}")
-        print(f"F agrees with {int(con.nansum())} of {len(con)} gold thoughts and failed on "
-              f"{int(con.isnan().sum())}")
-        scores = scores[:2]
-    for name, part in zip(("format", "accuracy", "consistency"), scores, strict=False):
-        bad = (part < 1).nonzero()[:, 0].tolist()  # nan, where no thought is asked for, isn't
+    rows = rewards.score([rewards.answer_text(r) for r in gold], gold, judge)
+    must = dict(fmt="format", acc="accuracy", con="consistency")
+    if not lexical and gold[0].get("thinking") != "none":
+        verdicts = [row["con"] for row in rows if not rewards.failed(row["con"])]
+        expect(verdicts, f"--judge: F failed on all of {len(rows)} gold thoughts: "
+                         f"{failures(judge.usage)}")
+        print(f"F agrees with {sum(verdicts):g} of {len(rows)} gold thoughts and failed on "
+              f"{len(rows) - len(verdicts)}")
+        del must["con"]
+    for part, name in must.items():
+        bad = [row for row in rows if row[part] < 1]  # nan, where no thought is asked for, isn't
         if bad:
-            raise DataError(f"record {records[bad[0]]['id']!r}: its gold answer has {name} reward "
-                            f"{part[bad[0]]:g}, expected 1 (so for {len(bad)} of {len(records)} "
+            raise DataError(f"record {bad[0]['id']!r}: its gold answer has {name} reward "
+                            f"{bad[0][part]:g}, expected 1 (so for {len(bad)} of {len(rows)} "
                             "records)")
 
 # ---- what a person looks at ----------------------------------------------------------------------
@@ -365,75 +360,44 @@ class Clock:
         self.last = now
 
 
-MEANS = dict(  # the figures of a step, by what they are means over
-    completions=("format", "accuracy", "length", "truncated", "thoughts_cut"),
-    judged=("consistency",), rewarded=("reward",),  # those without a verdict of F are left out
-    groups=("no_spread",), thoughts=("judge_failed",),
-    tokens=("kl", "ratio", "clip_low", "clip_high", "sampled_nll"))  # those trained on
+def figures_of(rows, R, ended, mask, trained_mask, logp, sums, args):
+    """A step's figures, means over all processes; nan where there is nothing to take the mean of.
 
-
-def figures_of(texts, ended, scores, R, mask, trained_mask, logp, sums, args):
-    """A step's figures, over all processes. mask, trained_mask: of the completions that were
-    sampled, and of those that were trained on. sampled_nll is minus the mean log-probability of the
-    latter's tokens (logp is 0 outside the mask), an estimate of the policy's entropy per token."""
-    fmt, acc, con = scores
-    thoughts = [rewards.parse_completion(text, args.thinking)[0] for text in texts]
-    thoughts = [thought for thought in thoughts if thought is not None]
-    failed = con.isnan().sum() if args.thinking != "none" else 0
+    R (N, G) the rewards, ended (N, G), mask (N, G, T) of the completions that were sampled;
+    trained_mask, logp and the sums over their tokens of those that were trained on. consistency,
+    and the reward that depends on it, are means over the completions that have a verdict of F.
+    sampled_nll, minus the mean log-probability of a token (logp is 0 outside the mask), estimates
+    the policy's entropy per token."""
+    thoughts = [row["thought"] for row in rows if row["thought"] is not None]
+    cut = sum(rewards.visible_thought(thought)[1] for thought in thoughts)
+    con = torch.tensor([row["con"] for row in rows]).view(R.shape)       # (N, G)
     judged = ~con.isnan()                                                # (N, G)
-    rewarded = judged | (args.thinking == "none" or not args.weights[2])
-    local = dict(
-        sums, completions=R.numel(), groups=len(R), thoughts=len(thoughts), judged=judged.sum(),
-        rewarded=rewarded.sum(), tokens=trained_mask.sum(), trained_on=len(trained_mask),
-        reward=R[rewarded].sum(), format=fmt.sum(), accuracy=acc.sum(),
-        consistency=con.nansum(), length=mask.sum(),
-        truncated=(~ended).sum(), no_spread=(~group_spread(R)).sum(), judge_failed=failed,
-        thoughts_cut=sum(rewards.visible_thought(t)[1] for t in thoughts), sampled_nll=-logp.sum())
-    numbers = torch.tensor([float(x) for x in local.values()], dtype=torch.float64)
-    total = dict(zip(local, M.sum_over_ranks(numbers).tolist(), strict=True))
-    figures = {name: total[name] for name in ("loss", "trained_on", "thoughts")}
-    for what, names in MEANS.items():
-        for name in names:
-            figures[name] = total[name] / max(1, total[what])
-            if what in ("judged", "rewarded") and not total[what]:
-                figures[name] = math.nan
+    asks_f = args.thinking != "none"
+    rewarded = judged if asks_f and args.weights[2] else torch.ones_like(judged)
+    n, tokens = R.numel(), trained_mask.sum()
+    pairs = dict(  # figure: its sum over this process, and the number of what it is the mean over
+        reward=(R[rewarded].sum(), rewarded.sum()), format=(sum(row["fmt"] for row in rows), n),
+        accuracy=(sum(row["acc"] for row in rows), n), consistency=(con.nansum(), judged.sum()),
+        judge_failed=((~judged).sum() * asks_f, len(thoughts)), thoughts_cut=(cut, n),
+        no_spread=((~group_spread(R)).sum(), len(R)), length=(mask.sum(), n),
+        truncated=((~ended).sum(), n), sampled_nll=(-logp.sum(), tokens))
+    for name in ("kl", "ratio", "clip_low", "clip_high"):
+        pairs[name] = sums[name], tokens
+    mine = torch.tensor([[float(x) for x in pair] for pair in pairs.values()]).double()
+    figures = {}
+    for name, (total, count) in zip(pairs, M.sum_over_ranks(mine).tolist(), strict=True):
+        figures[name] = total / count if count else math.nan
     return figures
 
 
-def failed_share(asked):
-    """The share of the last JUDGE_WINDOW thoughts, or some more, on which F failed; 0 as long as
-    there were fewer. asked: the thoughts of each rollout, and the share of failures among them."""
-    thoughts = failed = 0
-    for n, share in reversed(asked):
-        thoughts, failed = thoughts + n, failed + n * share
-        if thoughts >= JUDGE_WINDOW:
-            return failed / thoughts
-    return 0.0
-
-
-def failing(judge, asked, limit):
-    """Why the run should stop where F failed on more than a share of `limit` -> DataError, or
-    None."""
-    share = failed_share(asked)
-    if share > limit:
-        return DataError(f"--judge: F failed on {100 * share:.0f} % of the last thoughts "
-                         f"({failures(judge.usage)})")
-    return None
-
-
-def show(folder, step, records, texts, rewards):
-    """Append some groups to completions.jsonl, for eyes. rewards (N, G, 4): fmt, acc, con, R."""
-    N, G, _ = rewards.shape
+def show(folder, step, rows, R):
+    """Append the first groups of a rollout to completions.jsonl, for eyes: a line for each
+    completion, its row and its reward. R (N, G)."""
     path = os.path.join(folder, "completions.jsonl")
     with data.naming(path), open(path, "a") as f:
-        for n in range(min(N, SHOWN)):
-            completions = []
-            for text, scores in zip(texts[n * G:], rewards[n].tolist(), strict=False):
-                scores = [None if math.isnan(x) else x for x in scores]  # JSON has no nan
-                named = dict(zip(("fmt", "acc", "con", "reward"), scores, strict=True))
-                completions.append(dict(text=text, **named))
-            line = {k: records[n][k] for k in ("id", "answer", "options")}
-            f.write(json.dumps(dict(step=step, **line, completions=completions)) + "\n")
+        for row, reward in zip(rows, R[:SHOWN].flatten().tolist(), strict=False):
+            line = evaluation.without_nan(dict(step=step, **row, reward=reward))
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def passes(step, mu, every):
@@ -455,15 +419,10 @@ def train(run, argv):
     rank, world, device = M.setup_devices()
     args.fixed["nproc_per_node (processes in all)"] = world  # each samples with its own numbers
     records, held_out = questions(args, world), sft.held_out_questions(args)[rank::world]
-    if rank == 0:
-        data.check_images(records)
 
     # The policy starts as pi_SFT, and pi_SFT is the reference.
-    dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
-    policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
+    policy, processor, parameters, optimizer = sft.policy_of(args, records, device, rank)
     sft_copy = None if args.lora else frozen_copy(policy)
-    M.check_texts(processor, records, rewards.question_text)
-    policy, parameters, optimizer = sft.trainable(policy, args)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency,
                        timeout=args.judge_timeout, cache=os.path.join(args.root, "replies.jsonl"),
                        reference=(lambda: reference_of(policy, sft_copy), processor.tokenizer))
@@ -472,82 +431,69 @@ def train(run, argv):
 
     wanted = args.batch // args.G                  # questions to train on, over all processes
     sampled = round(wanted * args.oversample)      # questions to sample for them
-    epoch_rollouts = max(1, len(records) // sampled)
-    steps = max(1, round(args.epochs * epoch_rollouts)) * args.mu
+    steps = max(1, round(args.epochs * max(1, len(records) // sampled))) * args.mu
     start = run.open(args, policy, processor, optimizer, records, rank)
     end = math.ceil(min(steps, args.max_steps or steps) / args.mu) * args.mu  # whole rollouts
     generator = torch.Generator(device)
-    reader = daemon_threads(1)              # the thread in which F reads
-    asked = []                              # each rollout's thoughts and share of F's failures
 
     bar = tqdm(range(start, end, args.mu), initial=start // args.mu, total=end // args.mu,
                desc="grpo", unit="rollout", disable=rank > 0)
     for step in bar:  # one rollout, then mu optimiser steps on it
         clock = Clock(device)
 
-        # This process's share of the questions. A resumed run has the same, and the same samples.
-        epoch, place = divmod(step // args.mu, epoch_rollouts)
-        order = sft.epoch_order(len(records), epoch, args.seed)[place * sampled:][:sampled]
-        mine = dealt([records[i] for i in order], rank, world)
+        # Eq. (2): G completions for each question. A resumed run draws the same.
+        mine = questions_of(records, step, sampled, args, rank, world)
         generator.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)
-
-        # Eq. (2): G completions for each.
         batch, tokens, mask, texts = rollout(policy, processor, mine, generator, args)
-        ended = M.finished(batch, tokens, mask)                                  # (N, G)
-        sampled_mask = mask
+        ended, all_mask = M.finished(batch, tokens, mask), mask                  # (N, G), (N, G, T)
         clock.tick("rollout")
 
-        # Eqs. (3) to (6): the rewards. Eq. (7): the advantages.
-        items = [record for record in mine for _ in range(args.G)]
-        pending = reader.apply_async(score, (texts, items, judge))
-        if not args.drop_no_spread:  # while F reads
-            ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)
-            clock.tick("reference")
-        fmt, acc, con = scores = pending.get().view(3, len(mine), args.G)       # (3, N, G)
+        # Eqs. (3) to (6): the rewards.
+        rows, fmt, acc, con = score(texts, mine, judge, args)                    # (N, G) each
         R = rewards.total_reward(fmt, acc, without_failures(con), args.weights)  # (N, G)
-        A = group_advantages(R, args.scale)                                      # (N, G)
         clock.tick("judge")
 
-        # The groups to train on: all, or those with spread.
+        # Eq. (7): the advantages. Those to train on are all groups, or those with spread.
+        A = group_advantages(R, args.scale).to(device)                           # (N, G)
         if args.drop_no_spread:
             most = len(range(rank, wanted, world))  # this process's part of them
-            rows = group_spread(R).nonzero()[:most, 0].tolist()
-            batch, tokens, mask, A = M.rows_of(batch, rows), tokens[rows], mask[rows], A[rows]
-            ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)
-            clock.tick("reference")
-
-        waiting = M.meet()  # s
+            some = group_spread(R).nonzero()[:most, 0].tolist()
+            batch, tokens, mask, A = M.rows_of(batch, some), tokens[some], mask[some], A[some]
+        ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)
+        clock.tick("reference")
+        waiting = M.meet()  # s, for the slowest process
         clock.tick("waiting")
 
         # Eq. (8): mu optimiser steps. pi_old is the policy before the first of them.
-        old_logp = ref_logp if args.ratio == "sft" else None
-        skipped = 0
+        old_logp, skipped = ref_logp if args.ratio == "sft" else None, 0
         for inner in range(args.mu):
             optimizer.param_groups[0]["lr"] = learning_rate(step + inner, steps, args)
-            logp, norm, sums, lost = update(policy, parameters, run, batch, tokens, mask,
-                                            A.to(device), ref_logp, old_logp, args)
-            skipped += lost
-            if old_logp is None:
-                old_logp = logp
+            logp, sums, told = update(policy, parameters, run, batch, tokens, mask, A, ref_logp,
+                                      old_logp, args)
+            old_logp = logp if old_logp is None else old_logp
+            skipped += told["skipped"]
         done = run.done = step + args.mu
         clock.tick("update")
 
-        figures = figures_of(texts, ended, scores, R, sampled_mask, mask, logp, sums, args)
-        asked.append((figures["thoughts"], figures["judge_failed"]))
+        figures = figures_of(rows, R, ended, all_mask, mask, logp, sums, args) | told
+        figures |= dict(skipped=skipped, trained_on=M.sum_over_ranks(len(tokens)),
+                        lr=optimizer.param_groups[0]["lr"])
         seconds = sum(x for name, x in clock.figures.items() if name.startswith("seconds"))
+        figures |= clock.figures | dict(seconds_waiting=waiting)
+        figures["tokens_per_second"] = figures["length"] * sampled * args.G / seconds
         if passes(step, args.mu, args.eval_every):
             figures["held_out_accuracy"] = sft.held_out_accuracy(policy, processor, held_out, judge,
                                                                  args.max_new_tokens)
         bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("reward", "accuracy", "kl")})
         if rank == 0:
-            sft.log(args.out, step=done, **figures, grad_norm=norm, skipped=skipped,
-                    lr=optimizer.param_groups[0]["lr"],
-                    **clock.figures | dict(seconds_waiting=waiting),
-                    tokens_per_second=figures["length"] * sampled * args.G / seconds)
+            sft.log(args.out, step=done, **figures)
             if args.show_every and step // args.mu % args.show_every == 0:
-                show(args.out, done, mine, texts, torch.stack([*scores, R], -1))
-        due = passes(step, args.mu, args.save_every)
-        run.after(end, due, failing(judge, asked, args.judge_failures))
+                show(args.out, done, rows, R)
+        why = None
+        if figures["judge_failed"] > args.judge_failures:
+            why = DataError(f"--judge: F failed on {figures['judge_failed']:.0%} of the rollout's "
+                            f"thoughts ({failures(judge.usage)})")
+        run.after(end, passes(step, args.mu, args.save_every), why)
     M.close_devices()
 
 

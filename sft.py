@@ -307,11 +307,10 @@ def open_run(args, policy, optimizer, rank):
     With --resume the checkpoint's weights and optimiser state are put back, and the logs' later
     lines dropped: they will be written again. Without, an earlier run is moved aside."""
     done = resume(args, policy, optimizer) if args.resume else 0
-    mine = torch.tensor([done**2, done, 1], dtype=torch.float64)
-    squares, steps, world = M.sum_over_ranks(mine).tolist()
-    same = squares * world == steps**2
-    data.expect(same, f"{args.out}: the processes see different checkpoints; machines that share "
-                      "no folder need copies of one")
+    seen = M.gather([(done, args.fixed)])  # of all processes
+    data.expect(seen.count(seen[0]) == len(seen),
+                f"{args.out}: the processes see different models, questions or checkpoints; "
+                "machines that share no folder need copies of the same")
     if rank > 0:
         return done
     logs = [os.path.join(args.out, name) for name in ("metrics.jsonl", "completions.jsonl")]
@@ -356,6 +355,20 @@ def save_state(args, policy, optimizer, step):
         raise data.DataError(f"{path} can't be written: {e.__context__ or e}") from e
     finally:
         beside.unlink(missing_ok=True)
+
+
+def policy_of(args, records, device, rank):
+    """--model, ready to be trained on the records, whose images and questions are checked ->
+    policy, processor, the parameters that are trained (kept in fp32), AdamW."""
+    data.expect(os.path.realpath(args.model) != os.path.realpath(args.out),
+                f"--out {args.out} is the folder of the model itself; name another")
+    if rank == 0:
+        data.check_images(records)
+    dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
+    policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
+    M.check_texts(processor, records, rewards.question_text)
+    policy, parameters, optimizer = trainable(policy, args)
+    return policy, processor, parameters, optimizer
 
 
 def trainable(policy, args):
@@ -768,10 +781,6 @@ def train(run, argv):
     if rank == 0 and len(records) < len(every):
         print(f"{len(records)} training questions have a thought; {len(every) - len(records)} "
               "have none and are left to grpo.py")
-    data.expect(os.path.realpath(args.model) != os.path.realpath(args.out),
-                f"--out {args.out} is the folder of the model itself; name another")
-    if rank == 0:
-        data.check_images(records)
     for r in records:
         data.expect(rewards.format_reward(rewards.answer_text(r), args.thinking),
                     f"record {r['id']!r}: its thought holds one of the tags {rewards.TAGS}")
@@ -780,12 +789,8 @@ def train(run, argv):
                 f"--batch {args.batch}: expected at least one question for each of the {world} "
                 f"processes ({len(records)} questions in all)")
 
-    # What is trained is kept in fp32: the LoRA parameters, or all of them.
-    dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
-    policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
-    M.check_texts(processor, records, rewards.question_text)
+    policy, processor, parameters, optimizer = policy_of(args, records, device, rank)
     M.check_texts(processor, records, rewards.answer_text)
-    policy, parameters, optimizer = trainable(policy, args)
     epoch_steps = max(1, len(records) // args.batch)
     steps = math.ceil(args.epochs * epoch_steps)
     start = run.open(args, policy, processor, optimizer, records, rank)

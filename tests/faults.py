@@ -37,10 +37,12 @@ KILLS_OF = dict(sft=KILLS[:4] + KILLS[5:], grpo=KILLS[:3] + KILLS[4:])  # five e
 
 def toy_score(texts, items, judge):
     """Rewards that differ even for a random model, from the text alone; gold answers score 1."""
-    gold = torch.tensor([float(t.startswith(("<think>", "<answer>"))) for t in texts])
-    odd = torch.tensor([float(len(t) % 2) for t in texts])
-    third = torch.tensor([float(sum(map(ord, t)) % 3 == 0) for t in texts])
-    return torch.stack([gold, odd.maximum(gold), third.maximum(gold)])
+    rows = []
+    for text, item in zip(texts, items, strict=True):
+        gold = text.startswith(("<think>", "<answer>"))
+        acc, con = gold or len(text) % 2, gold or sum(map(ord, text)) % 3 == 0
+        rows.append(dict(id=item["id"], completion=text, thought=text, fmt=float(gold), acc=float(acc), con=float(con)))
+    return rows
 
 
 def plan(stage, place, at, number):
@@ -88,7 +90,7 @@ def launch(processes, stage, *flags, kill=None):
 
 def worker(stage, *flags):
     """The run in its process: the stage's main with toy rewards, and the kill that is planned for this rank."""
-    grpo.score = toy_score
+    rewards.score = toy_score
     torch.set_num_threads(1)
     kill = json.loads(os.environ["FAULT"])
     saving = kill and kill[0] in ("state", "checkpoint")

@@ -131,16 +131,20 @@ def test_a_token_s_step_asks_the_device_nothing(half, world, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------- several processes
 
 def test_questions_are_dealt_evenly(world):
-    """Every question goes to one process, in the order of the step; all have as many as every world-th would give them, and
-    about as much text; one process has the list as it is."""
-    records = world.records[:30]
-    assert grpo.dealt(records, 0, 1) == records
+    """Every question of a step goes to one process, in the order of the step; all have as many as every world-th would give them, and
+    about as much text; one process has the list of sft.epoch_order."""
+    records, args = world.records[:30], sft.argparse.Namespace(mu=1, seed=3)
+
+    def part(step, n, rank, processes):
+        return grpo.questions_of(records, step, n, args, rank, processes)
+    order = sft.epoch_order(30, 0, 3)
+    assert part(0, 12, 0, 1) == [records[i] for i in order[:12]] and part(1, 12, 0, 1) == [records[i] for i in order[12:24]]
     for n, processes in ((30, 4), (7, 3), (16, 2)):
-        parts = [grpo.dealt(records[:n], rank, processes) for rank in range(processes)]
+        parts = [part(0, n, rank, processes) for rank in range(processes)]
         assert [len(p) for p in parts] == [len(range(rank, n, processes)) for rank in range(processes)]
-        places = [[next(i for i, r in enumerate(records) if r is x) for x in p] for p in parts]
+        places = [[order.index(next(i for i, r in enumerate(records) if r is x)) for x in p] for p in parts]
         assert sorted(sum(places, [])) == list(range(n)) and all(p == sorted(p) for p in places)
-    lengths = [sum(len(rewards.question_text(r)) for r in grpo.dealt(records[:28], rank, 4)) for rank in range(4)]
+    lengths = [sum(len(rewards.question_text(r)) for r in part(0, 28, rank, 4)) for rank in range(4)]
     longest = max(len(rewards.question_text(r)) for r in records)
     assert max(lengths) - min(lengths) < longest
 

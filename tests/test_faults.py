@@ -68,7 +68,7 @@ def copy_of(folder, to):
 @pytest.fixture
 def toy(monkeypatch):
     """Rewards that a random model has a spread of."""
-    monkeypatch.setattr(grpo, "score", faults.toy_score)
+    monkeypatch.setattr(rewards, "score", faults.toy_score)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- kills
@@ -467,24 +467,19 @@ def test_what_has_no_verdict_is_left_out_of_the_log(world):
     def figures(con, **change):
         vars(args).update(change)
         R = rewards.total_reward(fmt, acc, grpo.without_failures(con), args.weights)
-        return grpo.figures_of(["<think>t</think><answer>A</answer>"] * 4, mask[..., 0], (fmt, acc, con), R, mask, mask,
-                               torch.zeros(2, 2, 3), dict(loss=0.0, kl=0.0, ratio=0.0, clip_low=0.0, clip_high=0.0), args)
+        parts = zip(fmt.flatten().tolist(), acc.flatten().tolist(), con.flatten().tolist(), strict=True)
+        rows = [dict(thought="t", fmt=f, acc=a, con=c) for f, a, c in parts]
+        return grpo.figures_of(rows, R, mask[..., 0], mask, mask, torch.zeros(2, 2, 3),
+                               dict(kl=0.0, ratio=0.0, clip_low=0.0, clip_high=0.0), args)
     some = figures(con)
     assert some["consistency"] == 1 and some["reward"] == pytest.approx(1) and some["judge_failed"] == 0.75
-    assert some["accuracy"] == 0.75 and some["thoughts"] == 4
+    assert some["accuracy"] == 0.75
     none = figures(torch.full((2, 2), nan))
     assert math.isnan(none["consistency"]) and math.isnan(none["reward"]) and none["judge_failed"] == 1
     without = figures(con, weights=(0.5, 0.5, 0))
     assert without["reward"] == pytest.approx(0.875)
     silent = figures(torch.full((2, 2), nan), thinking="none", weights=(0.5, 0.5, 1))
     assert silent["reward"] == pytest.approx(0.875) and silent["judge_failed"] == 0
-
-
-def test_the_share_of_failures_is_taken_over_the_last_thoughts(monkeypatch):
-    """The window is of thoughts: large rollouts are judged after a few, small ones after many."""
-    monkeypatch.setattr(grpo, "JUDGE_WINDOW", 100)
-    assert grpo.failed_share([]) == grpo.failed_share([(99, 1.0)]) == 0
-    assert grpo.failed_share([(100, 1.0)]) == 1 and grpo.failed_share([(500, 1.0), (50, 0.5), (50, 0.1)]) == pytest.approx(0.3)
 
 
 def test_a_server_that_is_gone_is_soon_given_up(monkeypatch):

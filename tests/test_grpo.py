@@ -279,16 +279,19 @@ def test_gold_answers_pass_and_a_planted_wrong_one_is_named(world):
 
 def toy_score(texts, items, judge):
     """Rewards with a spread even for a random model, from the text alone; gold answers score 1."""
-    gold = [t.startswith(("<think>", "<answer>")) for t in texts]
-    acc = torch.tensor([float(g or len(t) % 2) for g, t in zip(gold, texts, strict=True)])
-    con = torch.tensor([float(g or sum(map(ord, t)) % 3 == 0) for g, t in zip(gold, texts, strict=True)])
-    return torch.stack([torch.tensor(gold).float(), acc, con])
+    rows = []
+    for text, item in zip(texts, items, strict=True):
+        gold = text.startswith(("<think>", "<answer>"))
+        acc, con = gold or len(text) % 2, gold or sum(map(ord, text)) % 3 == 0
+        rows.append(dict(id=item["id"], completion=text, thought=text, verdict=None,
+                         fmt=float(gold), acc=float(acc), con=float(con)))
+    return rows
 
 
 def train(world, monkeypatch, out, *flags, stage=grpo):
     """A short run of a stage on the tiny random model -> (weights, lines of metrics.jsonl, trained parameters)."""
     if stage is grpo:
-        monkeypatch.setattr(grpo, "score", toy_score)
+        monkeypatch.setattr(rewards, "score", toy_score)
         flags = ("--batch", "8", "--G", "4", "--max_new_tokens", "6", "--micro_tokens", "1", *flags)
     else:
         flags = ("--batch", "4", "--micro_batch", "3", *flags)
@@ -337,9 +340,9 @@ def test_a_run_logs_everything_and_moves_the_weights(world, monkeypatch, tmp_pat
     assert first["sampled_nll"] > 3 and abs(first["kl"]) < 1e-6 and first["clip_low"] == first["clip_high"] == 0
     assert first["reward"] == pytest.approx((first["format"] + first["accuracy"] + first["consistency"]) / 3, abs=1e-5)
     assert not same(after, weights(world.folder))
-    groups = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
-    assert len(groups) == 4 and all(len(g["completions"]) == 4 for g in groups)
-    assert all({"text", "fmt", "acc", "con", "reward"} <= c.keys() for g in groups for c in g["completions"])
+    shown = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in shown] == [1] * 8 + [2] * 8  # two groups of four per rollout
+    assert all({"id", "completion", "fmt", "acc", "con", "reward"} <= line.keys() for line in shown)
 
 
 @pytest.mark.parametrize("flags", [("--mu", "2", "--ratio", "old"), ("--mu", "2", "--ratio", "sft"), ("--scale", "std"),
@@ -368,9 +371,11 @@ def test_groups_without_spread_change_nothing_but_the_kl(world, monkeypatch, tmp
     seen = {}
 
     def half(texts, items, judge):  # every second question's group is all right, so without spread
-        n, acc = len(texts), torch.tensor([float(len(t) % 2) for t in texts])
-        alike = torch.tensor([int(r["group"][-1]) % 2 == 0 for r in items])
-        return torch.stack([torch.ones(n), torch.where(alike, 1.0, acc), torch.ones(n)])
+        rows = toy_score(texts, items, judge)
+        for row, item in zip(rows, items, strict=True):
+            acc = 1.0 if int(item["group"][-1]) % 2 == 0 else float(len(row["completion"]) % 2)
+            row.update(fmt=1.0, acc=acc, con=1.0)
+        return rows
     for name, flags in (("all", ["--no-drop_no_spread"]), ("some", [])):
         gradients = []
         monkeypatch.setattr(M, "sum_gradients", lambda ps, into=gradients: into.append(
@@ -378,7 +383,7 @@ def test_groups_without_spread_change_nothing_but_the_kl(world, monkeypatch, tmp
         out = tmp_path / name
         flags = ("--batch", "24", "--G", "4", "--max_new_tokens", "6", "--max_steps", "1", "--beta", "0", *flags)
         monkeypatch.setattr(grpo, "check_gold", lambda *_: None)
-        monkeypatch.setattr(grpo, "score", half)
+        monkeypatch.setattr(rewards, "score", half)
         grpo.main(["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--out", str(out), *flags])
         seen[name] = gradients[0], lines_of(out)[0]
     (whole, line), (some, line_too) = seen["all"], seen["some"]
@@ -388,14 +393,16 @@ def test_groups_without_spread_change_nothing_but_the_kl(world, monkeypatch, tmp
 
 
 def test_a_step_in_which_no_group_has_spread_moves_nothing(world, monkeypatch, tmp_path):
-    """With --drop_no_spread there is then nothing to learn from, and no nan."""
+    """With --drop_no_spread there is then nothing to learn from, no nan in the weights, and null in the log for what would be a
+    mean over nothing."""
     monkeypatch.setattr(grpo, "check_gold", lambda *_: None)
-    monkeypatch.setattr(grpo, "score", lambda texts, *_: torch.ones(3, len(texts)))
+    monkeypatch.setattr(rewards, "score", lambda *args: [row | dict(fmt=1.0, acc=1.0, con=1.0) for row in toy_score(*args)])
     grpo.main(["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--out", str(tmp_path / "x"),
                "--batch", "8", "--G", "4", "--max_new_tokens", "6", "--max_steps", "2", "--drop_no_spread", "--lora", "0"])
     assert same(weights(tmp_path / "x"), weights(world.folder))
     lines = lines_of(tmp_path / "x")
-    assert len(lines) == 2 and all(math.isfinite(v) for line in lines for v in line.values())
+    nothing = {"kl", "ratio", "clip_low", "clip_high", "sampled_nll"}
+    assert len(lines) == 2 and all({k for k, v in line.items() if v is None} == nothing for line in lines)
     assert lines[0]["no_spread"] == 1 and lines[0]["trained_on"] == 0
 
 
@@ -520,7 +527,7 @@ def watched(*args, **kwargs):
     loss, metrics = policy_loss(*args, **kwargs)
     kept.append((loss.item(), kwargs["total"]))
     return loss, metrics
-grpo.score, grpo.policy_loss = toy_score, watched
+rewards.score, grpo.policy_loss = toy_score, watched
 common = ["--preset", "tiny", "--model", folder]
 sft.main([*common, "--data", jsonl, "--out", out + "/sft", "--batch", "6", "--micro_batch", "2", "--max_steps", "2"])
 grpo.main([*common, "--data", jsonl, "--out", out + "/grpo", "--batch", "12", "--G", "4", "--micro_tokens", "1",
@@ -545,7 +552,7 @@ def two(world, tmp_path_factory):
         logp = M.token_logprobs(world.net, M.encode(world.processor, world.mixed[:4]), tokens, mask)
     given = dict(records=world.mixed[:4], tokens=tokens, mask=mask, A=torch.randn(4, 3), old=logp + 0.2 * torch.randn(4, 3, 6))
     torch.save(given, out / "given.pt")
-    (out / "worker.py").write_text("import sys\nimport torch\nimport data, grpo, sft\nimport model as M\n"
+    (out / "worker.py").write_text("import sys\nimport torch\nimport data, grpo, rewards, sft\nimport model as M\n"
                                    f"torch.set_num_threads(1)\n{inspect.getsource(toy_score)}{WORKER}")
     records = data.read_records(world.jsonl, "train")
     broken, second = Path(world.jsonl).with_name("broken.jsonl"), records[sft.epoch_order(len(records), 0, 0)[1]]
