@@ -261,8 +261,8 @@ def reference_logprobs(policy, sft_copy, batch, tokens, mask, args):
 def update(policy, parameters, run, batch, tokens, mask, A, ref_logp, old_logp, args):
     """One optimiser step of Eq. (8). A (N, G), ref_logp and old_logp (N, G, T); old_logp None: the
     policy's own before this step -> log pi_theta (N, G, T); sums over this process's tokens of
-    policy_loss's metrics; the step's loss, grad_norm and skipped (see sft.Run.step), which are of
-    all processes."""
+    policy_loss's metrics; the step's figures that are of all processes: loss, grad_norm, groups
+    trained_on, skipped (see sft.Run.step)."""
     total = M.sum_over_ranks(int(mask.sum()) if args.loss_norm == "token" else A.numel())
     logps, loss_sum, sums = torch.zeros(tokens.shape, device=tokens.device), 0.0, Counter()
     for rows, *part in micro_batches(batch, tokens, mask, args):
@@ -279,11 +279,12 @@ def update(policy, parameters, run, batch, tokens, mask, A, ref_logp, old_logp, 
             sums[name] += mean * int(mask[rows].sum())
     M.sum_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
-    loss, skipped = M.sum_over_ranks(loss_sum), 0
+    told = dict(loss=M.sum_over_ranks(loss_sum), grad_norm=norm, skipped=0,
+                trained_on=M.sum_over_ranks(len(A)))
     if total:  # else no group of any process has spread: there is nothing to learn from
-        skipped = run.step(loss, norm)
+        told["skipped"] = run.step(told["loss"], norm)
     run.optimizer.zero_grad()
-    return logps, sums, dict(loss=loss, grad_norm=norm, skipped=skipped)
+    return logps, sums, told
 
 
 def learning_rate(step, steps, args):
@@ -358,6 +359,11 @@ class Clock:
         self.figures[f"seconds_{part}"] = now - self.last
         self.figures[f"peak_mb_{part}"] = round(M.peak_memory(self.device))
         self.last = now
+
+    def wait(self):
+        """Wait for the slowest process, and book the mean wait."""
+        self.figures["seconds_waiting"] = M.meet()
+        self.last = time.perf_counter()
 
 
 def figures_of(rows, R, ended, mask, trained_mask, logp, sums, args):
@@ -461,13 +467,12 @@ def train(run, argv):
             batch, tokens, mask, A = M.rows_of(batch, some), tokens[some], mask[some], A[some]
         ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)
         clock.tick("reference")
-        waiting = M.meet()  # s, for the slowest process
-        clock.tick("waiting")
+        clock.wait()
 
         # Eq. (8): mu optimiser steps. pi_old is the policy before the first of them.
         old_logp, skipped = ref_logp if args.ratio == "sft" else None, 0
         for inner in range(args.mu):
-            optimizer.param_groups[0]["lr"] = learning_rate(step + inner, steps, args)
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(step + inner, steps, args)
             logp, sums, told = update(policy, parameters, run, batch, tokens, mask, A, ref_logp,
                                       old_logp, args)
             old_logp = logp if old_logp is None else old_logp
@@ -475,11 +480,9 @@ def train(run, argv):
         done = run.done = step + args.mu
         clock.tick("update")
 
-        figures = figures_of(rows, R, ended, all_mask, mask, logp, sums, args) | told
-        figures |= dict(skipped=skipped, trained_on=M.sum_over_ranks(len(tokens)),
-                        lr=optimizer.param_groups[0]["lr"])
+        figures = figures_of(rows, R, ended, all_mask, mask, logp, sums, args)
+        figures |= told | clock.figures | dict(skipped=skipped, lr=lr)
         seconds = sum(x for name, x in clock.figures.items() if name.startswith("seconds"))
-        figures |= clock.figures | dict(seconds_waiting=waiting)
         figures["tokens_per_second"] = figures["length"] * sampled * args.G / seconds
         if passes(step, args.mu, args.eval_every):
             figures["held_out_accuracy"] = sft.held_out_accuracy(policy, processor, held_out, judge,
