@@ -81,9 +81,9 @@ def split_blocks(text, thinking="before"):
     contents = []
     for block in (think, answer):
         content = block[1].strip() if block else ""
+        contents.append(content or None)
         if content:
             text = text.replace(block[0], "")
-        contents.append(content or None)
     return *contents, text.strip()
 
 
@@ -110,23 +110,20 @@ LABELLED = re.compile(r"(?:\(([a-z])\)|([a-z])(?:\)|(?=[.:]|$)))[.:]? ?(.*)")
 def answer_letter(answer, options):
     """What the answer block says -> the letter of one of `options` (list of str), or None.
 
-    It may be a label ("B", "b.", "(B)"), a label with its option's text ("B) CT", "B. CT"), or an
-    option's text alone. None for none of these, for several ("A or B", "B) <text of C>") and for a
-    letter beyond the options. Nothing is searched for inside the answer: "normal" can match neither
-    "abnormal" nor "no".
+    It is a label ("B", "b.", "(B)"), a label with its option's text ("B) CT", "B. CT"), or an
+    option's text. None for none of these or several ("A or B", "B) <text of C>"). Nothing is
+    searched for inside the answer: "normal" can match neither "abnormal" nor "no".
     """
     if answer is None:
         return None
     said = fold(answer)
-    texts = dict(zip(LETTERS, map(fold, options), strict=False))  # letter -> folded text
-    read = {letter for letter, text in texts.items() if text == said}
     label = LABELLED.fullmatch(said)
-    if label:
-        letter, rest = (label[1] or label[2]).upper(), label[3]
-        named = {x for x, text in texts.items() if text == rest}
-        if named or not rest:
-            read |= named | {letter}  # a label and a text that disagree are two readings
-    return read.pop() if len(read) == 1 and read <= texts.keys() else None
+    letter, rest = ((label[1] or label[2]).upper(), label[3]) if label else ("", "")
+    read = []
+    for x, text in zip(LETTERS, map(fold, options), strict=False):
+        if said == text or (letter == x and rest in ("", text)):
+            read.append(x)
+    return read[0] if len(read) == 1 else None
 
 
 # ---- the rewards ---------------------------------------------------------------------------------
@@ -259,26 +256,21 @@ MARKS = "|".join([  # found beside names, in lower case
     r"(?P<clause>[,:]|\b(?:but|however|though|while|whereas|so|therefore|thus|hence|because)\b)"])
 
 
-def names_pattern(names):
-    """Folded texts -> a pattern of any as whole words, the longest where several fit. A hyphen
-    joins: "mri" is not in "ce-mri". The option "no" is not the "no" of "no lesion"."""
-    texts = []
-    for name in sorted(names, key=len, reverse=True):
-        end = r"(?=\s?(?:[.,;:!?\n]|$))" if re.fullmatch(NEGATION, name) else ""
-        texts.append(re.escape(name) + end)
-    return rf"(?<![\w-])(?:{'|'.join(texts)})(?![\w-])"
-
-
 def mentions(text, names):
     """Where a text names `names` (list of str; single letters are none), in order.
 
     -> [(number of the sentence, name, denied: bool)]. Denied: behind a negation in its clause, or
-    in a clause that calls something unlikely or excluded.
+    in a clause that calls something unlikely or excluded. Words are whole, and a hyphen joins:
+    "mri" is not in "ce-mri". The option "no" is not the "no" of "no lesion".
     """
     folded = {fold(name): name for name in names if len(fold(name)) > 1}
     if not folded:
         return []
-    scanner = re.compile(f"(?P<name>{names_pattern(folded)})|{MARKS}")
+    patterns = []
+    for name in sorted(folded, key=len, reverse=True):  # the longest where several fit
+        end = r"(?=\s?(?:[.,;:!?\n]|$))" if re.fullmatch(NEGATION, name) else ""
+        patterns.append(re.escape(name) + end)
+    scanner = re.compile(rf"(?<![\w-])(?P<name>{'|'.join(patterns)})(?![\w-])|{MARKS}")
     found, sentence, denied, clause = [], 0, False, 0  # clause: how many were found before it
     for m in scanner.finditer(text.casefold()):
         if m.lastgroup == "name":
@@ -317,6 +309,7 @@ def lexical_verdict(thought, item, sees_letters=False):
     decided = [option for option, sentence in stands.items() if sentence == last]
     return LETTERS[item["options"].index(decided[0])] if len(decided) == 1 else None
 
+
 # ---- the answer of a model that was not trained here, never read so for a reward -----------------
 
 # Of Markdown, LaTeX, templates: "**B**", "\\boxed{B}", "<|begin_of_box|>B<|end_of_box|>".
@@ -351,7 +344,7 @@ def read_leniently(text, item):
     """
     if "</think>" in text and "<think>" not in text:  # a template has opened it
         text = "<think>" + text
-    thought, answer = parse_completion(text, item.get("thinking", "before"))
+    thought, answer = parse_completion(text, thinking_of(item))
     letter = answer_letter(answer, item["options"])
     if letter:
         return thought, letter, "tags"
@@ -364,12 +357,10 @@ def read_leniently(text, item):
         letters, how = {answer_letter(line, options) for line in lines} - {None}, "option text"
     if len(letters) != 1:
         return thought, None, "unreadable"
-    if answer:
-        return thought, letters.pop(), "tags"
-    if thought is None and how == "last line":  # it is whatever states no letter
+    if thought is None and not answer and how == "last line":  # it is whatever states no letter
         sentences = SENTENCE.split("\n".join(lines))
         thought = " ".join(x for x in sentences if not letters_stated(x, options))
-    return thought, letters.pop(), how
+    return thought, letters.pop(), "tags" if answer else how
 
 
 def score_leniently(texts, items, judge):
