@@ -609,8 +609,8 @@ def decide(args):
 
 
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = data.Parser(description=__doc__, formatter_class=raw)
+    parser = data.Parser(description=__doc__,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("command", choices=["annotate"])
     add("file", help="records, with or without thoughts")

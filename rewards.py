@@ -66,9 +66,8 @@ def answer_text(record):
 
 def find_block(text, name):
     """The match of <name>..</name> where the two tags occur once and in order, else None."""
-    opening, closing = f"<{name}>", f"</{name}>"
-    once = text.count(opening) == text.count(closing) == 1
-    return re.search(f"{opening}(.*){closing}", text, re.DOTALL) if once else None
+    once = text.count(f"<{name}>") == text.count(f"</{name}>") == 1
+    return re.search(f"<{name}>(.*)</{name}>", text, re.DOTALL) if once else None
 
 
 def split_blocks(text, thinking="before"):
@@ -90,10 +89,9 @@ def split_blocks(text, thinking="before"):
 def parse_completion(text, thinking="before"):
     """A completion's text -> (thought T, answer A), stripped strings, either may be None.
 
-    A block counts when its two tags occur exactly once, in order, with more than whitespace between
-    them; text around the blocks does no harm here. Where the answer comes before the thought, or
-    one block in the other or across it, both are None. thinking: see INSTRUCTIONS; with "after" the
-    answer comes first, with "none" either may.
+    A block counts when its two tags occur once each, in order, with more than whitespace between
+    them. Both are None where one stands in the other or across it, or the answer before the thought
+    (thinking="after": behind it; "none": either may). Text around the blocks does no harm here.
     """
     return split_blocks(text, thinking)[:2]
 
@@ -144,24 +142,20 @@ def accuracy_reward(text, item):
 def consistency_reward(text, item, verdict):
     """R_con, Eq. (6): I(F(T, Q) = A); verdict: F's letter, None (undecided) or nan (F failed).
 
-    A is the completion's own answer, right or wrong. nan: no thought was asked for, or F failed on
-    one, which is not the policy's failure. 0.0 also where thought, letter or verdict is None.
+    A is the completion's own answer, right or wrong; 0.0 too where thought, answer or verdict is
+    None. nan where no thought was asked for, or F failed on one: that is not the policy's failure.
     """
     thought, letter = read(text, item)
-    if thinking_of(item) == "none":
+    if thinking_of(item) == "none" or (thought is not None and failed(verdict)):
         return math.nan
-    if thought is None:
-        return 0.0
-    if failed(verdict):
-        return math.nan
-    return float(letter is not None and letter == verdict)
+    return float(thought is not None and letter is not None and letter == verdict)
 
 
 def total_reward(fmt, acc, con, weights=WEIGHTS):
     """R(Y), Eq. (3): the weighted sum of floats, or of arrays or tensors of one shape, (N, G) say.
 
-    nan in `con` gives nan, it must not pass for a 0. A part of weight 0 is left out altogether, so
-    that Acc-only training does not depend on F.
+    nan in `con` gives nan: it must not pass for a 0. A part of weight 0 is left out, so that
+    Acc-only training does not depend on F.
     """
     parts = zip(weights, (fmt, acc, con), strict=True)
     return sum((weight * part for weight, part in parts if weight), start=0.0 * fmt)
@@ -260,8 +254,8 @@ def mentions(text, names):
     """Where a text names `names` (list of str; single letters are none), in order.
 
     -> [(number of the sentence, name, denied: bool)]. Denied: behind a negation in its clause, or
-    in a clause that calls something unlikely or excluded. Words are whole, and a hyphen joins:
-    "mri" is not in "ce-mri". The option "no" is not the "no" of "no lesion".
+    in a clause that calls something unlikely or excluded. Names are whole words, and a hyphen
+    joins: "mri" is not in "ce-mri".
     """
     folded = {fold(name): name for name in names if len(fold(name)) > 1}
     if not folded:
@@ -269,7 +263,7 @@ def mentions(text, names):
     patterns = []
     for name in sorted(folded, key=len, reverse=True):  # the longest where several fit
         end = r"(?=\s?(?:[.,;:!?\n]|$))" if re.fullmatch(NEGATION, name) else ""
-        patterns.append(re.escape(name) + end)
+        patterns.append(re.escape(name) + end)  # the option "no" is not in "no lesion"
     scanner = re.compile(rf"(?<![\w-])(?P<name>{'|'.join(patterns)})(?![\w-])|{MARKS}")
     found, sentence, denied, clause = [], 0, False, 0  # clause: how many were found before it
     for m in scanner.finditer(text.casefold()):
@@ -289,14 +283,14 @@ def mentions(text, names):
 def lexical_verdict(thought, item, sees_letters=False):
     """F(T, Q) as a rule -> the letter of the option that the thought supports, or None.
 
-    An option stands as its last mention leaves it, affirmed or denied (see `mentions`). The last
-    sentence with one that stands decides; two that stand in it decide nothing. sees_letters: an
-    option's letter counts as its text.
+    An option stands as its last mention leaves it, affirmed or denied. The last sentence with one
+    that stands decides; two in it decide nothing. sees_letters: an option's letter counts as its
+    text.
 
-    It knows words, no medicine and little English: not an option's words in another order, number
-    or hyphenation ("upper left", "cysts", "x ray"); not a lesion as Abnormal; not "no cyst, glioma
-    or abscess" as a denial of all three, nor "a cyst cannot be seen" as one at all; not "no doubt",
-    double negation, hedges or questions. Real thoughts deserve a model as F.
+    It knows words, no medicine and little English. It misses an option's words in another order,
+    number or hyphenation ("upper left", "cysts", "x ray"), a lesion as Abnormal, denials such as
+    "no cyst, glioma or abscess" (of all three) or "a cyst cannot be seen", "no doubt", double
+    negation, hedges, questions. Real thoughts deserve a model as F.
     """
     text = spelled_out(thought, item["options"]) if sees_letters else thought
     stands = {}  # option -> number of the sentence that affirmed it last
