@@ -24,6 +24,11 @@ INSTRUCTIONS = {  # by --thinking: where the thought stands (Med-R1's ablation)
     "none": "Give the letter in <answer></answer>.",
     "after": "First give the letter in <answer></answer>, then say why in <think></think>.",
 }
+WHOLE = {  # a well-formed completion, as Eq. (4) asks for it
+    "before": r"<think>.*</think>\s*<answer>.*</answer>",
+    "none": r"<answer>.*</answer>",
+    "after": r"<answer>.*</answer>\s*<think>.*</think>",
+}
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # each exactly once; case matters
 WEIGHTS = (1 / 3, 1 / 3, 1 / 3)  # lambda_fmt, lambda_acc, lambda_con of Eq. (3)
 ASKED = ("id", "task", "modality", "question", "options", "answer")  # kept of a scored record
@@ -70,22 +75,6 @@ def find_block(text, name):
     return re.search(f"<{name}>(.*)</{name}>", text, re.DOTALL) if once else None
 
 
-def split_blocks(text, thinking="before"):
-    """text -> (thought or None, answer or None, what stands outside): here alone are tags read."""
-    think, answer = find_block(text, "think"), find_block(text, "answer")
-    if think and answer:
-        before, after = think.end() <= answer.start(), answer.end() <= think.start()
-        if not dict(before=before, after=after, none=before or after)[thinking]:
-            return None, None, text
-    contents = []
-    for block in (think, answer):
-        content = block[1].strip() if block else ""
-        contents.append(content or None)
-        if content:
-            text = text.replace(block[0], "")
-    return *contents, text.strip()
-
-
 def parse_completion(text, thinking="before"):
     """A completion's text -> (thought T, answer A), stripped strings, either may be None.
 
@@ -93,7 +82,13 @@ def parse_completion(text, thinking="before"):
     them. Both are None where one stands in the other or across it, or the answer before the thought
     (thinking="after": behind it; "none": either may). Text around the blocks does no harm here.
     """
-    return split_blocks(text, thinking)[:2]
+    think, answer = find_block(text, "think"), find_block(text, "answer")
+    if think and answer:
+        before, after = think.end() <= answer.start(), answer.end() <= think.start()
+        if not dict(before=before, after=after, none=before or after)[thinking]:
+            return None, None
+    thought, said = (block[1].strip() if block else "" for block in (think, answer))
+    return thought or None, said or None
 
 
 def fold(text):
@@ -128,9 +123,9 @@ def answer_letter(answer, options):
 
 def format_reward(text, thinking="before"):
     """R_fmt, Eq. (4): 1.0 for a think and then an answer block, not empty, alone; else 0.0."""
-    thought, answer, outside = split_blocks(text, thinking)
-    whole = answer is not None and (thought is None) == (thinking == "none")
-    return float(whole and not outside)
+    thought, answer = parse_completion(text, thinking)
+    complete = answer and (thought or thinking == "none")
+    return float(bool(complete and re.fullmatch(WHOLE[thinking], text.strip(), re.DOTALL)))
 
 
 def accuracy_reward(text, item):
