@@ -43,7 +43,6 @@ import jinja2  # comes with torch
 import torch
 import transformers
 from tqdm import tqdm
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 import data
 import model as M
@@ -113,14 +112,14 @@ def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cach
                reference=None):
     """spec -> judge(thoughts, items) -> list of letter | None | nan, as long as `thoughts`.
 
-    thoughts: list of str or None (no thought: verdict None, as where F may see nothing of it);
+    thoughts: list of str or None (None for no thought, as for one of which F may see nothing);
     items: their records (`options` and `question` are read). sees: "cut", F reads what
-    `rewards.visible_thought` leaves; "raw", the thought whole, as the paper prints it. DataError
-    for an unknown spec or `sees` and a model that can't be loaded.
+    `rewards.visible_thought` leaves; "raw", all of it, as the paper prints it. judge.usage: calls
+    and failures, see `Server`. DataError for an unknown spec and a model that can't be loaded.
 
-    openai: at most `concurrency` requests at a time, each of at most `timeout` s; cache, the file
-    of its replies; it alone gives nan. judge.usage: its calls and failures, see `Server`.
-    reference: for hf:reference, (function -> context manager of the model, its tokenizer).
+    openai alone gives nan: at most `concurrency` requests at a time, of at most `timeout` s each;
+    cache: the file of its replies. reference: for hf:reference, (function -> context manager of the
+    model, its tokenizer).
     """
     expect(sees in ("cut", "raw"), f"judge_sees {sees!r} is unknown, expected cut or raw")
     (kind, name, device), raw = parse_spec(spec), sees == "raw"
@@ -156,15 +155,14 @@ one_at_a_time = threading.Lock()  # a local model runs in one thread at a time
 
 
 def load_text_model(spec, name, device):
-    """A causal or vision-language checkpoint -> (model in eval mode, tokenizer): in bf16 on CUDA,
-    the default where there is one, in fp32 on the CPU."""
+    """A causal or vision-language checkpoint -> (model, tokenizer); bf16 on CUDA, else fp32."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     safe = dict(trust_remote_code=False)
     try:
-        auto = transformers.AutoModelForImageTextToText
-        if transformers.AutoConfig.from_pretrained(name, **safe).model_type in CAUSAL:
-            auto = transformers.AutoModelForCausalLM
+        auto = transformers.AutoModelForCausalLM
+        if hasattr(transformers.AutoConfig.from_pretrained(name, **safe), "vision_config"):
+            auto = transformers.AutoModelForImageTextToText
         net, info = auto.from_pretrained(name, dtype=dtype, use_safetensors=True,
                                          output_loading_info=True, **safe)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
@@ -177,11 +175,8 @@ def load_text_model(spec, name, device):
 
 
 class LocalEvaluator:
-    """F as a model in this process.
-
-    The reference, and any checkpoint made here (it has a knobs.json), is asked as it was taught:
-    the question, then the answer opened with the thought up to the letter. Others: `judge_prompt`.
-    """
+    """F as a model in this process. The reference, and any checkpoint made here (it has a
+    knobs.json), is asked as it was taught: the question, then the thought up to the letter."""
 
     def __init__(self, spec, name, device, reference):
         if name == "reference":
@@ -252,11 +247,9 @@ def data_url(record, side, max_pixels=math.inf, kind="PNG"):
 
 
 class Replies(dict):
-    """What models replied: {digest of model, prompt and image: reply}, and in a file of JSON lines.
-
-    A line is written in one piece, behind its newline: processes may share the file, and a line
-    torn by a kill is passed over and spoils no other.
-    """
+    """Servers' replies, {digest of what was asked: reply}, kept in a file of JSON lines. A line is
+    written in one piece, behind its newline: processes may share the file, and a line torn by a
+    kill is passed over and spoils no other."""
 
     def __init__(self, file=None):
         self.file = file
@@ -288,9 +281,8 @@ def read_text(reply):
 
 
 class Server:
-    """A chat server, as F, as an annotator or under test. timeout: seconds a request may take.
-    usage: calls and failures by a status or an exception's name, never by a text: that may hold
-    the key."""
+    """A chat server, as F, as an annotator or under test. usage: calls, and failures by a status or
+    an exception's name, never by a text: that may hold the key."""
 
     def __init__(self, spec, replies, max_tokens, timeout, concurrency):
         kind, url, model = parse_spec(spec)
@@ -324,9 +316,9 @@ class Server:
         return self.ask([dict(type="text", text=prompt), image], read_text)
 
     def answers(self, records, max_pixels, **knobs):
-        """As a model under test, each record's question in the words of our own training: yields
-        (text, whether it was cut off), or (nan, nan) where none came; DataError if none came to the
-        first GIVE_UP. max_pixels: of an image that is sent. knobs: temperature, seed."""
+        """As a model under test: for each record's question_text and image, of at most max_pixels,
+        yields (text, whether it was cut off), or (nan, nan) where none came; DataError if none came
+        for the first GIVE_UP. knobs: temperature, seed."""
         def ask(record):
             url = data_url(record, math.inf, max_pixels)
             content = [dict(type="image_url", image_url=dict(url=url)),
@@ -427,9 +419,8 @@ Your last attempt was rejected, because it {why}. It was:
 def write_thought(record, described, known, writer, judge, retries):
     """-> (the last thought that was written or None, what is wrong with it: see `faults`).
 
-    described, known: by image, what the describer said of it, and what is true of it. The writer is
-    told what was wrong with its last attempt. Where no reply or no verdict came it ends; the next
-    run goes on from there.
+    described, known: by image, what the describer said of it and what is true of it. The writer is
+    told what was wrong with its last attempt. Where no reply or no verdict came it ends.
     """
     seen, true = described[record["image"]], known[record["image"]]
     if failed(seen):
@@ -626,7 +617,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     expect(args.retries >= 0 and args.concurrency > 0 and args.timeout > 0,
            "--retries, --concurrency, --timeout: too small")
-    expect(Path(args.file).absolute().parent == Path(args.out).absolute().parent,
+    expect(Path(args.file).parent.resolve() == Path(args.out).parent.resolve(),
            f"--out {args.out}: expected a file in the folder of {args.file}, to which the images' "
            "paths are relative")
     decide(args) if args.decisions else annotate(args)

@@ -119,6 +119,12 @@ def answer_letter(answer, options):
     return read[0] if len(read) == 1 else None
 
 
+def read(text, item):
+    """A completion on a record's question -> (thought or None, the answer's letter or None)."""
+    thought, answer = parse_completion(text, thinking_of(item))
+    return thought, answer_letter(answer, item["options"])
+
+
 # ---- the rewards ---------------------------------------------------------------------------------
 
 def format_reward(text, thinking="before"):
@@ -154,12 +160,6 @@ def total_reward(fmt, acc, con, weights=WEIGHTS):
     """
     parts = zip(weights, (fmt, acc, con), strict=True)
     return sum((weight * part for weight, part in parts if weight), start=0.0 * fmt)
-
-
-def read(text, item):
-    """A completion on a record's question -> (thought or None, the answer's letter or None)."""
-    thought, answer = parse_completion(text, thinking_of(item))
-    return thought, answer_letter(answer, item["options"])
 
 
 def failed(verdict):
