@@ -101,11 +101,10 @@ def judge_prompt(thought, item):
 
 def read_letter(letters, reply):
     """F's reply, strictly: one of the letters, "none" (None), or nan."""
-    m = re.fullmatch(r"\s*\(?([A-F]|none)[).:]?\s*", reply, re.IGNORECASE)
-    said = m[1].upper() if m else ""
-    if said == "NONE":
-        return None
-    return said if said in [*letters] else math.nan
+    m = re.fullmatch(rf"\s*\(?([{letters}]|none)[).:]?\s*", reply, re.IGNORECASE)
+    if not m:
+        return math.nan
+    return None if m[1].lower() == "none" else m[1].upper()
 
 
 def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cache=None,
@@ -275,11 +274,6 @@ def text_and_end(choice):
     return [choice["message"].get("content") or "", choice.get("finish_reason") == "length"]
 
 
-def read_text(reply):
-    """What an annotator wrote; nan for nothing."""
-    return reply.strip() or math.nan
-
-
 class Server:
     """A chat server, as F, as an annotator or under test. usage: calls, and failures by a status or
     an exception's name, never by a text: that may hold the key."""
@@ -313,7 +307,8 @@ class Server:
     def write(self, prompt, record):
         """As an annotator: -> a text about the record's image, or nan where none came."""
         image = dict(type="image_url", image_url=dict(url=data_url(record, SIDE)))
-        return self.ask([dict(type="text", text=prompt), image], read_text)
+        content = [dict(type="text", text=prompt), image]
+        return self.ask(content, lambda reply: reply.strip() or math.nan)
 
     def answers(self, records, max_pixels, **knobs):
         """As a model under test: for each record's question_text and image, of at most max_pixels,

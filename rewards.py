@@ -24,10 +24,10 @@ INSTRUCTIONS = {  # by --thinking: where the thought stands (Med-R1's ablation)
     "none": "Give the letter in <answer></answer>.",
     "after": "First give the letter in <answer></answer>, then say why in <think></think>.",
 }
-WHOLE = {  # a well-formed completion, as Eq. (4) asks for it
-    "before": r"<think>.*</think>\s*<answer>.*</answer>",
-    "none": r"<answer>.*</answer>",
-    "after": r"<answer>.*</answer>\s*<think>.*</think>",
+FORMS = {  # of a target, and of a completion that is well formed
+    "before": "<think>{thought}</think>{gap}<answer>{answer}</answer>",
+    "none": "<answer>{answer}</answer>",
+    "after": "<answer>{answer}</answer>{gap}<think>{thought}</think>",
 }
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # each exactly once; case matters
 WEIGHTS = (1 / 3, 1 / 3, 1 / 3)  # lambda_fmt, lambda_acc, lambda_con of Eq. (3)
@@ -58,13 +58,10 @@ def question_text(record):
 def answer_text(record):
     """Y* of Eq. (1): "<think>T*</think><answer>A*</answer>", turned round or the answer alone as
     the record's `thinking` says. DataError where a thought is needed and there is none."""
-    answer, thinking = f"<answer>{record['answer']}</answer>", thinking_of(record)
-    if thinking == "none":
-        return answer
-    expect(record["thought"] is not None,
+    thinking, thought = thinking_of(record), record["thought"]
+    expect(thinking == "none" or thought is not None,
            f"record {record['id']!r} has no thought, which supervised fine-tuning needs")
-    thought = f"<think>{record['thought']}</think>"
-    return answer + thought if thinking == "after" else thought + answer
+    return FORMS[thinking].format(thought=thought, answer=record["answer"], gap="")
 
 
 # ---- a completion, taken apart -------------------------------------------------------------------
@@ -131,7 +128,8 @@ def format_reward(text, thinking="before"):
     """R_fmt, Eq. (4): 1.0 for a think and then an answer block, not empty, alone; else 0.0."""
     thought, answer = parse_completion(text, thinking)
     complete = answer and (thought or thinking == "none")
-    return float(bool(complete and re.fullmatch(WHOLE[thinking], text.strip(), re.DOTALL)))
+    form = FORMS[thinking].format(thought=".*", answer=".*", gap=r"\s*")
+    return float(bool(complete and re.fullmatch(form, text.strip(), re.DOTALL)))
 
 
 def accuracy_reward(text, item):
