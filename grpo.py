@@ -317,9 +317,11 @@ def questions(args, world):
 def check_gold(records, judge, lexical=True):
     """The gold answers must score 1 by the code that will score the policy's; else the reward, not
     the policy, is wrong. The lexical F is asked about all of them. A model may differ on some, and
-    each costs a call: it is asked about GOLD_ASKED, and must not fail on all. A server is asked
-    something first that no kept reply answers."""
-    expect(lexical or judge.awake(records[:2]), f"--judge: F failed: {failures(judge.usage)}")
+    each costs a call: it is asked about GOLD_ASKED, and must not fail on all, nor on something
+    new that no kept reply of a server answers."""
+    new = [f"It is {time.time()}. So it is {r['options'][0]}." for r in records[:2]]
+    expect(lexical or not all(map(rewards.failed, judge(new, records[:2]))),
+           f"--judge: F failed: {failures(judge.usage)}")
     gold = [r for r in records if r["thought"] is not None]
     if not lexical:
         gold = evaluation.subset(gold, GOLD_ASKED)

@@ -10,16 +10,14 @@ F reads a thought without image and answer, and says which option it supports. I
     openai:BASE_URL#MODEL       an OpenAI-compatible server; its key stands in the environment, in
                                 OPENAI_API_KEY or, for one host, OPENAI_API_KEY_API_EXAMPLE_COM
 
-eval.py measures a chat server's model on the same spec: openai:BASE_URL#MODEL.
-
-Annotators write the chains of thought: a describer sees the image; a writer sees it too and is told
-the answer. What it writes is verified by rule; then a person may accept or reject it:
+Two servers' models can write chains of thought: a describer sees the image; a writer sees it too
+and is told the answer. What it writes is verified by rule; then a person may accept or reject it:
 
     python judge.py annotate in.jsonl --describer SPEC --writer SPEC --out cot.jsonl --review a.html
     python judge.py annotate cot.jsonl --decisions decisions.json --out verified.jsonl
 
-Replies are kept on disk: a command that is run again asks nothing twice. Left out on purpose:
-proxies, redirects, streaming.
+A server's replies are kept on disk: a command that is run again asks nothing twice. Left out on
+purpose: proxies, redirects, streaming, annotators without a server.
 """
 
 import argparse
@@ -45,7 +43,6 @@ import jinja2  # comes with torch
 import torch
 import transformers
 from tqdm import tqdm
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 import data
 import model as M
@@ -104,94 +101,81 @@ def judge_prompt(thought, item):
 
 def read_letter(letters, reply):
     """F's reply, strictly: one of the letters, "none" (None), or nan."""
-    m = re.fullmatch(r"\s*\(?([A-F]|none)[).:]?\s*", reply, re.IGNORECASE)
-    said = m[1].upper() if m else ""
-    if said == "NONE":
-        return None
-    return said if said in [*letters] else math.nan
+    m = re.fullmatch(rf"\s*\(?([{letters}]|none)[).:]?\s*", reply, re.IGNORECASE)
+    if not m:
+        return math.nan
+    return None if m[1].lower() == "none" else m[1].upper()
 
 
 def make_judge(spec="lexical", sees="cut", *, concurrency=32, timeout=60.0, cache=None,
                reference=None):
     """spec -> judge(thoughts, items) -> list of letter | None | nan, as long as `thoughts`.
 
-    thoughts: list of str or None (no thought: verdict None, as where F may see nothing of it);
+    thoughts: list of str or None (None for no thought, as for one of which F may see nothing);
     items: their records (`options` and `question` are read). sees: "cut", F reads what
-    `rewards.visible_thought` leaves; "raw", the thought whole, as the paper prints it. nan comes
-    from openai: alone. judge.usage: a Counter of a server's calls and failures. DataError for an
-    unknown spec or `sees` and a model that can't be loaded.
+    `rewards.visible_thought` leaves; "raw", all of it, as the paper prints it. judge.usage: calls
+    and failures, see `Server`. DataError for an unknown spec and a model that can't be loaded.
 
-    openai: at most `concurrency` requests at a time, each of at most `timeout` s; cache: the file
-    of its replies (hf: keeps none: a folder's weights may change). reference: for hf:reference,
-    (function -> context manager of the model, its tokenizer).
+    openai alone gives nan: at most `concurrency` requests at a time, of at most `timeout` s each;
+    cache: the file of its replies. reference: for hf:reference, (function -> context manager of the
+    model, its tokenizer).
     """
     expect(sees in ("cut", "raw"), f"judge_sees {sees!r} is unknown, expected cut or raw")
-    (kind, name, device), usage = parse_spec(spec), Counter()
+    (kind, name, device), raw = parse_spec(spec), sees == "raw"
+    usage = Counter()
     if kind == "hf":
-        ask = LocalEvaluator(spec, name, device, reference).letters
+        letters = LocalEvaluator(spec, name, device, reference).letters
     elif kind == "openai":
         server = Server(spec, Replies(cache), 4, timeout, concurrency)
-        ask, usage = server.letters, server.usage
+        letters, usage = server.letters, server.usage
     else:
-        def ask(pairs):
-            return [rewards.lexical_verdict(text, item, sees == "raw") for text, item in pairs]
+        def letters(pairs):
+            return [rewards.lexical_verdict(text, item, raw) for text, item in pairs]
 
     def judge(thoughts, items):
-        pairs, keys = {}, []  # pairs: each thought on a record once
+        keys, pairs = [], {}  # pairs: each thought on a record once
         for thought, item in zip(thoughts, items, strict=True):
-            text, _ = visible_thought(thought or "")
-            if sees == "raw":
-                text = rewards.single_blanks(thought or "")
+            text = rewards.single_blanks(thought or "")
+            if not raw:
+                text, _ = visible_thought(text)
             keys.append((text, id(item)))
             if text:
-                pairs[text, id(item)] = text, item
-        verdicts = dict(zip(pairs, ask(list(pairs.values())), strict=True))
+                pairs[keys[-1]] = text, item
+        verdicts = dict(zip(pairs, letters(list(pairs.values())), strict=True))
         return [verdicts.get(key) for key in keys]
+
     judge.usage = usage
-    judge.awake = server.awake if kind == "openai" else lambda records: True
     return judge
 
 
-# ---- local models --------------------------------------------------------------------------------
+# ---- F as a local model --------------------------------------------------------------------------
 
-one_at_a_time = threading.Lock()  # local models run in one thread at a time
-
-
-def device_of(spec, name):
-    """-> (device, dtype): bf16 on CUDA, which is the default; fp32 on the CPU."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cpu":
-        return device, torch.float32
-    there = (device.index or 0) < torch.cuda.device_count()
-    expect(there, f"judge {spec!r}: there is no such device here")
-    return device, torch.bfloat16
+one_at_a_time = threading.Lock()  # a local model runs in one thread at a time
 
 
 def load_text_model(spec, name, device):
-    """A causal or vision-language checkpoint -> (model in eval mode, tokenizer)."""
-    device, dtype = device_of(spec, device)
+    """A causal or vision-language checkpoint -> (model, tokenizer); bf16 on CUDA, else fp32."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     safe = dict(trust_remote_code=False)
     try:
-        auto = transformers.AutoModelForImageTextToText
-        if transformers.AutoConfig.from_pretrained(name, **safe).model_type in CAUSAL:
-            auto = transformers.AutoModelForCausalLM
+        auto = transformers.AutoModelForCausalLM
+        if hasattr(transformers.AutoConfig.from_pretrained(name, **safe), "vision_config"):
+            auto = transformers.AutoModelForImageTextToText
         net, info = auto.from_pretrained(name, dtype=dtype, use_safetensors=True,
                                          output_loading_info=True, **safe)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
+        expect(tokenizer.chat_template and not info["missing_keys"],
+               "expected a whole checkpoint with a chat template")
+        return net.to(device).eval(), tokenizer
     except Exception as e:  # transformers raises anything on a folder that isn't a checkpoint
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise DataError(f"judge {spec!r} can't be loaded: {why}") from e
-    whole = tokenizer.chat_template and not info["missing_keys"]
-    expect(whole, f"judge {spec!r}: expected a whole checkpoint with a chat template")
-    return net.to(device).eval(), tokenizer
 
 
 class LocalEvaluator:
-    """F as a model in this process.
-
-    The reference, and any checkpoint made here (it has a knobs.json), is asked as it was taught:
-    the question, then the answer opened with the thought up to the letter. Others: `judge_prompt`.
-    """
+    """F as a model in this process. The reference, and any checkpoint made here (it has a
+    knobs.json), is asked as it was taught: the question, then the thought up to the letter."""
 
     def __init__(self, spec, name, device, reference):
         if name == "reference":
@@ -208,13 +192,12 @@ class LocalEvaluator:
             expect(self.tokens[x], f"judge {spec!r}: its tokenizer has no token for each letter")
 
     def letters(self, pairs):
-        """[(text, item)] -> the likeliest of each item's letters."""
+        """[(text, item)] -> the likeliest of each item's letters. One by one: a prompt of some
+        hundred tokens keeps a large model busy, and alone it needs no padding."""
         with one_at_a_time, self.opened() as net, torch.no_grad(), M.autocast(net):
             return [self.letter(net, text, item) for text, item in pairs]
 
     def letter(self, net, text, item):
-        """The likeliest letter behind one prompt. Batches would need padding, and gain little: a
-        prompt of some hundred tokens keeps a large model busy."""
         asked, opening = judge_prompt(text, item), ""
         if self.taught:
             asked = defused(rewards.question_text(dict(item, thinking="before")))
@@ -230,37 +213,14 @@ class LocalEvaluator:
         return max(offered, key=lambda x: logits[self.tokens[x]].max())
 
 
-class LocalAnnotator:
-    """A checkpoint that model.load takes. Its replies are kept by its name: for other weights name
-    another folder."""
-
-    def __init__(self, spec, name, device, replies):
-        self.spec, self.replies, self.usage = spec, replies, Counter()
-        self.device, dtype = device_of(spec, device)
-        self.net, self.processor = M.load(name, dtype=dtype, device=self.device)
-
-    def write(self, prompt, record):
-        """-> a text about the record's image, or nan for an empty one."""
-        generate = partial(self.generate, prompt, record)
-        return self.replies.ask(generate, read_text, self.spec, prompt, data_url(record, SIDE))
-
-    def generate(self, prompt, record):
-        images = [M.image_patches(self.processor, record)]
-        with one_at_a_time:
-            batch = M.tensors(self.processor, [prompt], images, self.device)
-            tokens, mask = M.sample(self.net, batch, group_size=1, max_new_tokens=WRITE_TOKENS,
-                                    temperature=0)                                     # (1, 1, T)
-            self.usage["calls"] += 1
-        return read_text(M.decode(self.processor, tokens, mask)[0][0])
-
-
 # ---- a chat server, and the replies that are kept ------------------------------------------------
 
 TRIES = 6      # of a request, the first included
-FIRST = 8      # questions to a model under test without one reply after which it isn't asked on
 GIVE_UP = 32   # failed requests in a row after which the server is no longer asked
 BACKOFF = 1.0  # s before the second try, about; doubled each time
 FINAL = {f"HTTP {x}" for x in range(300, 500)} - {"HTTP 408", "HTTP 429"}  # not asked again
+WRITE_TOKENS = 512  # of an annotator's reply
+SIDE = 1024  # px, longer side of an annotator's image; on the review page a quarter
 
 
 def daemon_threads(size):
@@ -276,12 +236,19 @@ def failures(usage):
     return ", ".join(whys) or "no reason told"
 
 
-class Replies(dict):
-    """What models replied: {digest of model, prompt and image: text}, and in a file of JSON lines.
+def data_url(record, side, max_pixels=math.inf, kind="PNG"):
+    """The record's image as a PNG or JPEG in a data: URL, its longer side at most `side` px."""
+    image, file = data.load_image(record), io.BytesIO()
+    scale = min(1, math.sqrt(max_pixels / math.prod(image.size)))
+    image.thumbnail([max(1, min(side, scale * length)) for length in image.size])
+    image.save(file, kind, quality=85)  # a PNG has none
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
-    A line is written in one piece, behind its newline: processes may share the file, and a line
-    torn by a kill is passed over and spoils no other.
-    """
+
+class Replies(dict):
+    """Servers' replies, {digest of what was asked: reply}, kept in a file of JSON lines. A line is
+    written in one piece, behind its newline: processes may share the file, and a line torn by a
+    kill is passed over and spoils no other."""
 
     def __init__(self, file=None):
         self.file = file
@@ -290,20 +257,12 @@ class Replies(dict):
                 with contextlib.suppress(ValueError):
                     self.update([json.loads(line)])
 
-    def ask(self, call, read, *parts):
-        """read(the reply to `parts`), kept or else call()'s, which is kept; nan where that is."""
-        key = key_of(*parts)
-        if key in self:
-            return read(self[key])
-        reply = call()
-        if failed(reply):
-            return reply
+    def keep(self, key, reply):
         self[key] = reply
         if self.file:
             os.makedirs(os.path.dirname(os.path.abspath(self.file)), exist_ok=True)
             with data.naming(self.file), open(self.file, "ab", buffering=0) as f:
                 f.write(f"\n{json.dumps([key, reply])}".encode())
-        return read(reply)
 
 
 def message_text(choice):
@@ -316,12 +275,12 @@ def text_and_end(choice):
 
 
 class Server:
-    """A chat server, as F, as an annotator or under test. timeout: seconds a request may take.
-    usage: calls and failures by a status or an exception's name, never by a text: that may hold
-    the key."""
+    """A chat server, as F, as an annotator or under test. usage: calls, and failures by a status or
+    an exception's name, never by a text: that may hold the key."""
 
     def __init__(self, spec, replies, max_tokens, timeout, concurrency):
-        _, url, model = parse_spec(spec)
+        kind, url, model = parse_spec(spec)
+        expect(kind == "openai", f"{spec!r} is no chat server, expected openai:BASE_URL#MODEL")
         self.spec, self.replies, self.timeout, self.usage = spec, replies, timeout, Counter()
         self.url = urlsplit(f"{url.rstrip('/')}/chat/completions")
         self.knobs = dict(model=model, temperature=0, max_tokens=max_tokens)
@@ -338,29 +297,23 @@ class Server:
 
     def letters(self, pairs):
         """As F: [(text, item)] -> letters, None or nan."""
-        self.failed = 0
         def ask(pair):
-            letters = LETTERS[:len(pair[1]["options"])]
-            return self.ask(judge_prompt(*pair), partial(read_letter, letters))
-        return self.askers.map(ask, pairs, chunksize=1)
+            offered = LETTERS[:len(pair[1]["options"])]
+            return self.ask(judge_prompt(*pair), partial(read_letter, offered))
 
-    def awake(self, records):
-        """Whether F replies on one of the records, a kept reply aside."""
-        for record in records:
-            prompt = judge_prompt(f"So it is {rewards.right_option(record)}.", record)
-            if not failed(self.request(prompt, partial(read_letter, LETTERS), message_text, {})):
-                return True
-        return False
+        self.failed = 0
+        return self.askers.map(ask, pairs, chunksize=1)
 
     def write(self, prompt, record):
         """As an annotator: -> a text about the record's image, or nan where none came."""
         image = dict(type="image_url", image_url=dict(url=data_url(record, SIDE)))
-        return self.ask([dict(type="text", text=prompt), image], read_text)
+        content = [dict(type="text", text=prompt), image]
+        return self.ask(content, lambda reply: reply.strip() or math.nan)
 
     def answers(self, records, max_pixels, **knobs):
-        """As a model under test, each record's question in the words of our own training: yields
-        (text, whether it was cut off), or (nan, nan) where none came. max_pixels: of an image that
-        is sent. knobs: temperature, seed. DataError if the first FIRST got no reply."""
+        """As a model under test: for each record's question_text and image, of at most max_pixels,
+        yields (text, whether it was cut off), or (nan, nan) where none came; DataError if none came
+        for the first GIVE_UP. knobs: temperature, seed."""
         def ask(record):
             url = data_url(record, math.inf, max_pixels)
             content = [dict(type="image_url", image_url=dict(url=url)),
@@ -370,39 +323,46 @@ class Server:
         lost = self.failed = 0
         for k, reply in enumerate(self.askers.imap(ask, records), start=1):
             lost += failed(reply)
-            expect(lost < k or k < min(FIRST, len(records)),
+            expect(lost < k or k < min(GIVE_UP, len(records)),
                    f"{self.spec}: no reply to the first questions: {failures(self.usage)}")
             yield (math.nan, math.nan) if failed(reply) else reply
 
-    def ask(self, content, read, part=message_text, **knobs):
-        """A user's message -> read(the reply), or nan where none came. part: what is kept of the
-        reply's choice. knobs: sent, and where given a part of what the reply is kept by."""
-        request = partial(self.request, content, read, part, knobs)
-        key = [self.spec, content, knobs] if knobs else [self.spec, content]
-        return self.replies.ask(request, read, *key)
+    def ask(self, content, read, kept=message_text, **knobs):
+        """A user's message -> read(the reply, an earlier one or a new one), or nan where none came.
 
-    def request(self, content, read, part, knobs):
-        """-> the reply, or nan when it failed TRIES times or was late twice. After GIVE_UP requests
-        in a row that failed the server isn't asked. Never raises.
+        kept(choice): what of a server's reply is kept; read gives nan where that can't be used.
+        knobs are sent, and where given a part of what the reply is kept by.
+        """
+        key = key_of(self.spec, content, *([knobs] if knobs else []))
+        if key not in self.replies:
+            reply = self.request(content, read, kept, knobs)
+            if failed(reply):
+                return reply
+            self.replies.keep(key, reply)
+        return read(self.replies[key])
 
-        read(reply) gives nan for a reply that can't be used: it is asked for again, later each time
-        and at a random moment, as after 408, 429, 5xx, a cut connection or broken JSON.
+    def request(self, content, read, kept, knobs):
+        """-> kept(choice), or nan when it failed TRIES times or was late twice; never raises. After
+        GIVE_UP requests in a row that failed the server isn't asked.
+
+        It is asked again, later each time and at a random moment, after 408, 429, 5xx, a cut
+        connection, broken JSON and a reply that can't be used.
         """
         if self.failed >= GIVE_UP:
             self.count(f"not asked after {GIVE_UP} failures in a row")
             return math.nan
-        late, waited = f"timeout, no reply in {self.timeout:g} s", 0
         body = self.knobs | knobs | dict(messages=[dict(role="user", content=content)])
-        body = json.dumps(body).encode()
-        for k in range(TRIES):
-            if k:
-                time.sleep(BACKOFF * 2**(k - 1) * random.uniform(0.5, 1.5))
+        body, whys = json.dumps(body).encode(), []
+        late = f"timeout, no reply in {self.timeout:g} s"
+        while len(whys) < TRIES and whys.count(late) < 2 and not FINAL.intersection(whys):
+            if whys:
+                time.sleep(BACKOFF * 2**(len(whys) - 1) * random.uniform(0.5, 1.5))
             try:
                 status, reply = self.requests.apply_async(self.post, [body]).get(self.timeout)
                 why = f"HTTP {status}"
                 if status == 200:
                     self.count("calls")
-                    said = part(json.loads(reply)["choices"][0])
+                    said = kept(json.loads(reply)["choices"][0])
                     if not failed(read(said)):
                         self.failed = 0
                         return said
@@ -412,9 +372,7 @@ class Server:
                 if why == "TimeoutError":  # Python has two of that name
                     why = late
             self.count(why)
-            waited += why == late
-            if why in FINAL or waited == 2:
-                break
+            whys.append(why)
         with self.counting:
             self.failed += 1
         return math.nan
@@ -422,10 +380,9 @@ class Server:
     def post(self, body):
         """One request -> (status, bytes). It follows no redirect and asks no proxy, so that the key
         goes to no other address."""
-        kind = http.client.HTTPConnection
-        if self.url.scheme == "https":
-            kind = http.client.HTTPSConnection
-        with contextlib.closing(kind(self.url.netloc, timeout=self.timeout)) as connection:
+        kinds = dict(http=http.client.HTTPConnection, https=http.client.HTTPSConnection)
+        connection = kinds[self.url.scheme](self.url.netloc, timeout=self.timeout)
+        with contextlib.closing(connection):
             connection.request("POST", self.url.path, body, self.headers)
             reply = connection.getresponse()
             return reply.status, reply.read(2**22)
@@ -452,45 +409,20 @@ AGAIN = """
 Your last attempt was rejected, because it {why}. It was:
 {thought}
 """
-WRITE_TOKENS = 512
-SIDE = 1024  # px, longer side of an image sent; on the review page a quarter
-
-
-def data_url(record, side, max_pixels=math.inf, kind="PNG"):
-    """The record's image as a PNG or JPEG in a data: URL, its longer side at most `side` px."""
-    image, file = data.load_image(record), io.BytesIO()
-    scale = min(1, math.sqrt(max_pixels / math.prod(image.size)))
-    image.thumbnail([max(1, min(side, scale * length)) for length in image.size])
-    image.save(file, kind, quality=85)  # a PNG has none
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def read_text(reply):
-    """What an annotator wrote; nan for nothing."""
-    return reply.strip()[:8 * WRITE_TOKENS] or math.nan
-
-
-def make_annotator(spec, replies, timeout, concurrency):
-    """spec, openai: or hf: -> an object with write(prompt, record) -> text or nan, and usage."""
-    kind, name, device = parse_spec(spec)
-    expect(kind != "lexical", f"annotator {spec!r}: expected hf:NAME_OR_PATH or openai:URL#MODEL")
-    if kind == "openai":
-        return Server(spec, replies, WRITE_TOKENS, timeout, concurrency)
-    return LocalAnnotator(spec, name, device, replies)
 
 
 def write_thought(record, described, known, writer, judge, retries):
     """-> (the last thought that was written or None, what is wrong with it: see `faults`).
 
-    The writer is told what was wrong with its last attempt. Where no reply or no verdict came it
-    ends: replies are kept, so the next run goes on from there.
+    described, known: by image, what the describer said of it and what is true of it. The writer is
+    told what was wrong with its last attempt. Where no reply or no verdict came it ends.
     """
-    if failed(described):
+    seen, true = described[record["image"]], known[record["image"]]
+    if failed(seen):
         return None, ["got no description"]
-    question, options, answer = record["question"], record["options"], rewards.right_option(record)
-    prompt = WRITE.format(described=defused(described), question=defused(question),
-                          options=rewards.options_text(map(defused, options)),
-                          answer=defused(answer))
+    prompt = WRITE.format(described=defused(seen), question=defused(record["question"]),
+                          options=rewards.options_text(map(defused, record["options"])),
+                          answer=defused(rewards.right_option(record)))
     again = ""
     for _ in range(retries + 1):
         thought = writer.write(prompt + again, record)
@@ -499,7 +431,7 @@ def write_thought(record, described, known, writer, judge, retries):
         [verdict] = judge([thought], [record])
         if failed(verdict):
             return None, ["got no verdict"]
-        wrong = faults(thought, record, known, verdict)
+        wrong = faults(thought, record, true, verdict)
         if not wrong:
             break
         again = AGAIN.format(why=" and ".join(wrong), thought=defused(thought))
@@ -509,6 +441,9 @@ def write_thought(record, described, known, writer, judge, retries):
 # ---- verification by rule: it reads words, not meaning; a person reads the rest ------------------
 
 CONCLUDES = re.compile(r"(?i)\b(?:so|therefore|thus|hence|consequently|answer|option|choice)\b")
+NAMES = dict(modality={*data.MODALITIES}, anatomy={*data.ANATOMIES}, location={*data.LOCATIONS},
+             pathology={*sum(data.KINDS.values(), ())})
+LESIONS = {"none", "lesion", "mass", "tumour", "abnormality"}  # a normal image has "none"
 
 
 def faults(thought, record, known, verdict):
@@ -518,10 +453,9 @@ def faults(thought, record, known, verdict):
     modality and anatomy. verdict: F's.
     """
     answer = rewards.right_option(record)
-    whole = rewards.answer_text(dict(record, thought=thought, thinking="before"))
     steps = re.split(r"(?<=[.!?;])\s+|\n+", thought.strip())
     wrong = []
-    if not rewards.format_reward(whole):
+    if any(tag in thought for tag in rewards.TAGS):
         wrong.append("holds <think> or <answer> tags")
     if len(steps) < 2:
         wrong.append("has fewer than two steps")
@@ -537,23 +471,20 @@ def faults(thought, record, known, verdict):
 
 def untrue_names(thought, record, known):
     """Modalities, regions, places and lesions that a thought affirms and the image doesn't have."""
-    names_of = dict(modality={*data.MODALITIES}, anatomy={*data.ANATOMIES},
-                    location={*data.LOCATIONS}, pathology={*sum(data.KINDS.values(), ())})
-    if known.get("anomaly") == "Normal":
-        known = known | dict(pathology="none")
-        names_of["pathology"] |= {"none", "lesion", "mass", "tumour", "abnormality"}
-    wrong = []
-    for what, names in names_of.items():
+    wrong = set()
+    for what, names in NAMES.items():
         true = known.get(what)
+        if what == "pathology" and known.get("anomaly") == "Normal":
+            true, names = "none", names | LESIONS
         if what == record["task"]:
-            names |= {*record["options"]}
+            names = names | {*record["options"]}
         if true not in names:
             continue
         for _, name, denied in mentions(thought, sorted(names)):
             alike = fold(name) == fold(true) or {name, true} in data.ALIKE
             if not denied and not alike:
-                wrong.append(f"names {name}, but the {what} is {true}")
-    return sorted({*wrong})
+                wrong.add(f"names {name}, but the {what} is {true}")
+    return sorted(wrong)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -565,22 +496,21 @@ def annotate(args):
            "annotate needs a --describer and a --writer, or --decisions FILE to apply")
     records, replies = data.read_records(args.file), Replies(f"{args.out}.replies")
     limits = dict(timeout=args.timeout, concurrency=args.concurrency)
-    describer = make_annotator(args.describer, replies, **limits)
-    writer = make_annotator(args.writer, replies, **limits)
+    describer = Server(args.describer, replies, WRITE_TOKENS, **limits)
+    writer = Server(args.writer, replies, WRITE_TOKENS, **limits)
     judge = make_judge(args.judge, cache=replies.file, **limits)
     threads = daemon_threads(args.concurrency)
 
-    pictures = {r["image"]: r for r in records}
+    pictures, known = {}, {}  # by their paths: a record of each, and what is true of it
+    for r in records:
+        pictures[r["image"]] = r
+        true = known.setdefault(r["image"], dict(modality=r["modality"], anatomy=r["anatomy"]))
+        true[r["task"]] = rewards.right_option(r)
     texts = threads.imap(partial(describer.write, DESCRIBE), pictures.values())
     described = dict(zip(pictures, tqdm(texts, "describe", len(pictures)), strict=True))
-    known = {x: dict(modality=r["modality"], anatomy=r["anatomy"]) for x, r in pictures.items()}
-    for r in records:
-        known[r["image"]][r["task"]] = rewards.right_option(r)
 
-    def write(r):
-        seen, true = described[r["image"]], known[r["image"]]
-        return write_thought(r, seen, true, writer, judge, args.retries)
-
+    write = partial(write_thought, described=described, known=known, writer=writer, judge=judge,
+                    retries=args.retries)
     good, reasons = [], Counter()
     written = tqdm(threads.imap(write, records), "write", len(records))
     for r, (thought, wrong) in zip(records, written, strict=True):
@@ -623,8 +553,7 @@ header{position:sticky;top:0;background:#fff}</style>
 <i>{{ described }}</i>
 
 <b>{{ r.question }}</b>
-{% for o in r.options %}{{ letters[loop.index0] }}) {{ o }}
-{% endfor %}Answer: {{ r.answer }}
+{{ options_text(r.options) }}Answer: {{ r.answer }}
 
 {{ r.thought }}
 
@@ -647,7 +576,7 @@ def review(records, described, path):
     shown = [(r, data_url(r, SIDE // 4), described[r["image"]], key_of(r["id"], r["thought"]))
              for r in records]
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
-    data.write_text(keep_old(path), page.render(shown=shown, letters=LETTERS))
+    data.write_text(keep_old(path), page.render(shown=shown, options_text=rewards.options_text))
 
 
 def decide(args):
@@ -666,12 +595,13 @@ def decide(args):
 
 
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = data.Parser(description=__doc__, formatter_class=raw)
-    add = parser.add_subparsers(required=True).add_parser("annotate").add_argument
+    parser = data.Parser(description=__doc__,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("command", choices=["annotate"])
     add("file", help="records, with or without thoughts")
     add("--out", required=True, help="the same with verified thoughts, in the same folder")
-    add("--describer", help="hf:NAME_OR_PATH or openai:BASE_URL#MODEL")
+    add("--describer", help="openai:BASE_URL#MODEL")
     add("--writer", help="the same, or another")
     add("--judge", default="lexical", help="the evaluator F that must reach the answer [lexical]")
     add("--retries", type=int, default=2, help="attempts after a rejected one [2]")
@@ -682,9 +612,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     expect(args.retries >= 0 and args.concurrency > 0 and args.timeout > 0,
            "--retries, --concurrency, --timeout: too small")
-    folders = {os.path.dirname(os.path.abspath(x)) for x in (args.file, args.out)}
-    expect(len(folders) == 1, f"--out {args.out}: expected a file in the folder of {args.file}, to "
-                              "which the images' paths are relative")
+    expect(Path(args.file).parent.resolve() == Path(args.out).parent.resolve(),
+           f"--out {args.out}: expected a file in the folder of {args.file}, to which the images' "
+           "paths are relative")
     decide(args) if args.decisions else annotate(args)
 
 

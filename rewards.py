@@ -1,19 +1,17 @@
 """The reward of Con-GRPO, Eqs. (3) to (6): a question's text, and what a completion is worth.
 
-    question_text(record)            the prompt: question, options as "A) text", how to answer
-    answer_text(record)              the target Y* of Eq. (1), in the tags that are parsed below
-    parse_completion(text)           a completion -> (thought, answer)
-    answer_letter(answer, options)   what the answer says -> "A".."F"
-    score(texts, items, judge)       completions -> R_fmt, R_acc, R_con of Eqs. (4), (5), (6)
-    total_reward(fmt, acc, con)      R(Y) = l_fmt R_fmt + l_acc R_acc + l_con R_con, Eq. (3)
-    lexical_verdict(thought, item)   F, the evaluator of Eq. (6), as a rule (judge.py: as a model)
-    grounding(thought, shows)        is a thought true of its phantom? No reward: for eval.py
+    question_text(record), answer_text(record)   the prompt, and the target Y* of Eq. (1)
+    parse_completion(text)                       a completion -> (thought T, answer A)
+    answer_letter(answer, options)               what the answer says -> "A".."F"
+    format_reward, accuracy_reward, consistency_reward, total_reward    Eqs. (4), (5), (6), (3)
+    score(texts, items, judge)                   completions -> what Eqs. (4) to (6) say of them
+    lexical_verdict(thought, item)               F of Eq. (6) as a rule; judge.py: as a model
 
-Format, accuracy and consistency are separate rewards: text after the answer block costs the
-format, not the accuracy. Whatever the text, the time is linear in its length.
+Format, accuracy and consistency are separate: text after the answer block costs the format, not the
+accuracy. Whatever the text, the time is linear in its length. For eval.py alone, at the end:
+answers outside our tags, and whether a thought is true of its phantom.
 
-Left out on purpose: partial credit, length rewards, any guess at an answer outside its tags but
-in `score_leniently`, by which eval.py measures models that were not trained here.
+Left out on purpose: partial credit, length rewards, any reward for an answer outside its tags.
 """
 
 import math
@@ -21,16 +19,25 @@ import re
 
 from data import ANATOMIES, KINDS, LETTERS, LOCATIONS, SIGNS, STATES, STYLES, expect
 
-INSTRUCTIONS = {  # by --thinking: where the thought stands
+INSTRUCTIONS = {  # by --thinking: where the thought stands (Med-R1's ablation)
     "before": "First think in <think></think>, then give the letter in <answer></answer>.",
     "none": "Give the letter in <answer></answer>.",
     "after": "First give the letter in <answer></answer>, then say why in <think></think>.",
+}
+FORMS = {  # of a target, and of a completion that is well formed
+    "before": "<think>{thought}</think>{gap}<answer>{answer}</answer>",
+    "none": "<answer>{answer}</answer>",
+    "after": "<answer>{answer}</answer>{gap}<think>{thought}</think>",
 }
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # each exactly once; case matters
 WEIGHTS = (1 / 3, 1 / 3, 1 / 3)  # lambda_fmt, lambda_acc, lambda_con of Eq. (3)
 ASKED = ("id", "task", "modality", "question", "options", "answer")  # kept of a scored record
 
 # ---- the text of a question and of its target ----------------------------------------------------
+
+def thinking_of(record):
+    return record.get("thinking", "before")
+
 
 def right_option(record):
     """The text of the right option."""
@@ -44,62 +51,41 @@ def options_text(options):
 
 def question_text(record):
     """The user's message: question, options, how to answer."""
-    instruction = INSTRUCTIONS[record.get("thinking", "before")]
-    return f"{record['question']}\n{options_text(record['options'])}{instruction}"
+    options, instruction = options_text(record["options"]), INSTRUCTIONS[thinking_of(record)]
+    return f"{record['question']}\n{options}{instruction}"
 
 
 def answer_text(record):
     """Y* of Eq. (1): "<think>T*</think><answer>A*</answer>", turned round or the answer alone as
     the record's `thinking` says. DataError where a thought is needed and there is none."""
-    answer, thinking = f"<answer>{record['answer']}</answer>", record.get("thinking", "before")
-    if thinking == "none":
-        return answer
-    expect(record["thought"] is not None,
+    thinking, thought = thinking_of(record), record["thought"]
+    expect(thinking == "none" or thought is not None,
            f"record {record['id']!r} has no thought, which supervised fine-tuning needs")
-    thought = f"<think>{record['thought']}</think>"
-    return answer + thought if thinking == "after" else thought + answer
+    return FORMS[thinking].format(thought=thought, answer=record["answer"], gap="")
 
 
 # ---- a completion, taken apart -------------------------------------------------------------------
 
-def find_block(text, opening, closing):
-    """-> (start, end, content) of the block whose two tags occur once and in order, else None."""
-    start, close = text.find(opening), text.find(closing)
-    if text.count(opening) != 1 or text.count(closing) != 1 or close < start:
-        return None
-    return start, close + len(closing), text[start + len(opening):close].strip()
-
-
-def split_blocks(text, thinking="before"):
-    """text -> (thought or None, answer or None, well formed: bool): here alone are tags read."""
-    think, answer = find_block(text, *TAGS[:2]), find_block(text, *TAGS[2:])
-    blocks = sorted(block for block in (think, answer) if block)
-    if len(blocks) == 2:
-        overlap = blocks[0][1] > blocks[1][0]
-        wrong_order = thinking != "none" and (blocks[0] is answer) != (thinking == "after")
-        if overlap or wrong_order:
-            return None, None, False
-    outside = text
-    for start, end, _ in reversed(blocks):  # the later one first: the other's position stays true
-        outside = outside[:start] + outside[end:]
-    thought, said = (block[2] if block else "" for block in (think, answer))
-    complete = said and not think if thinking == "none" else said and thought
-    return thought or None, said or None, bool(complete) and not outside.strip()
+def find_block(text, name):
+    """The match of <name>..</name> where the two tags occur once and in order, else None."""
+    once = text.count(f"<{name}>") == text.count(f"</{name}>") == 1
+    return re.search(f"<{name}>(.*)</{name}>", text, re.DOTALL) if once else None
 
 
 def parse_completion(text, thinking="before"):
     """A completion's text -> (thought T, answer A), stripped strings, either may be None.
 
-    A block counts when its two tags occur exactly once, in order, with more than whitespace between
-    them. So:
-      well formed                                     (thought, answer)
-      text before, between or after the blocks        (thought, answer), but no format reward
-      one block missing, unclosed, repeated or empty  that one is None, the other is returned
-      answer before thought, or nested or crossing    (None, None)
-
-    thinking, here and below: Med-R1's ablation, "after" the answer, or "none".
+    A block counts when its two tags occur once each, in order, with more than whitespace between
+    them. Both are None where one stands in the other or across it, or the answer before the thought
+    (thinking="after": behind it; "none": either may). Text around the blocks does no harm here.
     """
-    return split_blocks(text, thinking)[:2]
+    think, answer = find_block(text, "think"), find_block(text, "answer")
+    if think and answer:
+        before, after = think.end() <= answer.start(), answer.end() <= think.start()
+        if not dict(before=before, after=after, none=before or after)[thinking]:
+            return None, None
+    thought, said = (block[1].strip() if block else "" for block in (think, answer))
+    return thought or None, said or None
 
 
 def fold(text):
@@ -114,108 +100,64 @@ LABELLED = re.compile(r"(?:\(([a-z])\)|([a-z])(?:\)|(?=[.:]|$)))[.:]? ?(.*)")
 def answer_letter(answer, options):
     """What the answer block says -> the letter of one of `options` (list of str), or None.
 
-    Every reading of the whole answer is collected: a label ("B", "b.", "(B)"), a label with its
-    option's text ("B) CT", "B. CT", "(B) CT"), an option's text alone. The letter where one is
-    read. None for none, several ("A or B", "B) <text of C>") or one beyond the options. Nothing is
+    It is a label ("B", "b.", "(B)"), a label with its option's text ("B) CT", "B. CT"), or an
+    option's text. None for none of these or several ("A or B", "B) <text of C>"). Nothing is
     searched for inside the answer: "normal" can match neither "abnormal" nor "no".
     """
     if answer is None:
         return None
     said = fold(answer)
-    texts = dict(zip(LETTERS, map(fold, options), strict=False))  # letter -> folded text
-    read = {letter for letter, text in texts.items() if text == said}
     label = LABELLED.fullmatch(said)
-    if label:
-        letter, rest = (label[1] or label[2]).upper(), label[3]
-        named = {x for x, text in texts.items() if text == rest}
-        if named or not rest:
-            read |= named | {letter}  # a label and a text that disagree are two readings
-    return read.pop() if len(read) == 1 and read <= texts.keys() else None
+    letter, rest = ((label[1] or label[2]).upper(), label[3]) if label else ("", "")
+    read = []
+    for x, text in zip(LETTERS, map(fold, options), strict=False):
+        if said == text or (letter == x and rest in ("", text)):
+            read.append(x)
+    return read[0] if len(read) == 1 else None
 
 
-# ---- the answer of a model that was not trained here, never read so for a reward -----------------
-
-# Of Markdown, LaTeX, templates: "**B**", "\\boxed{B}", "<|begin_of_box|>B<|end_of_box|>".
-DECORATION = re.compile(r"</?(?:think|answer)>|<\|[^<|>]*\|>|\\(?:boxed|text)\b|[*_`#>${}]|^ *[-•]")
-THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
-SENTENCE_END = re.compile(r"\n|(?<=[.!?;]) (?=\S+ \S+ \S)")  # "B. CT" is a label and its option
-STATED = re.compile(r"^(?!.*\b(?:if|unless|were)\b).*\banswer(?: (?:is|would be):?|:) (?:option )?"
-                    r"(.+?)(?:,? (?:because|since)\b.*)?$", re.IGNORECASE)
-
-
-def plain(text):
-    """A line without decoration, its blanks single."""
-    return " ".join(DECORATION.sub("", text).split())
-
-
-def letters_stated(line, options):
-    """-> the letters that a line gives alone ("(B)") or as "the answer is B", a set."""
-    said = [line] if re.fullmatch(r"\W*[a-f]\W*", line, re.IGNORECASE) else []
-    for sentence in SENTENCE_END.split(line):
-        said += STATED.findall(sentence)
-    return {answer_letter(x, options) for x in said} - {None}
-
-
-def read_leniently(text, item):
-    """A completion -> (thought, letter, how it was read); thought and letter may be None.
-
-    tags         the answer block says it, and nothing outside is looked at
-    last line    it is a letter alone ("B", "**B**") or says "The answer is (B)."; if it does
-                 not, the other lines that do must agree
-    option text  no line does; lines that are an option ("CT", "B) CT") agree
-    unreadable   no letter or several; nothing in or behind an unfinished thought is an answer
-    """
-    if "</think>" in text and "<think>" not in text:  # a template has opened it
-        text = "<think>" + text
-    thought, answer = parse_completion(text, item.get("thinking", "before"))
-    letter = answer_letter(answer, item["options"])
-    if letter:
-        return thought, letter, "tags"
-    options = [plain(option) for option in item["options"]]
-    lines = [plain(line) for line in (answer or THOUGHT.sub("", text)).splitlines()]
-    lines = [line for line in lines if line] or [""]
-    stated = [letters_stated(line, options) for line in lines]
-    letters, how = stated[-1] or set().union(*stated), "last line"
-    if not letters:
-        letters, how = {answer_letter(line, options) for line in lines} - {None}, "option text"
-    if len(letters) != 1:
-        return thought, None, "unreadable"
-    if answer:
-        return thought, letters.pop(), "tags"
-    if thought is None and how == "last line":  # it is whatever states no letter
-        sentences = SENTENCE_END.split("\n".join(lines))
-        thought = " ".join(x for x in sentences if not letters_stated(x, options))
-    return thought, letters.pop(), how
-
-
-def score_leniently(texts, items, judge):
-    """`score`, the completions read leniently; format is that of the text as it came. A row's
-    read_as: see above, or "failed" for a text that is nan (no reply came), whose fmt, acc and con
-    are nan."""
-    came = ["" if failed(text) else text for text in texts]
-    read = [read_leniently(text, item) for text, item in zip(came, items, strict=True)]
-    told = [answer_text(dict(item, thought=thought or "", answer=letter or ""))
-            for item, (thought, letter, _) in zip(items, read, strict=True)]
-    rows = score(told, items, judge)
-    for i, row in enumerate(rows):
-        row |= dict(completion=came[i], read_as=read[i][2])
-        row["fmt"] = format_reward(came[i], items[i].get("thinking", "before"))
-        if failed(texts[i]):
-            row |= dict(fmt=math.nan, acc=math.nan, con=math.nan, read_as="failed")
-    return rows
+def read(text, item):
+    """A completion on a record's question -> (thought or None, the answer's letter or None)."""
+    thought, answer = parse_completion(text, thinking_of(item))
+    return thought, answer_letter(answer, item["options"])
 
 
 # ---- the rewards ---------------------------------------------------------------------------------
 
 def format_reward(text, thinking="before"):
     """R_fmt, Eq. (4): 1.0 for a think and then an answer block, not empty, alone; else 0.0."""
-    return float(split_blocks(text, thinking)[2])
+    thought, answer = parse_completion(text, thinking)
+    complete = answer and (thought or thinking == "none")
+    form = FORMS[thinking].format(thought=".*", answer=".*", gap=r"\s*")
+    return float(bool(complete and re.fullmatch(form, text.strip(), re.DOTALL)))
 
 
 def accuracy_reward(text, item):
     """R_acc, Eq. (5): I(A = A*), A the answer block's letter, A* the record's; 0.0 without one."""
-    _, answer = parse_completion(text, item.get("thinking", "before"))
-    return float(answer_letter(answer, item["options"]) == item["answer"])
+    _, letter = read(text, item)
+    return float(letter == item["answer"])
+
+
+def consistency_reward(text, item, verdict):
+    """R_con, Eq. (6): I(F(T, Q) = A); verdict: F's letter, None (undecided) or nan (F failed).
+
+    A is the completion's own answer, right or wrong; 0.0 too where thought, answer or verdict is
+    None. nan where no thought was asked for, or F failed on one: that is not the policy's failure.
+    """
+    thought, letter = read(text, item)
+    if thinking_of(item) == "none" or (thought is not None and failed(verdict)):
+        return math.nan
+    return float(thought is not None and letter is not None and letter == verdict)
+
+
+def total_reward(fmt, acc, con, weights=WEIGHTS):
+    """R(Y), Eq. (3): the weighted sum of floats, or of arrays or tensors of one shape, (N, G) say.
+
+    nan in `con` gives nan: it must not pass for a 0. A part of weight 0 is left out, so that
+    Acc-only training does not depend on F.
+    """
+    parts = zip(weights, (fmt, acc, con), strict=True)
+    return sum((weight * part for weight, part in parts if weight), start=0.0 * fmt)
 
 
 def failed(verdict):
@@ -223,51 +165,21 @@ def failed(verdict):
     return verdict != verdict
 
 
-def consistency_reward(text, item, verdict):
-    """R_con, Eq. (6): I(F(T, Q) = A); verdict: F's letter, None (undecided) or nan (F failed).
-
-    A is the completion's own answer, right or wrong. No thought: 0.0, there was nothing for F to
-    read; but nan where none was asked for. Else a failed F: nan, since a judge's failure is not the
-    policy's. Else no letter or an undecided F: 0.0.
-    """
-    thinking = item.get("thinking", "before")
-    thought, answer = parse_completion(text, thinking)
-    if thinking == "none":
-        return math.nan
-    if thought is None:
-        return 0.0
-    if failed(verdict):
-        return math.nan
-    return float(verdict is not None and verdict == answer_letter(answer, item["options"]))
-
-
-def total_reward(fmt, acc, con, weights=WEIGHTS):
-    """R(Y), Eq. (3): the weighted sum of floats, or of arrays or tensors of one shape, (N, G) say.
-
-    nan in `con` gives nan: a missing part must not pass for a 0. A part of weight 0 is left out
-    altogether, so that Acc-only training does not depend on F.
-    """
-    parts = zip(weights, (fmt, acc, con), strict=True)
-    return sum((weight * part for weight, part in parts if weight), start=0.0 * fmt)
-
-
 def score(texts, items, judge):
     """n completions and their records -> n rows (dicts) with Eqs. (4) to (6).
 
-    A row: the record's id, task, modality, question, options and answer; the completion and what
-    was read from it: thought, given (letter or None), verdict (F's letter, None or nan); fmt, acc,
-    con (floats; con is nan where F failed). judge: see `judge.make_judge`; asked once.
+    A row: ASKED of the record; completion, and what was read from it: thought, given (the answer's
+    letter or None), verdict (F's letter, None or nan); fmt, acc, con (floats; con may be nan).
+    judge: see `judge.make_judge`; asked once.
     """
-    modes = [item.get("thinking", "before") for item in items]
-    parsed = [parse_completion(*pair) for pair in zip(texts, modes, strict=True)]
-    verdicts = judge([thought for thought, _ in parsed], items)
+    readings = [read(text, item) for text, item in zip(texts, items, strict=True)]
+    verdicts = judge([thought for thought, _ in readings], items)
     rows = []
-    for i, item in enumerate(items):
-        (thought, answer), verdict = parsed[i], verdicts[i]
-        row = {key: item[key] for key in ASKED} | dict(completion=texts[i], thought=thought)
-        row |= dict(given=answer_letter(answer, item["options"]), verdict=verdict)
-        row |= dict(fmt=format_reward(texts[i], modes[i]), acc=accuracy_reward(texts[i], item))
-        rows.append(row | dict(con=consistency_reward(texts[i], item, verdict)))
+    for text, item, (thought, given), verdict in zip(texts, items, readings, verdicts, strict=True):
+        rows.append({key: item[key] for key in ASKED} | dict(
+            completion=text, thought=thought, given=given, verdict=verdict,
+            fmt=format_reward(text, thinking_of(item)), acc=accuracy_reward(text, item),
+            con=consistency_reward(text, item, verdict)))
     return rows
 
 
@@ -306,8 +218,7 @@ def visible_thought(thought):
 
     Cut are the options' letters, places ("the second option") and answer statements with nothing
     else in them ("so the answer is B"): spelling the letter would make Eq. (6) hold whatever was
-    thought. What names the finding stays ("the choice is MRI" of "the choice is (A) MRI"), and so
-    do articles. Letters of a term go as well: "hepatitis B", "37 C", "a B scan".
+    thought. "(A) MRI" becomes "MRI"; articles stay. Letters of a term go as well: "hepatitis B".
     """
     marked = STATEMENT.sub(CUT, LABEL.sub(CUT, single_blanks(thought)))
     return GAP.sub("", marked).strip(), CUT in marked
@@ -324,35 +235,29 @@ def spelled_out(thought, options):
 # ---- F as a rule ---------------------------------------------------------------------------------
 
 NEGATION = r"no|not|never|neither|nor|none|cannot|without|rather than|instead of"
-SCANNED = {  # beside names, in lower case
-    "denies_clause": r"\b(?:excluded|ruled out|unlikely|absent)\b",
-    "denies_rest": rf"(?:\b(?:{NEGATION})|n['’]t)\b",  # of its clause
-    "sentence": r"[!?;\n]|\.(?!\d)",
-    "clause": r"[,:]|\b(?:but|however|though|while|whereas|so|therefore|thus|hence|because)\b",
-}
-
-
-def names_pattern(names):
-    """Folded texts -> a pattern of any as whole words, the longest where several fit. A hyphen
-    joins: "mri" is not in "ce-mri". The option "no" is not the "no" of "no lesion"."""
-    texts = []
-    for name in sorted(names, key=len, reverse=True):
-        end = r"(?=\s?(?:[.,;:!?\n]|$))" if re.fullmatch(NEGATION, name) else ""
-        texts.append(re.escape(name) + end)
-    return rf"(?<![\w-])(?:{'|'.join(texts)})(?![\w-])"
+SENTENCE_END = r"[!?;\n]|\.(?!\d)"
+MARKS = "|".join([  # found beside names, in lower case
+    r"(?P<denies_clause>\b(?:excluded|ruled out|unlikely|absent)\b)",
+    rf"(?P<denies_rest>(?:\b(?:{NEGATION})|n['’]t)\b)",  # of its clause
+    rf"(?P<sentence>{SENTENCE_END})",
+    r"(?P<clause>[,:]|\b(?:but|however|though|while|whereas|so|therefore|thus|hence|because)\b)"])
 
 
 def mentions(text, names):
     """Where a text names `names` (list of str; single letters are none), in order.
 
     -> [(number of the sentence, name, denied: bool)]. Denied: behind a negation in its clause, or
-    in a clause that calls something unlikely or excluded.
+    in a clause that calls something unlikely or excluded. Names are whole words, and a hyphen
+    joins: "mri" is not in "ce-mri".
     """
     folded = {fold(name): name for name in names if len(fold(name)) > 1}
     if not folded:
         return []
-    kinds = {"name": names_pattern(folded), **SCANNED}
-    scanner = re.compile("|".join(f"(?P<{kind}>{x})" for kind, x in kinds.items()))
+    patterns = []
+    for name in sorted(folded, key=len, reverse=True):  # the longest where several fit
+        end = r"(?=\s?(?:[.,;:!?\n]|$))" if re.fullmatch(NEGATION, name) else ""
+        patterns.append(re.escape(name) + end)  # the option "no" is not in "no lesion"
+    scanner = re.compile(rf"(?<![\w-])(?P<name>{'|'.join(patterns)})(?![\w-])|{MARKS}")
     found, sentence, denied, clause = [], 0, False, 0  # clause: how many were found before it
     for m in scanner.finditer(text.casefold()):
         if m.lastgroup == "name":
@@ -371,15 +276,14 @@ def mentions(text, names):
 def lexical_verdict(thought, item, sees_letters=False):
     """F(T, Q) as a rule -> the letter of the option that the thought supports, or None.
 
-    An option stands as its last mention leaves it, affirmed or denied (see `mentions`). The last
-    sentence with one that stands decides; two that stand in it decide nothing. sees_letters: an
-    option's letter counts as its text.
+    An option stands as its last mention leaves it, affirmed or denied. The last sentence with one
+    that stands decides; two in it decide nothing. sees_letters: an option's letter counts as its
+    text.
 
-    It knows words, no medicine and little English. It does not read: an option's words in another
-    order, number or hyphenation ("upper left", "cysts", "x ray"); a lesion as Abnormal; "no cyst,
-    glioma or abscess" as a denial of all three, "a cyst cannot be seen" as one at all; "no doubt"
-    and double negation as affirmations; "no lesion in the brain" without denying the brain; hedges
-    and questions as such. Real thoughts deserve a model as F.
+    It knows words, no medicine and little English. It misses an option's words in another order,
+    number or hyphenation ("upper left", "cysts", "x ray"), a lesion as Abnormal, denials such as
+    "no cyst, glioma or abscess" (of all three) or "a cyst cannot be seen", "no doubt", double
+    negation, hedges, questions. Real thoughts deserve a model as F.
     """
     text = spelled_out(thought, item["options"]) if sees_letters else thought
     stands = {}  # option -> number of the sentence that affirmed it last
@@ -392,29 +296,94 @@ def lexical_verdict(thought, item, sees_letters=False):
     decided = [option for option, sentence in stands.items() if sentence == last]
     return LETTERS[item["options"].index(decided[0])] if len(decided) == 1 else None
 
+
+# ---- the answer of a model that was not trained here, never read so for a reward -----------------
+
+# Of Markdown, LaTeX, templates: "**B**", "\\boxed{B}", "<|begin_of_box|>B<|end_of_box|>".
+DECORATION = re.compile(r"</?(?:think|answer)>|<\|[^<|>]*\|>|\\(?:boxed|text)\b|[*_`#>${}]|^ *[-•]")
+THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
+SENTENCE = re.compile(r"\n|(?<=[.!?;]) (?=\S+ \S+ \S)")  # "B. CT" is a label and its option
+STATED = re.compile(r"^(?!.*\b(?:if|unless|were)\b).*\banswer(?: (?:is|would be):?|:) (?:option )?"
+                    r"(.+?)(?:,? (?:because|since)\b.*)?$", re.IGNORECASE)
+
+
+def plain(text):
+    """Without decoration, blanks single."""
+    return " ".join(DECORATION.sub("", text).split())
+
+
+def letters_stated(line, options):
+    """-> the letters that a line gives alone ("(B)") or as "the answer is B", a set."""
+    said = [line] if re.fullmatch(r"\W*[a-f]\W*", line, re.IGNORECASE) else []
+    for sentence in SENTENCE.split(line):
+        said += STATED.findall(sentence)
+    return {answer_letter(x, options) for x in said} - {None}
+
+
+def read_leniently(text, item):
+    """A completion -> (thought, letter, how it was read); thought and letter may be None.
+
+    tags         the answer block says it, and nothing outside is looked at
+    last line    it is a letter alone ("B", "**B**") or says "The answer is (B)."; if it does
+                 not, the other lines that do must agree
+    option text  no line does; lines that are an option ("CT", "B) CT") agree
+    unreadable   no letter or several; nothing in or behind an unfinished thought is an answer
+    """
+    if "</think>" in text and "<think>" not in text:  # a template has opened it
+        text = "<think>" + text
+    thought, answer = parse_completion(text, thinking_of(item))
+    letter = answer_letter(answer, item["options"])
+    if letter:
+        return thought, letter, "tags"
+    options = [plain(option) for option in item["options"]]
+    lines = [plain(line) for line in (answer or THOUGHT.sub("", text)).splitlines()]
+    lines = [line for line in lines if line] or [""]
+    stated = [letters_stated(line, options) for line in lines]
+    letters, how = stated[-1] or set().union(*stated), "last line"
+    if not letters:
+        letters, how = {answer_letter(line, options) for line in lines} - {None}, "option text"
+    if len(letters) != 1:
+        return thought, None, "unreadable"
+    if thought is None and not answer and how == "last line":  # it is whatever states no letter
+        sentences = SENTENCE.split("\n".join(lines))
+        thought = " ".join(x for x in sentences if not letters_stated(x, options))
+    return thought, letters.pop(), "tags" if answer else how
+
+
+def score_leniently(texts, items, judge):
+    """`score` of what is read leniently, the format that of the text itself. A row has read_as: see
+    above, or "failed" for a text that is nan (no reply came), whose fmt, acc and con are nan."""
+    came = ["" if failed(text) else text for text in texts]
+    read = [read_leniently(text, item) for text, item in zip(came, items, strict=True)]
+    tagged = [answer_text(dict(item, thought=thought or "", answer=letter or ""))
+              for item, (thought, letter, _) in zip(items, read, strict=True)]
+    rows = score(tagged, items, judge)
+    for text, row, item, (_, _, how) in zip(texts, rows, items, read, strict=True):
+        if failed(text):
+            row |= dict(completion="", fmt=math.nan, acc=math.nan, con=math.nan, read_as="failed")
+        else:
+            row |= dict(completion=text, fmt=format_reward(text, thinking_of(item)), read_as=how)
+    return rows
+
+
 # ---- is the thought true? ------------------------------------------------------------------------
 
-def signs_of(texts):
-    return " and ".join(texts).split(" and ")
-
-
 CLAIMS = {fold(x) for x in (  # what a sentence may say of a phantom, in the words of data.py
-    "lesion", *STATES, *SIGNS, *signs_of(SIGNS.values()), *ANATOMIES, *LOCATIONS,
+    "lesion", *STATES, *SIGNS, *" and ".join(SIGNS.values()).split(" and "), *ANATOMIES, *LOCATIONS,
     *STYLES.values(), *sum(KINDS.values(), ()))}
 
 
 def statements(thought, shows):
     """A thought and what its picture shows (a record's "shows") -> {sentence: is it true?}.
 
-    A sentence is a statement if it names a modality or a sign of one, a region, a place, a state,
-    how a lesion looks or what it is called. It is true if all that it affirms holds and nothing
-    that it denies does. Others are left out.
+    A statement names something of CLAIMS. It is true if all that it affirms holds and nothing that
+    it denies does. Other sentences are left out.
     """
     state = ("lesion", "Abnormal") if shows["lesion"] else ("Normal",)
-    signs = signs_of([SIGNS.get(shows["modality"], "")])
+    signs = SIGNS.get(shows["modality"], "").split(" and ")
     style = STYLES.get(shows["style"])
     holding = {fold(x) for x in (*state, *signs, style, *shows.values()) if x}
-    sentences, told = re.split(SCANNED["sentence"], thought), {}
+    sentences, told = re.split(SENTENCE_END, thought), {}
     for number, name, denied in mentions(thought, CLAIMS):
         sentence = sentences[number].strip()
         told[sentence] = told.get(sentence, True) and (name in holding) != denied

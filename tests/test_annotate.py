@@ -15,7 +15,6 @@ from test_judges import Server
 
 import data
 import judge as J
-import model as M
 from data import DataError
 
 # What a bad writer makes of a phantom's thought {t} with answer {a}, and the words by which it must be rejected.
@@ -252,25 +251,10 @@ def test_a_person_clicks_through_the_page(world, box):
     assert [r["id"] for r in kept] == [made[0]["id"], made[2]["id"]]
 
 
-def test_hf_annotators(world, box, monkeypatch):
-    """hf: a local checkpoint sees the image and writes; a random one writes nothing that passes, which is one sentence."""
-    monkeypatch.setattr(J, "WRITE_TOKENS", 3)
-    annotator = J.make_annotator(f"hf:{world.folder}", J.Replies(), 1.0, 1)
-    batch = M.tensors(world.processor, ["Say."], [M.image_patches(world.processor, world.records[0])])
-    tokens, mask = M.sample(world.net, batch, group_size=1, max_new_tokens=3, temperature=0)
-    said = annotator.write("Say.", world.records[0])
-    assert said != said or said == M.decode(world.processor, tokens, mask)[0][0].strip()
-    assert annotator.usage == dict(calls=1)
-    data.write_records([r | dict(thought=None) for r in world.records[:2]], box / "in.jsonl")
-    with pytest.raises(DataError, match="no thought was accepted"):
-        J.main(["annotate", str(box / "in.jsonl"), "--out", str(box / "out.jsonl"), "--describer", f"hf:{world.folder}",
-                "--writer", f"hf:{world.folder}", "--retries", "0"])
-    assert not (box / "out.jsonl").exists()
-
-
 @pytest.mark.parametrize("flags, told", [
     (["--describer", "hf:x"], "--writer"), ([], "--decisions"),
-    (["--describer", "lexical", "--writer", "lexical"], "annotator"),
+    (["--describer", "lexical", "--writer", "lexical"], "no chat server"),
+    (["--describer", "hf:x", "--writer", "hf:x"], "expected openai:BASE_URL#MODEL"),
     (["--describer", "openai:http://me:secret@h#m", "--writer", "hf:x"], "OPENAI_API_KEY"), (["--retries", "-1"], "--retries"),
     (["--decisions", "/no/where"], "/no/where"), (["--nonsense"], "nonsense"), (["--out", "/tmp/elsewhere.jsonl"], "folder")])
 def test_bad_commands_are_one_sentence(flags, told, box):

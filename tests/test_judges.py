@@ -212,11 +212,11 @@ def test_nothing_is_asked_twice(serve, tmp_path):
     other = J.Replies(file)
     with open(file, "a") as f:
         f.write('\n["torn')
-    assert other.ask(lambda: "said", str.upper, "model", "prompt") == "SAID"
+    other.keep("key", "said")
     assert J.make_judge(server.spec, cache=file)(thoughts, [KIND] * 6) == expected and len(server.calls) == 7
     again = J.make_judge(server.spec, cache=file)
     assert again(thoughts, [KIND] * 6) == expected and len(server.calls) == 7
-    assert J.Replies(file).ask(lambda: 1 / 0, str.upper, "model", "prompt") == "SAID"
+    assert J.Replies(file)["key"] == "said"
     for item in (KIND | dict(question="Which?"), KIND | dict(options=["cyst", "glioma"])):
         again(thoughts[:1], [item])
     assert len(server.calls) == 9 and KEY not in file.read_text()
@@ -496,7 +496,7 @@ def test_a_repeated_run_asks_nothing_and_the_wait_is_logged(serve, world, monkey
     n = len(server.calls)
     again, = train(world, tmp_path, server.spec, "--max_steps", "1")
     assert first["seconds_judge"] > 0.1 > again["seconds_judge"]
-    assert len(server.calls) == n + 1 and (tmp_path / "grpo.1").exists()  # whether it is awake
+    assert len(server.calls) == n + 2 and (tmp_path / "grpo.1").exists()  # whether it is awake
     same = [{k: v for k, v in line.items() if "second" not in k and "peak" not in k} for line in (first, again)]
     assert same[0] == same[1]
 
@@ -513,10 +513,10 @@ def test_the_reference_as_f(lora, world, monkeypatch, tmp_path):
         def both(thoughts, items):
             kept.append((thoughts, items, judge(thoughts, items)))
             return kept[-1][2]
-        both.usage, both.awake = judge.usage, judge.awake
+        both.usage = judge.usage
         return both
     monkeypatch.setattr(grpo, "make_judge", watched)
     lines = train(world, tmp_path, "hf:reference", "--max_steps", "3", "--lora", lora, "--lr", "0.01", "--warmup", "1")
-    assert len(lines) == 3 and all(line["judge_failed"] == 0 for line in lines) and len(kept) == 4
+    assert len(lines) == 3 and all(line["judge_failed"] == 0 for line in lines) and len(kept) == 5
     fixed = ask("hf:reference", reference=(lambda: contextlib.nullcontext(world.net), world.processor.tokenizer))
     assert all(fixed(thoughts, items) == verdicts for thoughts, items, verdicts in kept)
