@@ -43,14 +43,9 @@ except ImportError:  # Windows: two runs at once are not noticed
 
 LETTERS = "ABCDEF"
 TASKS = ("anatomy", "anomaly", "location", "modality", "pathology")  # section 3.1's five
-MED_R1_TASKS = {  # where a file's name tells none: the first rule found in the question, a guess
-    "modality recognition": "modalit|imaging|technique|method|type of (image|scan)",
-    "lesion grading": r"benign|malignan|cancerous|harmless|\bstage|\bgrad(e|ing)|severity",
-    "other biological attributes": r"\bcell|cellular|tissue|sperm|morpholog|secretion|stain",
-    "disease diagnosis": "normal|anomal|irregular|disease|diagnos|patholog|condition|lesion|covid|"
-                         "cancer|malaria",
-    "anatomy identification": r"organ|anatom|structure|\bpart\b|depicted|displayed|shown|"
-                              "visuali[sz]ed|seen|represent"}
+MED_R1_TASKS = (  # the question types of Med-R1 and OmniMedVQA; "unknown" where no file tells it
+    "anatomy identification", "disease diagnosis", "lesion grading", "modality recognition",
+    "other biological attributes", "unknown")
 KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "answer", "thought",
         "source", "group", "split")
 SHOWS = ("modality", "anatomy", "lesion", "style", "location")  # optional, in a key "shows"
@@ -105,7 +100,7 @@ def check_options(options):
 
 
 def check_record(record, folder):
-    """The record with "path" added; DataError with half a sentence (read_file adds file and line)
+    """The record with "path" added; ValueError with half a sentence (read_file adds file and line)
     if anything is wrong."""
     expect(isinstance(record, dict), f"expected a JSON object, got {record!r:.60}")
     for key in KEYS:
@@ -113,32 +108,27 @@ def check_record(record, folder):
         absent = key == "thought" and record[key] is None
         expect(key == "options" or absent or is_text(record[key]),
                f"{key!r} is {record[key]!r:.60}, expected a non-empty string")
-
     options = record["options"]
     check_options(options)
-    written = json.dumps(record, ensure_ascii=False)
-    expect(not re.search(r"[\ud800-\udfff]", written),
-           "half a character (a lone surrogate, \\ud800 to \\udfff), expected whole ones")
     for key, plural, allowed in (("answer", "options", tuple(LETTERS[:len(options)])),
                                  ("task", "tasks", (*TASKS, *MED_R1_TASKS)),
                                  ("split", "splits", SPLITS)):
         expect(record[key] in allowed,
                f"{key} {record[key]!r:.60} is not among the {plural} {', '.join(allowed)}")
-
     shows = record.get("shows")
     expect(shows is None or (isinstance(shows, dict) and shows.keys() == set(SHOWS)
                              and shows["style"] in (None, *STYLES)
                              and all(x is None or is_text(x) for x in shows.values())),
            f"'shows' is {shows!r:.200}, expected texts or null for {', '.join(SHOWS)}, the style "
            f"one of {', '.join(STYLES)}")
+    json.dumps(record, ensure_ascii=False).encode()  # half a character raises UnicodeEncodeError
 
-    image, root = record["image"], os.path.realpath(folder)
-    path = os.path.realpath(os.path.join(root, image))  # follows links
-    outside = re.search(r"^[/\\~]|^\w:|(^|[/\\])\.\.($|[/\\])", image)
-    link = "" if outside else f" through a link, to {path}"
-    expect(not outside and path.startswith(os.path.join(root, "")),
-           f"image {image!r} leaves the data folder{link}: expected a path in it, relative to the"
-           " file")
+    image, root = record["image"], os.path.join(os.path.realpath(folder), "")
+    path = os.path.realpath(root + image)  # follows links and ".."
+    elsewhere = re.search(r"^[/~]|^\w:|\\", image)  # read otherwise by other systems or programs
+    expect(path.startswith(root) and not elsewhere,
+           f"image {image!r} leaves the data folder, by its name or through a link: expected a path"
+           " in it, relative to the file, with / between folders")
     return {**record, "path": path}
 
 
@@ -174,9 +164,9 @@ def read_file(file, used):
     to mend: what can't be used is left out, counted and told on stderr. used, {id: file} of what
     was read before, is added to."""
     foreign, folder = str(file).endswith(".json"), Path(file).absolute().parent
-    published = re.match(r"(.*/)(QA_information/[^/]+|Splits/[^/]+(/(train|test))?)$", str(folder))
-    if foreign and published:  # OmniMedVQA's and Med-R1's paths start at the root
-        folder = Path(published[1])
+    if foreign:  # OmniMedVQA's and Med-R1's image paths start beside these two
+        roots = [p.parent for p in folder.parents if p.name in ("QA_information", "Splits")]
+        folder = [*roots, folder][0]
     form = "a JSON list of questions" if foreign else "one JSON object per line"
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
@@ -218,24 +208,18 @@ def foreign_record(item, stem, k):
     """The record of question k of OmniMedVQA's or Med-R1's file `stem`; DataError with half a
     sentence if its form isn't known."""
     expect(isinstance(item, dict), "expected an object")
-    if "gt_answer" in item:
-        record = omnimedvqa_record(item, stem)
-    else:
-        record = med_r1_record(item, stem, k)
+    record = omnimedvqa(item, stem) if "gt_answer" in item else med_r1(item, stem, k)
     return {**record, "anatomy": "unknown", "thought": None, "group": record["image"]}
 
 
-def omnimedvqa_record(item, stem):
+def omnimedvqa(item, stem):
     """Of "question", "option_A".., "gt_answer" (an option's text), "image_path"."""
-    def bare(text):
-        return re.sub(r"[\W_]+", "", text).casefold()
-
-    def fitting(fold):
-        truth = fold(str(item["gt_answer"]))
-        return [LETTERS[i] for i, x in enumerate(options) if fold(str(x)) == truth != ""]
-
     options = [item[f"option_{x}"] for x in LETTERS if item.get(f"option_{x}")]
-    right = fitting(str.strip) or fitting(bare)  # exactly; else letters and digits alone count
+    right, truth = [], str(item["gt_answer"])
+    for fold in (str.strip, lambda x: re.sub(r"[\W_]+", "", x).casefold()):
+        fits = [x for x, text in zip(LETTERS, options, strict=False)
+                if fold(str(text)) == fold(truth) != ""]
+        right = right or fits  # an exact match goes first; else letters and digits alone count
     expect(len(right) == 1, f"gt_answer fits {len(right)} options, expected one")
     image = item.get("image_path")
     in_train = zlib.crc32(str(image).encode()) % 100 < 100 * TRAIN_SHARE  # theirs has no split
@@ -246,10 +230,9 @@ def omnimedvqa_record(item, stem):
             "split": "train" if in_train else "test"}
 
 
-def med_r1_record(item, stem, k):
-    """Of "image", "problem": "Q? A)x, B)y", "solution": "<answer> B </answer>". The file's name, or
-    the image's path, tells question type and modality; "guessed" names what had to be guessed from
-    question and answer."""
+def med_r1(item, stem, k):
+    """Of "image", "problem": "Q? A)x, B)y", "solution": "<answer> B </answer>". The file's name
+    tells question type or modality; the image's path may tell the modality too."""
     expect(all(isinstance(item.get(x), str) for x in ("image", "problem", "solution")),
            "expected an object with the texts image, problem and solution")
     parts = [item["problem"]]  # the question, then the options
@@ -260,31 +243,24 @@ def med_r1_record(item, stem, k):
         parts[-1:] = found
     question, *options = [x.strip(" ,;\n") for x in parts]
     answer = re.search(r"<answer>\s*([A-F])\s*</answer>", item["solution"])
-    letter = answer[1] if answer else "none"
-    said = f"{question} {dict(zip(LETTERS, options, strict=False)).get(letter)}"
 
     name = re.sub("[_ ](train|test)$", "", stem, flags=re.I).replace("_", " ")
-    told = {"task": name.lower() if name.lower() in MED_R1_TASKS else None,
-            "modality": named_modality(name) or named_modality(item["image"])}
-    if not any(told.values()):
-        told["modality"] = name  # as "Infrared Reflectance Imaging"
-    guessed = [x for x in told if not told[x]]
-    if "task" in guessed:
-        fit = [x for x, rule in MED_R1_TASKS.items() if re.search(rule, question.lower())]
-        told["task"] = (fit or ["disease diagnosis"])[0]
-    if "modality" in guessed:
-        told["modality"] = named_modality(said) or "unknown"
+    task = name.lower() if name.lower() in MED_R1_TASKS else "unknown"
+    modality = named_modality(name) or named_modality(item["image"])
+    if not modality:  # a file's name that is no question type, as "Infrared Reflectance Imaging"
+        modality = name if task == "unknown" else "unknown"
     return {"id": f"{stem}-{k}", "image": item["image"], "question": question, "options": options,
-            "answer": letter, "source": "Med-R1", **told, "guessed": guessed,
+            "answer": answer[1] if answer else "none", "source": "Med-R1", "task": task,
+            "modality": modality,
             "split": "test" if "test" in re.findall("[a-z]+", stem.lower()) else "train"}
 
 
 def named_modality(text):
-    """The one of MODALITIES that a file's name, a path or a question names, else None."""
-    text = re.sub("(x|ce)[-_ ](?=ray|mri)", r"\1", text.lower())  # one word, as written below
-    words = ["mri" if x == "mr" else x for x in re.findall("[a-z]+", text)]
-    named = [x for x in MODALITIES if x.lower().replace("-", "") in words]
-    return named[0] if len(named) == 1 else None
+    """The one of MODALITIES that a file's name or path names, else None."""
+    words = re.findall("[a-z]+", re.sub("x[-_ ]ray", "xray", text.lower()))
+    spelt = {"mr": "MRI", "xray": "X-ray", **{x.lower(): x for x in MODALITIES}}
+    named = {spelt[x] for x in words if x in spelt}
+    return named.pop() if len(named) == 1 else None
 
 
 @contextmanager
@@ -356,13 +332,11 @@ def locked(path):
 def folder_beside(out):
     """A new folder to fill, renamed to `out` at the end; after an error nothing is left of it, and
     what a killed run left goes."""
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    part = out.with_name(f".{out.name}.part")
     with locked(out):
         free = not out.exists() or (out.is_dir() and not os.listdir(out))
         expect(free, f"{out} is there already: remove it or name another folder")
-        for old in os.listdir(out.parent):
-            if re.fullmatch(re.escape(f".{out.name}.") + r"\d+\.part", old):
-                shutil.rmtree(out.parent / old, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
         try:
             part.mkdir()
             yield part
@@ -1476,9 +1450,7 @@ def check(records):
     missing = sum(not os.path.isfile(path) for path in paths)
     print(f"{len(records)} questions on {len(paths)} images, {missing} of them missing")
     for key in ("task", "split", "answer", "modality"):
-        guessed = sum(key in r.get("guessed", ()) for r in records)
-        note = f" (guessed from the question in {guessed})" if guessed else ""
-        print(f"{key}: {counted(records, key)}{note}")
+        print(f"{key}: {counted(records, key)}")
     if len(looks) < len(paths):
         print(f"{len(paths) - len(looks)} images can't be read or show nothing: no look-up by them")
 

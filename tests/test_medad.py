@@ -643,7 +643,7 @@ def test_chance_is_told(tmp_path):
 HOLD = """
 import data, os, sys, time
 with data.locked(sys.argv[1]):
-    os.makedirs(os.path.dirname(sys.argv[1]) + "/.out.1.part/images")
+    os.makedirs(os.path.dirname(sys.argv[1]) + "/.out.part/images")
     if os.fork():
         print("held", flush=True)
     time.sleep(20)  # the worker outlives its killed parent, and holds nothing
@@ -658,11 +658,11 @@ def test_one_run_at_a_time(two, tmp_path):
     with pytest.raises(data.DataError, match="out: another run is at work there"):
         data.build({"busi": two / "busi"}, tmp_path / "out", W, workers=1)
     with data.locked(tmp_path / "other"):
-        (tmp_path / ".out.x.2.part").mkdir()  # of another --out
+        (tmp_path / ".out.x.part").mkdir()  # of another --out
     holder.kill()
     holder.wait()
     data.build({"busi": two / "busi"}, tmp_path / "out", W, workers=1)
-    assert sorted(os.listdir(tmp_path)) == [".out.x.2.part", "out"]
+    assert sorted(os.listdir(tmp_path)) == [".out.x.part", "out"]
 
 def test_command_line(tmp_path):
     """build says where the questions are, names in any spelling; bad input: exit code 2, one line, nothing built."""
