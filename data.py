@@ -829,12 +829,10 @@ def phantom_sheet(file, seed):
 
 # ---- MedAD-38K: how the 17 sources lie on disk ---------------------------------------------------
 def rows_of(file):
-    """A table, its columns parted by commas, tabs or PH2's double bars -> its rows as dicts."""
+    """A table, its columns parted by commas or PH2's double bars -> its rows as dicts."""
     lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    cells = [x.split("||") for x in lines if "||" in x]
-    by = "\t" if "\t" in lines[0] else ","
-    cells = cells or [row for row in csv.reader(lines, delimiter=by) if any(row)]
-    head, *body = [[cell.strip() for cell in row] for row in cells]
+    rows = [x.split("||") for x in lines if "||" in x] or csv.reader(lines)
+    head, *body = [[cell.strip() for cell in row] for row in rows if any(row)]
     return [dict(zip(head, row, strict=False)) for row in body]
 
 
@@ -876,15 +874,12 @@ def via_outlines(file):
     out, t = defaultdict(list), np.linspace(0, 2 * np.pi, 32)
     for entry in json.loads(file.read_text()).values():
         regions, name = entry["regions"], Path(entry["filename"]).stem
-        if isinstance(regions, dict):
-            regions = regions.values()
-        for region in regions:
+        for region in regions.values() if isinstance(regions, dict) else regions:
             s = region["shape_attributes"]
-            if s["name"] in ("ellipse", "circle"):
-                a, b = s.get("rx", s.get("r")) * np.cos(t), s.get("ry", s.get("r")) * np.sin(t)
-                turn = s.get("theta", 0)
-                x = s["cx"] + a * np.cos(turn) - b * np.sin(turn)
-                y = s["cy"] + a * np.sin(turn) + b * np.cos(turn)
+            if "cx" in s:
+                a, b = s.get("rx", s.get("r")), s.get("ry", s.get("r"))
+                turned = (a * np.cos(t) + 1j * b * np.sin(t)) * np.exp(1j * s.get("theta", 0))
+                x, y = s["cx"] + turned.real, s["cy"] + turned.imag
             else:
                 x, y = s["all_points_x"], s["all_points_y"]
             out[name].append(list(zip(map(float, x), map(float, y), strict=True)))
@@ -914,7 +909,7 @@ class Source(NamedTuple):
     anatomy: str
     images: str         # pattern; `kind`: key of kinds; `group`: patient, volume, lesion (or id)
     kinds: dict = {}    # {`kind`, "" if there is none: lesions, () if healthy}; {}: see tells
-    masks: str = ""     # pattern; several masks of one id are one lesion
+    masks: str = "(?!)"  # pattern, by default of nothing; several masks of one id are one lesion
     tells: list = []    # (kinds, group or outlines (px); pattern; reader: file -> {id: it})
     canvas: tuple = ()  # width and height the outlines refer to, px (else the image's)
     least: int = 1      # value in a volume's mask from which on it is lesion; below is the organ
@@ -994,9 +989,9 @@ def plain(pattern):
 
 
 def matches(pattern, files):
-    """(file, id, kind, group) of each file whose path fits; none without a pattern."""
+    """(file, id, kind, group) of each file whose path fits."""
     for file in files:
-        m = pattern and re.search(pattern, file, re.I)
+        m = re.search(pattern, file, re.I)
         if m:
             named = {"at": "", "id": "", "kind": "", "group": None, **m.groupdict()}
             name = named["at"].lower() + named["id"]
@@ -1005,13 +1000,13 @@ def matches(pattern, files):
 
 
 def told_by_tables(source, folder, files):
-    """{id: {"kinds", "group", "outlines": ..}}, each only where a file of the source tells it; and
-    the names of the tables of kinds that aren't there."""
-    told, absent = defaultdict(dict), []
+    """{id: {"kinds", "group", "outlines": ..}}, each only where a file of the source tells it."""
+    told = defaultdict(dict)
     for what, pattern, reader in source.tells:
         tables = list(matches(pattern, files))
         if what == "kinds" and not tables:
-            absent.append(plain(pattern))
+            lack = f"no file {plain(pattern)}, which tells what the pictures show"
+            tqdm.write(f"warning: {source.key}={folder}: {lack}", file=sys.stderr)
         for file, at, *_ in tables:
             try:
                 for name, value in reader(folder / file).items():
@@ -1020,7 +1015,7 @@ def told_by_tables(source, folder, files):
                     ElementTree.ParseError) as e:
                 why = "lacks the column or key" if isinstance(e, KeyError) else "isn't as expected:"
                 raise DataError(f"{folder / file} {why} {e}") from None
-    return told, absent
+    return told
 
 
 def find(key, folder):
@@ -1029,22 +1024,22 @@ def find(key, folder):
     folder, jobs = Path(folder), {}
     expect(folder.is_dir(), f"{key}={folder}: expected a folder")
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    for form, s in enumerate(SOURCES):
-        if s.key != key:
-            continue
-        (told, absent), masks = told_by_tables(s, folder, files), defaultdict(list)
+    forms = [(n, s) for n, s in enumerate(SOURCES) if s.key == key]
+    for form, s in forms:
+        images, masks = list(matches(s.images, files)), defaultdict(list)
+        told = told_by_tables(s, folder, files) if images else {}
         for file, name, *_ in matches(s.masks, files):
             masks[name].append(str(folder / file))
-        for file, name, kind, group in matches(s.images, files):
+        for file, name, kind, group in images:
             job = {"form": form, "n": len(jobs), "file": file, "path": str(folder / file),
                    "kinds": s.kinds.get(kind), "masks": masks[name], "outlines": [],
-                   "group": group, "absent": absent, **told[name]}
+                   "group": group, **told[name]}
             job["group"] = f"{key} {job['group']}"
             old = jobs.setdefault((form, name), job)
             same = Path(old["file"]).stem == Path(file).stem and old["kinds"] == job["kinds"]
             expect(same, f"{key}={folder}: {old['file']} and {file} can't be told apart,"
                          f" expected one image of {name!r}")
-    expected = " or ".join(plain(s.images) for s in SOURCES if s.key == key)
+    expected = " or ".join(plain(s.images) for _, s in forms)
     found = ", ".join(files[:3]) or "no file"
     expect(jobs, f"{key}={folder}: no image of it, expected paths with {expected}, found {found}")
     return list(jobs.values())
@@ -1168,7 +1163,7 @@ def examine(job, folder, max_side):
     "place": what location_of says.
     """
     s, facts = SOURCES[job["form"]], []
-    lost = {"source": s.key, "file": job["file"]}
+    origin = {"source": s.key, "file": job["file"]}
     volume, stem = ".nii" in job["file"], re.sub("[^A-Za-z0-9]+", "-", Path(job["file"]).stem)
     try:
         if volume:
@@ -1177,49 +1172,46 @@ def examine(job, folder, max_side):
             image = open_image(job["path"])
             pictures = [(image, lesion_of(job, image.size), "")]
     except DataError as e:
-        return [{**lost, "why": re.sub(r" \(.*\)$", "", str(e))}]
+        return [{**origin, "why": re.sub(r" \(.*\)$", "", str(e))}]
     for image, mask, suffix in pictures:
+        image.thumbnail((max_side, max_side))
+        look = look_of(image)
+        if look is None:
+            facts.append({**origin, "why": "shows nothing"})
+            continue
         kinds, box, place = job["kinds"], None, (None, "no mask or outline", None)
         drawn = mask is not None and bool(mask.any())
+        if drawn:
+            h, w = mask.shape
+            box = np.divide(Image.fromarray(mask).getbbox(), (w, h, w, h))
+            place = location_of(mask)
         if volume and kinds and not drawn:  # a slice beside the lesion, if there is a mask to tell
             kinds = None if mask is None else ()
         agree = mask is None or kinds is None or drawn == bool(kinds)
-        if drawn:
-            (y, x), (h, w) = mask.nonzero(), mask.shape
-            box = x.min() / w, y.min() / h, (x.max() + 1) / w, (y.max() + 1) / h
-            place = location_of(mask)
         file = f"images/{s.key}/{job['n']:06d}-{stem}{suffix}.png"
-        image.thumbnail((max_side, max_side))
-        look = look_of(image)
-        if not look:
-            facts.append({**lost, "why": "shows nothing"})
-            continue
         image.save(folder / file, compress_level=1)
         facts.append({
-            "source": s.key, "image": file, "modality": s.modality, "anatomy": s.anatomy,
+            **origin, "image": file, "modality": s.modality, "anatomy": s.anatomy,
             "group": job["group"], "kinds": kinds if agree else None, "agree": agree, "box": box,
-            "place": place, "absent": job["absent"], "look": look})
-    return facts or [{**lost, "why": "no slice of which it is known whether it shows a lesion"}]
+            "place": place, "look": look})
+    return facts or [{**origin, "why": "no slice of which it is known whether it shows a lesion"}]
 
 
 # ---- MedAD-38K: from facts to questions ----------------------------------------------------------
 def usable(facts, left_out):
     """The facts without those that have a "why", which are counted in left_out[source, reason].
     DataError if nothing of a source can be used, a warning if more than a tenth of it can't."""
-    total = Counter(f["source"] for f in facts)
-    lost = defaultdict(lambda: defaultdict(list))  # source: why: files
-    for f in facts:
-        if "why" in f:
-            lost[f["source"]][f["why"]].append(f["file"])
-    for source, reasons in lost.items():
-        n = sum(map(len, reasons.values()))
-        most = max(reasons, key=lambda why: len(reasons[why]))
-        sentence = f"{source}: {n} of {total[source]} can't be used, as {reasons[most][0]}: {most}"
-        expect(n < total[source], sentence)
-        if n > total[source] / 10:
+    for source, n in Counter(f["source"] for f in facts).items():
+        lost = [f for f in facts if f["source"] == source and "why" in f]
+        first = {f["why"]: f["file"] for f in reversed(lost)}
+        reasons = Counter(f["why"] for f in lost).most_common()
+        for why, count in reasons:
+            left_out[source, f"{why} (first: {first[why]})"] = count
+        if len(lost) > n / 10:
+            why = reasons[0][0]
+            sentence = f"{source}: {len(lost)} of {n} can't be used, as {first[why]}: {why}"
+            expect(len(lost) < n, sentence)
             tqdm.write(f"warning: {sentence}", file=sys.stderr)
-        for why, files in reasons.items():
-            left_out[source, f"{why} (first: {files[0]})"] += len(files)
     return [f for f in facts if "why" not in f]
 
 
@@ -1227,16 +1219,17 @@ def without_copies(facts, folder, left_out):
     """The facts without copies of an earlier picture, whose files are removed and which are counted
     in left_out. Groups with pictures that look the same become one."""
     names, numbers = np.unique([f["group"] for f in facts], return_inverse=True)
-    joined = join_alike([f["look"] for f in facts], numbers)
-    parts, seen, kept = defaultdict(set), set(), []  # parts: the groups that became one
+    joined = join_alike(np.array([f["look"] for f in facts]), numbers)
+    grown = set(joined[joined != numbers])
+    seen, kept = set(), []
     for f, n in zip(facts, joined, strict=True):
-        parts[n].add(f["group"])
-        f["group"], f["parts"] = str(names[n]), parts[n]
-        if f["look"] in seen:
+        f["group"], f["joined"] = str(names[n]), n in grown
+        look = f["look"].tobytes()
+        if look in seen:
             left_out[f["source"], "the same picture as another"] += 1
             (folder / f["image"]).unlink()
         else:
-            seen.add(f["look"])
+            seen.add(look)
             kept.append(f)
     return kept
 
@@ -1244,18 +1237,15 @@ def without_copies(facts, folder, left_out):
 def split_by_group(facts, seed):
     """Sets "split": TRAIN_SHARE of a source's pictures are for training; a group stays whole, also
     where looks joined it to one of another source."""
-    sources = defaultdict(lambda: defaultdict(list))  # source: group: facts
-    for f in facts:
-        sources[f["group"].split()[0]][f["group"]].append(f)
-    for source, groups in sources.items():
+    sizes, train = Counter(f["group"] for f in facts), set()
+    for source in {group.split()[0] for group in sizes}:
         rng = np.random.default_rng([seed, *source.encode()])
-        total, before = sum(map(len, groups.values())), 0
-        for group in rng.permutation(sorted(groups)):
-            members = groups[group]
-            middle = before + len(members) / 2  # of a group that straddles the border
-            for f in members:
-                f["split"] = "train" if middle <= TRAIN_SHARE * total else "test"
-            before += len(members)
+        groups = rng.permutation(sorted(x for x in sizes if x.split()[0] == source))
+        size = np.array([sizes[x] for x in groups])
+        middle = size.cumsum() - size / 2  # of a group that straddles the border
+        train.update(groups[middle <= TRAIN_SHARE * size.sum()])
+    for f in facts:
+        f["split"] = "train" if f["group"] in train else "test"
 
 
 def true_answer(f, task):
@@ -1266,7 +1256,7 @@ def true_answer(f, task):
     if not f["agree"]:
         return None, "label and mask disagree"
     if kinds is None and task != "location":
-        return None, " ".join(["no label", *(f"(no file {x})" for x in f["absent"])])
+        return None, "no label"
     if task == "anomaly":
         return "Abnormal" if kinds else "Normal", None
     if kinds is not None and len(kinds) != 1:  # of several, an outline may be of one
@@ -1333,67 +1323,53 @@ def medad_records(facts, seed, left_out):
 
 # ---- pictures that look the same -----------------------------------------------------------------
 def look_of(image):
-    """What pictures are compared by: LOOK x LOOK greys, as bytes; None if they show nothing."""
+    """What pictures are compared by: (LOOK, LOOK) uint8 greys; None if they show nothing."""
     grey = image.convert("L").resize((LOOK, LOOK), Image.Resampling.BILINEAR)
-    return grey.tobytes() if np.std(grey) >= BLANK else None
+    return np.array(grey) if np.std(grey) >= BLANK else None
 
 
-def greys(looks):
-    """N looks -> (N, LOOK, LOOK) float32."""
-    return np.float32(np.frombuffer(b"".join(looks), np.uint8).reshape(-1, LOOK, LOOK))
-
-
-def normed(a):
+def normed(looks):
     """(N, H, W), each brought to mean 0 and length 1: their products are correlations."""
-    a = a - a.mean((1, 2), keepdims=True)
+    a = looks - looks.mean((1, 2), dtype=np.float32, keepdims=True)
     return a / np.linalg.norm(a, axis=(1, 2), keepdims=True)
 
 
 def coarse(looks):
-    """N looks -> (N, 16, 16) float32: normed, then means of 4 x 4 px, times 4: no two are further
-    apart than at full size."""
-    parts = (normed(greys(looks[k:k + 1024])) for k in range(0, len(looks), 1024))
+    """(N, LOOK, LOOK) -> (N, 16, 16) float32: normed, then means of 4 x 4 px, times 4, so that no
+    two are further apart than at full size."""
+    parts = [normed(looks[k:k + 1024]) for k in range(0, len(looks), 1024)]
     return np.concatenate([x.reshape(-1, 16, 4, 16, 4).mean((2, 4)) * 4 for x in parts])
 
 
 def same(looks, others):
     """(N,) bool: whether two looks correlate above and differ below SAME, as they are or one
     mirrored."""
-    a, b, out = greys(looks), greys(others), False
-    for c in (b, b[..., ::-1]):
-        correlation, difference = (normed(a) * normed(c)).sum((1, 2)), abs(a - c).mean((1, 2))
+    out = False
+    for c in (others, others[..., ::-1]):
+        correlation = (normed(looks) * normed(c)).sum((1, 2))
+        difference = abs(np.float32(looks) - c).mean((1, 2))
         out |= (correlation > SAME[0]) & (difference < SAME[1])
     return out
 
 
 def join_alike(looks, groups):
-    """Groups (N,) int of N looks -> the same, joined to the smallest number where looks are `same`.
-
-    None is missed: to go coarse, to add the mirror image, to keep one coordinate only shortens
-    distances. So looks are sorted along one axis and compared with those in reach, with the mirror
-    images added; who is near is compared without, and who is near then at full size.
-    """
+    """Groups (N,) int of looks (N, LOOK, LOOK) -> the same, joined to the smallest number where
+    looks are `same`. All pairs are compared coarsely, which misses none, those that are near at
+    full size."""
     groups, reach = np.array(groups), 2 - 2 * SAME[0]  # squared distance of normed looks
-    full = coarse(looks)
-    a = (full[..., :8] + full[..., :7:-1]).reshape(-1, 128) / 2**.5  # its other half is alike
-    sample = a[::len(a) // 2000 + 1]
-    along = a @ np.linalg.svd(sample - sample.mean(0), full_matrices=False)[2][0]
-    order = along.argsort()
-    a, ends = a[order], np.searchsorted(along[order], along[order] + reach**.5)
-    half, one = (a**2).sum(1, keepdims=True) / 2, np.ones((len(a), 1), np.float32)
-    left = np.hstack([a, half, one])
-    a = np.hstack([a, -one, -half])  # the product of the two is -distance^2 / 2
+    a = coarse(looks)
+    a, mirrored = a.reshape(-1, 256), a[..., ::-1].reshape(-1, 256)
+    half = (a**2).sum(1) / 2
     for k in range(0, len(a), 128):
-        near = left[k:k + 128] @ a[k:ends[k:k + 128][-1]].T > -reach / 2
-        pairs = order[k + np.argwhere(near)]  # (P, 2)
+        rows = slice(k, k + 128)
+        product = np.maximum(a[rows] @ a[k:].T, a[rows] @ mirrored[k:].T)
+        near = half[rows, None] + half[k:] - product < reach / 2  # half of the squared distance
+        near &= groups[rows, None] != groups[k:]
+        pairs = k + np.argwhere(near)  # (P, 2)
         for n in range(0, len(pairs), 1024):
-            i, j = pairs[n:n + 1024].T
-            close = [((full[i] - x)**2).sum((1, 2)) < reach for x in (full[j], full[j][..., ::-1])]
-            close = (groups[i] != groups[j]) & (close[0] | close[1])
-            i, j = i[close], j[close]
-            found = same([looks[x] for x in i], [looks[x] for x in j])
-            for x, y in zip(i[found], j[found], strict=True):
-                low, high = sorted((groups[x], groups[y]))
+            chunk = pairs[n:n + 1024]
+            for i, j in chunk[same(*looks[chunk.T])]:
+                low, high = sorted((groups[i], groups[j]))
                 groups[groups == high] = low
     return groups
 
@@ -1407,22 +1383,10 @@ def look_at(path):
         return None
 
 
-def nearest(train, test, looks):
-    """For each record of test: is its answer that of train's nearest picture, among those whose
-    answer is offered?"""
-    a, b = (coarse([looks[r["path"]] for r in x]).reshape(len(x), -1) for x in (test, train))
-    names, answers = np.unique([r["right"] for r in train], return_inverse=True)
-    half, hits = (b**2).sum(1) / 2, []
-    for k in range(0, len(test), 64):
-        for r, near in zip(test[k:k + 64], a[k:k + 64] @ b.T - half, strict=True):
-            near = np.where(np.isin(names, r["options"])[answers], near, -np.inf)
-            hits.append(names[answers[near.argmax()]] == r["right"])
-    return hits
-
-
-def look_up(task, train, test, looks):
-    """Prints how many of test's answers are found by a look-up: the option that was most often
-    right, when offered, in train; `nearest`."""
+def look_up(task, train, test, points):
+    """Prints how many of test's answers are found by two look-ups: the option that was most often
+    right, when offered, in train; of train's pictures with an answer that is offered, the nearest
+    one's. points: {path: coarse look, (256,)}."""
     right, offered = Counter(), Counter()
     for r in train:
         right[r["right"]] += 1
@@ -1432,9 +1396,17 @@ def look_up(task, train, test, looks):
     chance = np.mean([1 / len(r["options"]) for r in test])
     text = f"{task}, {len(test)} test questions: chance {chance:.1%}"
     text += f", commonest answer {found[0]:.1%}"
-    train, test = ([r for r in x if r["path"] in looks] for x in (train, test))
+
+    train, test = ([r for r in x if r["path"] in points] for x in (train, test))
     if train and test:
-        found.append(np.mean(nearest(train, test, looks)))
+        known = np.array([points[r["path"]] for r in train])
+        names, answers = np.unique([r["right"] for r in train], return_inverse=True)
+        half, hits = (known**2).sum(1) / 2, []
+        for r in test:
+            near = known @ points[r["path"]] - half
+            near[~np.isin(names, r["options"])[answers]] = -np.inf
+            hits.append(names[answers[near.argmax()]] == r["right"])
+        found.append(np.mean(hits))
         text += f", nearest picture's {found[1]:.1%}"
     print(text)
     if max(found) > chance + FAR:
@@ -1445,25 +1417,26 @@ def check(records):
     """Prints what the questions are, what train shares with other splits, what look-ups answer."""
     paths = sorted({r["path"] for r in records})
     with multiprocessing.Pool() as pool:
-        done = tqdm(pool.imap(look_at, paths, chunksize=16), desc="check", total=len(paths))
-        looks = {path: look for path, look in zip(paths, done, strict=True) if look}
+        looks = list(tqdm(pool.imap(look_at, paths, chunksize=16), desc="check", total=len(paths)))
     missing = sum(not os.path.isfile(path) for path in paths)
     print(f"{len(records)} questions on {len(paths)} images, {missing} of them missing")
     for key in ("task", "split", "answer", "modality"):
         print(f"{key}: {counted(records, key)}")
-    if len(looks) < len(paths):
-        print(f"{len(paths) - len(looks)} images can't be read or show nothing: no look-up by them")
 
-    joined = join_alike([*looks.values()], np.arange(len(looks))) if looks else ()
-    alike = dict(zip(looks, joined, strict=True))
+    seen = [path for path, look in zip(paths, looks, strict=True) if look is not None]
+    if len(seen) < len(paths):
+        print(f"{len(paths) - len(seen)} images can't be read or show nothing: no look-up by them")
+    points, like = {}, dict(zip(paths, paths, strict=True))
+    if seen:
+        looks = np.array([look for look in looks if look is not None])
+        points = dict(zip(seen, coarse(looks).reshape(-1, 256), strict=True))
+        like.update(zip(seen, join_alike(looks, np.arange(len(seen))), strict=True))
+
     train, rest = [], []
     for r in records:
         r = {**r, "right": r["options"][LETTERS.index(r["answer"])],
-             "group": (r["source"], r["group"]), "like": alike.get(r["path"], r["path"])}
-        if r["split"] == "train":
-            train.append(r)
-        else:
-            rest.append(r)
+             "group": (r["source"], r["group"]), "like": like[r["path"]]}
+        (train if r["split"] == "train" else rest).append(r)
     for key, what in (("group", "groups"), ("like", "pictures or their like")):
         both = {r[key] for r in train} & {r[key] for r in rest}
         if both:
@@ -1473,7 +1446,7 @@ def check(records):
         known = [r for r in train if r["task"] == task]
         asked = [r for r in rest if r["task"] == task and r["split"] == "test"]
         if known and asked:
-            look_up(task, known, asked, looks)
+            look_up(task, known, asked, points)
         else:
             print(f"{task}: no look-up without questions of both train and test")
 
@@ -1522,7 +1495,7 @@ def source_sheet(folder, key, facts):
         pen.line((w / 2, 0, w / 2, h), fill="gray")
         pen.line((0, h / 2, w, h / 2), fill="gray")
         pen.rectangle((w / 3, h / 3, 2 * w / 3, 2 * h / 3), outline="gray")
-        if f["box"]:
+        if f["box"] is not None:
             left, top, right, bottom = f["box"]
             pen.rectangle((left * w, top * h, right * w, bottom * h), outline="cyan")
             x, y = f["place"][2]
@@ -1542,21 +1515,23 @@ def about(command, facts, records, left_out):
     questions = Counter(r["source"] for r in records)
     for source in sorted({f["source"] for f in facts}):
         own = [f for f in facts if f["source"] == source]
-        groups, train = {f["group"] for f in own}, sum(f["split"] == "train" for f in own)
-        alike = sum(len(f["parts"]) > 1 for f in own)
-        text += f"| {source} | {len(own)} | {len(groups)} | {alike} | {train} | {len(own) - train} "
-        text += f"| {questions[source]} |\n"
+        groups, split = {f["group"] for f in own}, Counter(f["split"] for f in own)
+        row = (source, len(own), len(groups), sum(f["joined"] for f in own), split["train"],
+               split["test"], questions[source])
+        text += f"| {' | '.join(map(str, row))} |\n"
     text += "\nLook-alikes: pictures of groups that were joined because pictures look the same.\n"
     for key in ("modality", "anatomy", "task", "answer", "split"):
         text += f"\nQuestions by {key}: {counted(records, key)}.\n"
 
     right = defaultdict(set)  # the answers that are ever right, of those that are offered together
     for r in records:
-        where = "" if r["task"] == "location" else f" of {r['modality']}, {r['anatomy']}"
-        right[f"{r['task']}{where}, {r['split']}"].add(r["options"][LETTERS.index(r["answer"])])
+        if r["task"] not in ("anatomy", "modality"):
+            where = "" if r["task"] == "location" else f" of {r['modality']}, {r['anatomy']}"
+            answer = r["options"][LETTERS.index(r["answer"])]
+            right[f"{r['task']}{where}, {r['split']}"].add(answer)
     text += "\nWhere fewer than four answers are ever right, chance is more than 25 %:\n\n"
     for what, answers in sorted(right.items()):
-        if what.startswith(("anomaly", "pathology", "location")) and len(answers) < 4:
+        if len(answers) < 4:
             text += f"- {what}: {100 / len(answers):.0f} % ({', '.join(sorted(answers))})\n"
     text += "\nLeft out:\n\n"
     for (source, why), n in sorted(left_out.items()):
