@@ -378,13 +378,12 @@ def open_image(path, header=False):
             image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
             a = np.nan_to_num(np.asarray(image, dtype=np.float64))
-            a = (a - a.min()) * (255 / (np.ptp(a) or 1))
-            image = Image.fromarray(a.astype(np.uint8))
+            image = Image.fromarray(np.uint8((a - a.min()) * (255 / (np.ptp(a) or 1))))
         if "transparency" in image.info:
             image = image.convert("RGBA")
         return image if image.mode == "L" else image.convert("RGB")
-    except DataError as e:
-        why = str(e)
+    except DataError:
+        raise
     except FileNotFoundError:
         why = "is missing"
     except Image.UnidentifiedImageError:
@@ -744,10 +743,8 @@ def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, care
     """Draw phantoms into folder `out` (images/, phantoms.jsonl, meta.json) -> the jsonl's path.
 
     The first `thoughts` train images (None: all) keep their chains of thought, the others have
-    "thought": null: a hospital has the answers of all its images from their reports, and few
-    chains of thought. A share `careless` of the thoughts misreports the lesion. Neither changes
-    the images or the questions. Reused if already there with the same knobs, DataError if with
-    others.
+    "thought": null. A share `careless` of the thoughts misreports the lesion. Neither changes the
+    images or the questions. Reused if already there with the same knobs, DataError if with others.
     """
     expect(n_images > 0 and seed >= 0 and (thoughts or 0) >= 0 and 0 <= careless <= 1,
            f"{n_images} images, seed {seed}, thoughts {thoughts}, careless {careless}: expected"
@@ -779,6 +776,7 @@ def draw_phantoms(folder, seed, n_images, thoughts, careless):
     ends = np.cumsum(list(PHANTOM_SHARES.values()))
     for i in tqdm(range(n_images), desc="phantoms", unit="image"):
         split = SPLITS[np.searchsorted(ends, shuffled[i] / n_images, side="right")]
+        in_train += split == "train"
         rng = np.random.default_rng([seed, i])
         lesion = None
         if rng.random() < LESION_RATE:
@@ -787,16 +785,13 @@ def draw_phantoms(folder, seed, n_images, thoughts, careless):
         name = f"images/{i:05d}.png"
         Image.fromarray(pixels).save(folder / name, compress_level=1)
 
-        report = facts
         other = np.random.default_rng([seed, i, 1])  # not rng: the questions must stay the same
-        if other.random() < careless:
-            report = careless_report(facts, other)
+        report = careless_report(facts, other) if other.random() < careless else facts
         group = f"phantom-{seed}-{i:05d}"
-        made = phantom_records(facts, rng, group, name, split, rounds, report)
-        in_train += split == "train"
-        if split == "train" and thoughts is not None and in_train > thoughts:
-            made = [{**r, "thought": None} for r in made]
-        records += [{**r, "shows": facts} for r in made]
+        for r in phantom_records(facts, rng, group, name, split, rounds, report):
+            if split == "train" and thoughts is not None and in_train > thoughts:
+                r["thought"] = None
+            records.append({**r, "shows": facts})
     return records
 
 
@@ -1124,31 +1119,26 @@ def slices(job):
         import nibabel
     except ImportError:
         raise DataError("volumes (.nii, .nii.gz) need nibabel: pip install nibabel") from None
-
-    def load(path):
-        file = nibabel.as_closest_canonical(nibabel.load(path))
-        return np.asarray(file.dataobj)[::-1, ::-1].T
-
     s, out = SOURCES[job["form"]], []
     try:
-        volume, mask = load(job["path"]), None  # (Z, Y, X)
+        files = [nibabel.load(path) for path in (job["path"], *job["masks"][:1])]
+        arrays = [np.asarray(nibabel.as_closest_canonical(x).dataobj) for x in files]  # (X, Y, Z)
+        volume, *masks = [a[::-1, ::-1].T for a in arrays]  # (Z, Y, X)
         well = abs(np.arange(len(volume)) / len(volume) - .5) < .25  # (Z,)
-        chosen = []
-        if job["masks"]:
-            mask = load(job["masks"][0])
+        sick, lesion = [], [None] * len(volume)
+        for mask in masks:
             expect(mask.shape == volume.shape, "another shape")
-            area = (mask >= s.least).mean((1, 2))  # (Z,)
+            lesion = mask >= s.least
+            area = lesion.mean((1, 2))  # (Z,)
             if s.least > 1:
                 well = (mask > 0).mean((1, 2)) > .02
             well = well & (area == 0)
-            chosen += spread(np.flatnonzero(area > .001), SLICES)
-        chosen += spread(np.flatnonzero(well), SLICES)
-        for z in sorted(chosen):
+            sick = np.flatnonzero(area > .001)
+        for z in sorted(spread(sick, SLICES) + spread(np.flatnonzero(well), SLICES)):
             a = volume[z].astype(np.float32)
             low, high = s.window or np.percentile(a, (1, 99))
             a = np.clip((a - low) / max(high - low, 1e-9), 0, 1) * 255
-            lesion = None if mask is None else mask[z] >= s.least
-            out.append((Image.fromarray(a.astype(np.uint8)), lesion, f"-{z:03d}"))
+            out.append((Image.fromarray(np.uint8(a)), lesion[z], f"-{z:03d}"))
     except Exception as e:  # nibabel and damaged files raise anything
         raise DataError(f"can't be read as a volume with its mask ({e})") from None
     return out
@@ -1455,9 +1445,8 @@ def check(records):
 def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
     """{key: folder} -> `out`: medad38k.jsonl, images/, dataset.md, a contact sheet per source."""
     out = Path(out).absolute()
-    expect(max_side > 0 and seed >= 0 and (workers is None or workers > 0),
-           f"max_side {max_side}, seed {seed}, workers {workers}: expected 1 or more px, a seed of"
-           " 0 or more, 1 or more processes")
+    expect(max_side > 0 and seed >= 0,
+           f"max_side {max_side}, seed {seed}: expected 1 or more px, a seed of 0 or more")
     known = {s.key for s in SOURCES}
     jobs = []
     for key, folder in sorted(sources.items()):
@@ -1559,12 +1548,11 @@ def main():
                    help="share of the images whose thoughts misreport the lesion")
     p.add_argument("--show", metavar="PNG", help="draw a contact sheet too")
     p = commands.add_parser("build", help="make MedAD-38K of public sources", **shown)
-    keys = ", ".join(sorted({s.key for s in SOURCES}))
-    p.add_argument("sources", nargs="+", metavar="KEY=DIR", help=keys)
+    p.add_argument("sources", nargs="+", metavar="KEY=DIR",
+                   help=", ".join(sorted({s.key for s in SOURCES})))
     p.add_argument("--out", default="medad38k", help="folder")
     p.add_argument("--max_side", type=int, default=512, help="px above which a picture is shrunk")
     p.add_argument("--seed", type=int, default=0, help="of split, options and wording")
-    p.add_argument("--workers", type=int, help="processes (default: one per core)")
     p = commands.add_parser("check", help="validate and count questions, look for leaks")
     p.add_argument("files", nargs="+")
 
@@ -1579,10 +1567,9 @@ def main():
         sources = {}
         for text in args.sources:
             key, _, folder = text.partition("=")
-            key = re.sub(r"[^a-z0-9]", "", key.lower())
             expect(folder and key not in sources, f"{text}: expected KEY=DIR, each key once")
             sources[key] = folder
-        print(build(sources, args.out, args.max_side, args.seed, args.workers))
+        print(build(sources, args.out, args.max_side, args.seed))
     else:
         check(read_records(args.files))
 
