@@ -897,101 +897,90 @@ DISTRACTORS = ("foreign body", "surgical implant")  # for regions with fewer tha
 
 
 class Source(NamedTuple):
-    """A form of a source. Patterns are searched in the path below its folder; `id`, after `at`,
-    pairs images, masks and what tables tell."""
+    """A form of a source. Patterns are of the end of a path, see `matches`; what they find as `at`
+    and `id` pairs images, masks and what tables tell."""
     key: str
     modality: str
     anatomy: str
-    images: str         # pattern; `kind`: key of kinds; `group`: patient, volume, lesion (or id)
-    kinds: dict = {}    # {`kind`, "" if there is none: lesions, () if healthy}; {}: see tells
-    masks: str = "(?!)"  # pattern, by default of nothing; several masks of one id are one lesion
-    tells: list = []    # (kinds, group or outlines (px); pattern; reader: file -> {id: it})
-    canvas: tuple = ()  # width and height the outlines refer to, px (else the image's)
-    least: int = 1      # value in a volume's mask from which on it is lesion; below is the organ
-    window: tuple = ()  # HU shown as black and as white (else percentiles 1 and 99)
+    images: str           # pattern
+    masks: str = "(?!)"   # pattern, by default of nothing; several masks of one id are one lesion
+    kinds: dict = {}      # {`kind` in lower case, "" if there is none: lesions}; {}: see tells
+    group: str = "(?!)"   # expression: what of the id is patient, volume or lesion (else all of it)
+    tells: list = []      # (kinds, group or outlines (px); pattern; reader: file -> {id: it})
+    canvas: tuple = ()    # width and height the outlines refer to, px (else the image's)
+    least: int = 1        # value in a volume's mask from which on it is lesion; below is the organ
+    window: tuple = ()    # HU shown as black and as white (else percentiles 1 and 99)
 
 
 BMAD = dict(
-    images=r"(?P<at>train|valid|val|test)/(?!.*(label|mask)).*?(?P<kind>good|Ungood)/(img/)?"
-           r"(?P<id>((?P<group>[^/]+)_)?[^/_]+)\.\w+$",
-    masks=r"(?P<at>train|valid|val|test)/.*(label|mask).*/(?P<id>[^/]+)\.\w+$")
+    images="{at=train|valid|val|test}/(?!**(label|mask))**{kind=good|ungood}/(img/)?{id}.*",
+    masks="{at=train|valid|val|test}/**(label|mask)**/{id}.*", group="(.+)_")
+HUNDREDS = r"(\d*?)\d{1,2}$"  # where pictures are numbered through: neighbours are alike
 SOURCES = (
-    Source("brats2021", "MRI", "Brain", r"BraTS2021_(?P<id>\d+)_flair\.nii", {"": ("glioma",)},
-           r"BraTS2021_(?P<id>\d+)_seg\.nii"),
-    Source("brats2021", "MRI", "Brain", kinds={"good": (), "ungood": ("glioma",)}, **BMAD),
-    Source("liverct", "CT", "Liver", r"(^|/)volume-(?P<id>\d+)\.nii", {"": ("tumor",)},
-           r"segmentation-(?P<id>\d+)\.nii", least=2, window=(-200, 250)),
-    Source("liverct", "CT", "Liver", kinds={"good": (), "ungood": ("tumor",)}, **BMAD),
-    Source("resc", "OCT", "Retina", kinds={"good": (), "ungood": ("edema",)}, **BMAD),
-    Source("busi", "Ultrasound", "Breast",
-           r"(?P<kind>benign|malignant|normal)/(?P<id>[^/]*\))\.png$",
-           {"benign": ("benign tumor",), "malignant": ("malignant tumor",), "normal": ()},
-           r"/(?P<id>[^/]*\))_mask\w*\.png$"),
-    Source("isic2018", "Dermoscopy", "Skin", r"_Input/(?P<id>ISIC_\d+)\.jpg$",
-           masks=r"(?P<id>ISIC_\d+)_segmentation\.png$",
-           tells=[("kinds", r"Task3_\w+_GroundTruth\.csv$", table(
-                      "image", lambda r: [SKIN[k] for k in SKIN if float(r[k]) > .5])),
-                  ("group", r"LesionGroupings\.csv$", table("image", lambda r: r["lesion_id"]))]),
-    Source("mosmed", "CT", "Lung", r"(?P<kind>CT-\d)/(?P<id>study_\d+)\.nii",
-           {"ct-0": (), **{f"ct-{k}": ("COVID-19 pneumonia",) for k in (1, 2, 3, 4)}},
-           r"(?P<id>study_\d+)_mask\.nii", window=(-1000, 400)),
-    Source("atlas", "CE-MRI", "Liver", r"imagesTr/(?P<id>\w+?)(_0000)?\.nii", {"": ("tumor",)},
-           r"labelsTr/(?P<id>\w+)\.", least=2),
-    Source("ddti", "Ultrasound", "Thyroid", r"(^|/)(?P<id>(?P<group>\d+)_\d+)\.jpg$",
-           {"": ("nodule",)}, tells=[("outlines", r"\.xml$", ddti_outlines)]),
-    Source("ddti", "Ultrasound", "Thyroid", r"1_or_data/image/(?P<id>(?P<group>\d*?)\d{1,2})\.png$",
-           {"": ("nodule",)}, r"1_or_data/mask/(?P<id>\d+)\."),
-    Source("kvasirseg", "Endoscopy", "Alimentary", r"images/(?P<id>[^/]+)\.jpg$", {"": ("polyp",)},
-           r"masks/(?P<id>[^/]+)\.jpg$"),
-    Source("cvcclinicdb", "Endoscopy", "Alimentary",  # neighbours are alike: by hundreds at least
-           r"Original/(?P<id>(?P<group>\d*?)\d{1,2})\.(tif|png)$", {"": ("polyp",)},
-           r"Ground Truth/(?P<id>\d+)\.(tif|png)$",
-           tells=[("group", r"metadata\.csv$", table("frame_id", lambda r: r["sequence_id"]))]),
-    Source("ph2", "Dermoscopy", "Skin", r"_Dermoscopic_Image/(?P<id>IMD\d+)\.bmp$",
-           masks=r"(?P<id>IMD\d+)_lesion\.bmp$",
-           tells=[("kinds", r"PH2_dataset\.txt$", table(
-               "Name", lambda r: [NEVI[int(r["Clinical Diagnosis"])]]))]),
-    Source("idrid", "Fundus", "Retina", r"images/(.*/)?(?P<id>IDRiD_\d\d)\.jpg$",
-           {"": ("diabetic retinopathy",)}, r"(?P<id>IDRiD_\d\d)_(MA|HE|EX|SE)\.\w+$"),
-    Source("idrid", "Fundus", "Retina", r"(?P<at>Training|Testing) Set/(?P<id>IDRiD_\d{3})\.jpg$",
-           tells=[("kinds", r"Grading_(?P<at>Training|Testing) Labels\.csv$",
-                   table("Image name", lambda r: ["diabetic retinopathy"]
-                         if int(r["Retinopathy grade"]) else []))]),
-    Source("pedidemi", "MRI", "Brain",
-           r"^(?P<id>.+)/(?![^/]*(mask|seg|lesion|label|roi))[^/]*flair[^/]*\.nii",
-           {"": ("demyelination",)}, r"^(?P<id>.+)/[^/]*(mask|seg|lesion|label|roi)[^/]*\.nii"),
-    Source("br35h", "MRI", "Brain", r"(^|/)(?P<kind>yes|no)/(?P<id>[^/]+)\.jpe?g$",
-           {"yes": ("tumor",), "no": ()},
-           tells=[("outlines", r"annotations_\w+\.json$", via_outlines)]),
-    Source("chestxray14", "X-ray", "Chest", r"images[^/]*/(?P<id>(?P<group>\d{8})_\d{3}\.png)$",
-           tells=[("kinds", r"Data_Entry_2017\w*\.csv$", table("Image Index", findings)),
-                  ("outlines", r"BBox_List_2017\w*\.csv$", chest_boxes)], canvas=(1024, 1024)),
-    Source("malignantlymphoma", "Microscopy", "Lymph Node",
-           r"(?P<kind>CLL|FL|MCL)/(?P<id>(?P<group>sj-\d+-\d+)[^/]*)\.tiff?$",
-           {"cll": ("chronic lymphocytic leukemia",), "fl": ("follicular lymphoma",),
-            "mcl": ("mantle cell lymphoma",)}),
-    Source("bach", "Microscopy", "Breast",
-           r"(?P<kind>Normal|Benign|InSitu|Invasive)/(?P<id>[^/]+)\.tiff?$",
-           {"normal": (), "benign": ("benign lesion",), "insitu": ("in situ carcinoma",),
-            "invasive": ("invasive carcinoma",)}))
-
-
-def plain(pattern):
-    """A pattern as people write it: * for what varies."""
-    text = re.sub(r"\(\?!.*?\)+|\(\?P<\w+>|\(\^\|/\)", "", pattern)
-    text = re.sub(r"(\[[^]]*\]|\\[wd]|\.(?=[*+]))([*+]\??|\{.*?\})?", "*", text)
-    return re.sub(r"[()^$?\\]|\*(?=\*)", "", text)
+    Source("brats2021", "MRI", "Brain", "BraTS2021_{id}_flair.nii*", "BraTS2021_{id}_seg.nii*",
+           {"": ["glioma"]}),
+    Source("brats2021", "MRI", "Brain", kinds={"good": [], "ungood": ["glioma"]}, **BMAD),
+    Source("liverct", "CT", "Liver", "volume-{id}.nii*", "segmentation-{id}.nii*", {"": ["tumor"]},
+           least=2, window=(-200, 250)),
+    Source("liverct", "CT", "Liver", kinds={"good": [], "ungood": ["tumor"]}, **BMAD),
+    Source("resc", "OCT", "Retina", kinds={"good": [], "ungood": ["edema"]}, **BMAD),
+    Source("busi", "Ultrasound", "Breast", "{kind=benign|malignant|normal}/{id=*[)]}.png",
+           "{id=*[)]}_mask*.png",
+           {"benign": ["benign tumor"], "malignant": ["malignant tumor"], "normal": []}),
+    Source("isic2018", "Dermoscopy", "Skin", "*_Input/{id}.jpg", "{id}_segmentation.png", tells=[
+        ("kinds", "*Task3_*_GroundTruth.csv",
+         table("image", lambda r: [SKIN[k] for k in SKIN if float(r[k]) > .5])),
+        ("group", "*LesionGroupings.csv", table("image", lambda r: r["lesion_id"]))]),
+    Source("mosmed", "CT", "Lung", "{kind=CT-#}/{id}.nii*", "{id}_mask.nii*",
+           {"ct-0": [], **{f"ct-{k}": ["COVID-19 pneumonia"] for k in (1, 2, 3, 4)}},
+           window=(-1000, 400)),
+    Source("atlas", "CE-MRI", "Liver", "imagesTr/{id}(_0000)?.nii*", "labelsTr/{id}.nii*",
+           {"": ["tumor"]}, least=2),
+    Source("ddti", "Ultrasound", "Thyroid", "{id=#*_#*}.jpg", kinds={"": ["nodule"]},
+           group=r"(\d+)_", tells=[("outlines", "*.xml", ddti_outlines)]),
+    Source("ddti", "Ultrasound", "Thyroid", "1_or_data/image/{id}.png", "1_or_data/mask/{id}.*",
+           {"": ["nodule"]}, HUNDREDS),
+    Source("kvasirseg", "Endoscopy", "Alimentary", "images/{id}.jpg", "masks/{id}.jpg",
+           {"": ["polyp"]}),
+    Source("cvcclinicdb", "Endoscopy", "Alimentary", "Original/{id}.(tif|png)",
+           "Ground Truth/{id}.(tif|png)", {"": ["polyp"]}, HUNDREDS,
+           [("group", "metadata.csv", table("frame_id", lambda r: r["sequence_id"]))]),
+    Source("ph2", "Dermoscopy", "Skin", "*_Dermoscopic_Image/{id}.bmp", "{id}_lesion.bmp", tells=[
+        ("kinds", "PH2_dataset.txt", table("Name", lambda r: [NEVI[int(r["Clinical Diagnosis"])]]))
+        ]),
+    Source("idrid", "Fundus", "Retina", "*images/(**/)?{id=IDRiD_##}.jpg",
+           "{id=IDRiD_##}_(MA|HE|EX|SE).*", {"": ["diabetic retinopathy"]}),
+    Source("idrid", "Fundus", "Retina", "*{at=Training|Testing} Set/{id=IDRiD_###}.jpg", tells=[
+        ("kinds", "*Grading_{at=Training|Testing} Labels.csv",
+         table("Image name", lambda r: ["diabetic retinopathy"] * (int(r["Retinopathy grade"]) > 0)
+               ))]),
+    Source("pedidemi", "MRI", "Brain", "{id=**}/(?!*(mask|seg|lesion|label|roi))*flair*.nii*",
+           "{id=**}/*(mask|seg|lesion|label|roi)*.nii*", {"": ["demyelination"]}),
+    Source("br35h", "MRI", "Brain", "{kind=yes|no}/{id}.jpe?g", kinds={"yes": ["tumor"], "no": []},
+           tells=[("outlines", "annotations_*.json", via_outlines)]),
+    Source("chestxray14", "X-ray", "Chest", "images*/{id=########_###.png}", group="(.*)_", tells=[
+        ("kinds", "Data_Entry_2017*.csv", table("Image Index", findings)),
+        ("outlines", "BBox_List_2017*.csv", chest_boxes)], canvas=(1024, 1024)),
+    Source("malignantlymphoma", "Microscopy", "Lymph Node", "{kind=CLL|FL|MCL}/{id}.tiff?", kinds={
+        "cll": ["chronic lymphocytic leukemia"], "fl": ["follicular lymphoma"],
+        "mcl": ["mantle cell lymphoma"]}, group=r"(sj-\d+-\d+)"),
+    Source("bach", "Microscopy", "Breast", "{kind=Normal|Benign|InSitu|Invasive}/{id}.tiff?",
+           kinds={"normal": [], "benign": ["benign lesion"], "insitu": ["in situ carcinoma"],
+                  "invasive": ["invasive carcinoma"]}))
 
 
 def matches(pattern, files):
-    """(file, id, kind, group) of each file whose path fits."""
+    """(file, what `at` and `id` found, groups) of each file that ends as the pattern: a regular
+    expression in which {x=..} is a group, {x} one of any text, * any text in one name, ** any
+    text, # a digit, and a dot a dot."""
+    text = re.sub(r"\{(\w+)\}", r"{\1=*}", pattern).replace(".", r"\.").replace("#", r"\d")
+    text = text.replace("**", ".~").replace("*", "[^/]~").replace("~", "*?")
+    text = re.sub(r"\{(\w+)=(.*?)\}", r"(?P<\1>\2)", text)
     for file in files:
-        m = re.search(pattern, file, re.I)
+        m = re.search(f"(^|/){text}$", file, re.I)
         if m:
-            named = {"at": "", "id": "", "kind": "", "group": None, **m.groupdict()}
-            name = named["at"].lower() + named["id"]
-            group = name if named["group"] is None else named["group"]
-            yield file, name, named["kind"].lower(), group
+            named = {"at": "", "id": "", "kind": "", **m.groupdict()}
+            yield file, named["at"].lower() + named["id"], named
 
 
 def told_by_tables(source, folder, files):
@@ -1000,9 +989,9 @@ def told_by_tables(source, folder, files):
     for what, pattern, reader in source.tells:
         tables = list(matches(pattern, files))
         if what == "kinds" and not tables:
-            lack = f"no file {plain(pattern)}, which tells what the pictures show"
+            lack = f"no file {pattern}, which tells what the pictures show"
             tqdm.write(f"warning: {source.key}={folder}: {lack}", file=sys.stderr)
-        for file, at, *_ in tables:
+        for file, at, _ in tables:
             try:
                 for name, value in reader(folder / file).items():
                     told[at + name][what] = value
@@ -1023,18 +1012,19 @@ def find(key, folder):
     for form, s in forms:
         images, masks = list(matches(s.images, files)), defaultdict(list)
         told = told_by_tables(s, folder, files) if images else {}
-        for file, name, *_ in matches(s.masks, files):
+        for file, name, _ in matches(s.masks, files):
             masks[name].append(str(folder / file))
-        for file, name, kind, group in images:
+        for file, name, named in images:
+            group = re.match(s.group, named["id"])
             job = {"form": form, "n": len(jobs), "file": file, "path": str(folder / file),
-                   "kinds": s.kinds.get(kind), "masks": masks[name], "outlines": [],
-                   "group": group, **told[name]}
+                   "kinds": s.kinds.get(named["kind"].lower()), "masks": masks[name],
+                   "outlines": [], "group": group[1] if group else name, **told[name]}
             job["group"] = f"{key} {job['group']}"
             old = jobs.setdefault((form, name), job)
             same = Path(old["file"]).stem == Path(file).stem and old["kinds"] == job["kinds"]
             expect(same, f"{key}={folder}: {old['file']} and {file} can't be told apart,"
                          f" expected one image of {name!r}")
-    expected = " or ".join(plain(s.images) for _, s in forms)
+    expected = " or ".join(s.images for _, s in forms)
     found = ", ".join(files[:3]) or "no file"
     expect(jobs, f"{key}={folder}: no image of it, expected paths with {expected}, found {found}")
     return list(jobs.values())
