@@ -5,7 +5,6 @@ A record is one JSON line: {"id", "image", "modality", "anatomy", "task", "quest
 [..], "answer": "B", "thought": str | null, "source", "group", "split"}. `image` is relative to the
 file's folder and may not leave it; `group` (patient, volume, lesion) is never split between train
 and test. A phantom's record also has "shows", what was drawn, which eval.py holds thoughts against.
-Phantoms and real data take the same path: files on disk, then read_records.
 
     python data.py phantoms --out out/phantoms --n 2000 --seed 0 --show sheet.png
     python data.py build --out medad38k busi=DIR br35h=DIR chestxray14=DIR
@@ -65,9 +64,7 @@ def expect(ok, sentence):
         raise DataError(sentence)
 
 
-class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are DataErrors: one sentence, as for any bad input."""
-
+class Parser(argparse.ArgumentParser):  # a mistake on the command line is bad input like any
     def error(self, message):
         raise DataError(message)
 
@@ -153,9 +150,8 @@ def read_records(files, split=None, only=(), thinking="before"):
             fits = all(str(r[key]).casefold() in values for key, values in wanted.items())
             if fits and split in (None, r["split"]):
                 kept.append(r if thinking == "before" else {**r, "thinking": thinking})
-    which = f" of split {split!r}" if split else ""
-    which += "".join(f" with {text}" for text in only)
-    expect(kept, f"no usable record{which} in {files}")
+    which = [f"of split {split!r} "] * bool(split) + [f"with {text} " for text in only]
+    expect(kept, f"no usable record {''.join(which)}in {files}")
     return kept
 
 
@@ -691,16 +687,14 @@ def ask(image, task, truth, others, rng, rounds):
 
 # ---- phantoms: questions, thoughts, files --------------------------------------------------------
 def phantom_records(facts, rng, group, image, split="train", rounds=None, report=None):
-    """The records of one image: a healthy one has no true location or pathology. Every second
-    image with a lesion isn't asked for its state, so that Normal and Abnormal are equally often
-    the answer.
+    """The records of one image. A healthy one isn't asked for location or pathology, and every
+    second one with a lesion isn't for its state: Normal and Abnormal are equally often right.
 
-    The thoughts of an image are the same up to the last sentence, which names the right option's
-    text, never a letter. They describe the lesion of `report` (facts; default: the true ones).
+    The thoughts of an image differ in the last sentence, which names the right option's text, never
+    a letter. They describe the lesion of `report` (facts; default: the true ones).
     rounds, a defaultdict(list) kept from image to image, deals letters (see ask) and those turns.
     """
-    if rounds is None:
-        rounds = defaultdict(list)
+    rounds = defaultdict(list) if rounds is None else rounds
     modality, anatomy, kind = facts["modality"], facts["anatomy"], facts["lesion"]
     asked = {  # task: true answer, answers, last sentence
         "anatomy": (anatomy, ANATOMIES, "So the organ is"),
@@ -714,25 +708,19 @@ def phantom_records(facts, rng, group, image, split="train", rounds=None, report
     if not kind or turns.pop():
         asked["anomaly"] = "Abnormal" if kind else "Normal", STATES, "So the image is"
 
-    told = report or facts
-    seen = f"{SIGNS[modality]} suggest {modality}. The region is {anatomy}. "
+    told, finding = report or facts, "There is no lesion."
     if told["lesion"]:
-        seen += f"There is {STYLES[told['style']]} in the {told['location']}."
-        seen += f" This fits {told['lesion']}."
-    else:
-        seen += "There is no lesion."
+        finding = f"There is {STYLES[told['style']]} in the {told['location']}."
+        finding += f" This fits {told['lesion']}."
+    seen = f"{SIGNS[modality]} suggest {modality}. The region is {anatomy}. {finding}"
     shared = {"id": group, "image": image, "modality": modality, "anatomy": anatomy,
               "source": "phantom", "group": group, "split": split}
-    records = []
-    for task, (truth, names, so) in sorted(asked.items()):
-        thought = f"{seen} {so} {truth}."
-        records.append(ask({**shared, "thought": thought}, task, truth, names, rng, rounds))
-    return records
+    return [ask({**shared, "thought": f"{seen} {so} {truth}."}, task, truth, names, rng, rounds)
+            for task, (truth, names, so) in sorted(asked.items())]
 
 
 def careless_report(facts, rng):
-    """What a careless writer reports of an image: a lesion of another style at another place, or
-    one where there is none."""
+    """The facts, but for a lesion of another style at another place, or where there is none."""
     style = rng.choice([x for x in STYLES if x != facts["style"]])
     location = rng.choice([x for x in LOCATIONS if x != facts["location"]])
     kind = KINDS[facts["anatomy"]][list(STYLES).index(style)]
@@ -755,8 +743,8 @@ def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, care
         "seed": seed, "n_images": n_images, "thoughts": thoughts, "careless": careless,
         "size": SIZE, "lesion_rate": LESION_RATE, "lesion_radius": LESION_RADIUS,
         "lesion_contrast": LESION_CONTRAST, "shares": PHANTOM_SHARES})
-    if out.is_file() or (out.is_dir() and os.listdir(out)):
-        old = meta.read_text() if meta.is_file() else "no finished phantoms"
+    if meta.is_file():
+        old = meta.read_text()
         expect(old == knobs, f"{out} is there already with {old}, expected {knobs}:"
                              " remove it or name another folder")
         return str(jsonl)
@@ -798,14 +786,12 @@ def draw_phantoms(folder, seed, n_images, thoughts, careless):
 def contact_sheet(cells, file):
     """Pictures of at most 2 * SIZE px per side with labels, [(image, label)], five in a row -> a
     PNG to look at."""
-    side, columns = 2 * SIZE, 5
-    height = side + 14
-    page = Image.new("RGB", (columns * side, math.ceil(len(cells) / columns) * height), "white")
-    pen = ImageDraw.Draw(page)
+    side, height = 2 * SIZE, 2 * SIZE + 14
+    page = Image.new("RGB", (5 * side, math.ceil(len(cells) / 5) * height), "white")
     for k, (image, label) in enumerate(cells):
-        x, y = k % columns * side, k // columns * height
+        x, y = k % 5 * side, k // 5 * height
         page.paste(image, (x, y + 14))
-        pen.text((x + 4, y + 1), label, fill="black")
+        ImageDraw.Draw(page).text((x + 4, y + 1), label, fill="black")
     page.save(file)
 
 
@@ -832,10 +818,8 @@ def rows_of(file):
 
 
 def table(column, value):
-    """A reader of tables: file -> {cell of the column: value(row)}."""
-    def read(file):
-        return {row[column]: value(row) for row in rows_of(file)}
-    return read
+    """A reader of tables: (id in the column, value(row)) of each row."""
+    return lambda file: [(row[column], value(row)) for row in rows_of(file)]
 
 
 def findings(row):  # chest X-rays
@@ -843,32 +827,27 @@ def findings(row):  # chest X-rays
     return [x for x in names if x != "no finding"]
 
 
-def chest_boxes(file):
-    out = defaultdict(list)
-    for row in rows_of(file):  # the comma of their head "Bbox [x,y,w,h]" parts columns
-        x, y, w, h = (float(row[k]) for k in ("Bbox [x", "y", "w", "h]"))
-        out[row["Image Index"]].append([(x, y), (x + w, y), (x + w, y + h), (x, y + h)])
-    return out
+def chest_box(row):  # the comma of the head "Bbox [x,y,w,h]" parts columns
+    x, y, w, h = (float(row[k]) for k in ("Bbox [x", "y", "w", "h]"))
+    return [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
 
 
 def ddti_outlines(file):
     """XML with JSON in <svg>; an outline that can't be read is []."""
-    out = defaultdict(list)
     for mark in ElementTree.parse(file).iter("mark"):
+        name = f"{file.stem}_{mark.findtext('image')}"
         try:
-            shapes = json.loads(mark.findtext("svg"))
-            outlines = [[(p["x"], p["y"]) for p in shape["points"]] for shape in shapes]
+            for shape in json.loads(mark.findtext("svg")):
+                yield name, [(p["x"], p["y"]) for p in shape["points"]]
         except (ValueError, KeyError, TypeError):
-            outlines = [[]]
-        out[f"{file.stem}_{mark.findtext('image')}"] += outlines
-    return out
+            yield name, []
 
 
 def via_outlines(file):
     """The VGG annotator's JSON: polygons, circles and ellipses."""
-    out, t = defaultdict(list), np.linspace(0, 2 * np.pi, 32)
+    t = np.linspace(0, 2 * np.pi, 32)
     for entry in json.loads(file.read_text()).values():
-        regions, name = entry["regions"], Path(entry["filename"]).stem
+        regions = entry["regions"]
         for region in regions.values() if isinstance(regions, dict) else regions:
             s = region["shape_attributes"]
             if "cx" in s:
@@ -877,8 +856,7 @@ def via_outlines(file):
                 x, y = s["cx"] + turned.real, s["cy"] + turned.imag
             else:
                 x, y = s["all_points_x"], s["all_points_y"]
-            out[name].append(list(zip(map(float, x), map(float, y), strict=True)))
-    return out
+            yield Path(entry["filename"]).stem, [*zip(map(float, x), map(float, y), strict=True)]
 
 
 SKIN = {"MEL": "melanoma", "NV": "melanocytic nevus", "BCC": "basal cell carcinoma",
@@ -906,8 +884,8 @@ class Source(NamedTuple):
     masks: str = "(?!)"   # pattern, by default of nothing; several masks of one id are one lesion
     kinds: dict = {}      # {`kind` in lower case, "" if there is none: lesions}; {}: see tells
     group: str = "(?!)"   # expression: what of the id is patient, volume or lesion (else all of it)
-    tells: list = []      # (kinds, group or outlines (px); pattern; reader: file -> {id: it})
-    canvas: tuple = ()    # width and height the outlines refer to, px (else the image's)
+    tells: list = []      # (kinds, group or outlines; pattern; reader: file -> (id, it)..)
+    canvas: tuple = ()    # px, width and height the outlines refer to (else the image's)
     least: int = 1        # value in a volume's mask from which on it is lesion; below is the organ
     window: tuple = ()    # HU shown as black and as white (else percentiles 1 and 99)
 
@@ -960,7 +938,7 @@ SOURCES = (
            tells=[("outlines", "annotations_*.json", via_outlines)]),
     Source("chestxray14", "X-ray", "Chest", "images*/{id=########_###.png}", group="(.*)_", tells=[
         ("kinds", "Data_Entry_2017*.csv", table("Image Index", findings)),
-        ("outlines", "BBox_List_2017*.csv", chest_boxes)], canvas=(1024, 1024)),
+        ("outlines", "BBox_List_2017*.csv", table("Image Index", chest_box))], canvas=(1024, 1024)),
     Source("malignantlymphoma", "Microscopy", "Lymph Node", "{kind=CLL|FL|MCL}/{id}.tiff?", kinds={
         "cll": ["chronic lymphocytic leukemia"], "fl": ["follicular lymphoma"],
         "mcl": ["mantle cell lymphoma"]}, group=r"(sj-\d+-\d+)"),
@@ -993,8 +971,11 @@ def told_by_tables(source, folder, files):
             tqdm.write(f"warning: {source.key}={folder}: {lack}", file=sys.stderr)
         for file, at, _ in tables:
             try:
-                for name, value in reader(folder / file).items():
-                    told[at + name][what] = value
+                for name, value in reader(folder / file):
+                    if what == "outlines":  # each a polygon, [(x, y), ..] in px
+                        told[at + name].setdefault(what, []).append(value)
+                    else:
+                        told[at + name][what] = value
             except (ValueError, LookupError, TypeError, AttributeError,
                     ElementTree.ParseError) as e:
                 why = "lacks the column or key" if isinstance(e, KeyError) else "isn't as expected:"
@@ -1179,17 +1160,14 @@ def examine(job, folder, max_side):
 
 # ---- MedAD-38K: from facts to questions ----------------------------------------------------------
 def usable(facts, left_out):
-    """The facts without those that have a "why", which are counted in left_out[source, reason].
-    DataError if nothing of a source can be used, a warning if more than a tenth of it can't."""
+    """The facts without those that have a "why", which are counted in left_out[source, reason] and
+    warned of. DataError if nothing of a source can be used."""
     for source, n in Counter(f["source"] for f in facts).items():
         lost = [f for f in facts if f["source"] == source and "why" in f]
-        first = {f["why"]: f["file"] for f in reversed(lost)}
-        reasons = Counter(f["why"] for f in lost).most_common()
-        for why, count in reasons:
-            left_out[source, f"{why} (first: {first[why]})"] = count
-        if len(lost) > n / 10:
-            why = reasons[0][0]
-            sentence = f"{source}: {len(lost)} of {n} can't be used, as {first[why]}: {why}"
+        if lost:
+            left_out.update((source, f["why"]) for f in lost)
+            first = f"{lost[0]['file']}: {lost[0]['why']}"
+            sentence = f"{source}: {len(lost)} of {n} can't be used, as {first}"
             expect(len(lost) < n, sentence)
             tqdm.write(f"warning: {sentence}", file=sys.stderr)
     return [f for f in facts if "why" not in f]
@@ -1270,14 +1248,13 @@ def balanced(pool, rng):
 def medad_records(facts, seed, left_out):
     """The records of pictures that have a split. Counts in left_out[source, reason] what isn't
     asked."""
-    rng, rounds = np.random.default_rng(seed), defaultdict(list)
+    rng, rounds, records = np.random.default_rng(seed), defaultdict(list), []
     names = {"anatomy": ANATOMIES, "modality": MODALITIES, "anomaly": STATES,
              "pathology": DISTRACTORS, "location": LOCATIONS}
-    records = []
 
     def add(f, task, truth, others):
         image = {k: f[k] for k in ("image", "modality", "anatomy", "source", "group", "split")}
-        image["id"], image["thought"] = f"{f['source']}-{Path(f['image']).stem}", None
+        image |= {"id": f"{f['source']}-{Path(f['image']).stem}", "thought": None}
         records.append(ask(image, task, truth, others, rng, rounds))
 
     pools = defaultdict(lambda: defaultdict(list))  # to be balanced: {answer: facts}
@@ -1291,7 +1268,6 @@ def medad_records(facts, seed, left_out):
             else:
                 where = () if task == "location" else (f["modality"], f["anatomy"])
                 pools[task, f["split"], *where][truth].append(f)
-
     for (task, *_), pool in sorted(pools.items()):
         for f, truth, offered in balanced(pool, rng):
             others = offered + [x for x in names[task] if x not in offered]
@@ -1398,14 +1374,12 @@ def check(records):
     paths = sorted({r["path"] for r in records})
     with multiprocessing.Pool() as pool:
         looks = list(tqdm(pool.imap(look_at, paths, chunksize=16), desc="check", total=len(paths)))
-    missing = sum(not os.path.isfile(path) for path in paths)
-    print(f"{len(records)} questions on {len(paths)} images, {missing} of them missing")
+    seen = [path for path, look in zip(paths, looks, strict=True) if look is not None]
+    print(f"{len(records)} questions on {len(paths)} images, {len(paths) - len(seen)} of them"
+          " missing, broken or blank")
     for key in ("task", "split", "answer", "modality"):
         print(f"{key}: {counted(records, key)}")
 
-    seen = [path for path, look in zip(paths, looks, strict=True) if look is not None]
-    if len(seen) < len(paths):
-        print(f"{len(paths) - len(seen)} images can't be read or show nothing: no look-up by them")
     points, like = {}, dict(zip(paths, paths, strict=True))
     if seen:
         looks = np.array([look for look in looks if look is not None])

@@ -598,7 +598,7 @@ def test_check_finds_answers_that_options_tell(tmp_path, monkeypatch, capsys):
     write(tmp_path, *lines)
     out = check_of(tmp_path, monkeypatch, capsys)
     assert "modality, 30 test questions: chance 25.0%, commonest answer 100.0%\n" in out and "warning: modality" in out
-    assert "90 images can't be read" in out
+    assert "on 90 images, 90 of them missing, broken or blank" in out
 
 
 def test_check_finds_groups_on_both_sides(tmp_path, monkeypatch, capsys):
