@@ -6,7 +6,7 @@ A record is one JSON line: {"id", "image", "modality", "anatomy", "task", "quest
 file's folder and may not leave it; `group` (patient, volume, lesion) is never split between train
 and test. A phantom's record also has "shows", what was drawn, which eval.py holds thoughts against.
 
-    python data.py phantoms --out out/phantoms --n 2000 --seed 0 --show sheet.png
+    python data.py phantoms --out out/phantoms --n 2000 --seed 0
     python data.py build --out medad38k busi=DIR br35h=DIR chestxray14=DIR
     python data.py check out/phantoms/phantoms.jsonl
 
@@ -37,12 +37,12 @@ from tqdm import tqdm
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs at once are not noticed
+except ImportError:  # Windows, where two runs at once are not noticed
     fcntl = None
 
 LETTERS = "ABCDEF"
 TASKS = ("anatomy", "anomaly", "location", "modality", "pathology")  # section 3.1's five
-MED_R1_TASKS = (  # the question types of Med-R1 and OmniMedVQA; "unknown" where no file tells it
+MED_R1_TASKS = (  # of OmniMedVQA too
     "anatomy identification", "disease diagnosis", "lesion grading", "modality recognition",
     "other biological attributes", "unknown")
 KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "answer", "thought",
@@ -70,8 +70,8 @@ class Parser(argparse.ArgumentParser):  # a mistake on the command line is bad i
 
 
 def cli(main):
-    """Run main(); bad input, a full or read-only disk and Ctrl-C end it with one sentence on
-    stderr and exit code 2."""
+    """Run main(); bad input, a full or read-only disk and Ctrl-C end it with one sentence on stderr
+    and exit code 2."""
     try:
         main()
     except (DataError, OSError, KeyboardInterrupt) as e:
@@ -97,8 +97,7 @@ def check_options(options):
 
 
 def check_record(record, folder):
-    """The record with "path" added; ValueError with half a sentence (read_file adds file and line)
-    if anything is wrong."""
+    """The record with "path" added; ValueError, half a sentence, if anything is wrong."""
     expect(isinstance(record, dict), f"expected a JSON object, got {record!r:.60}")
     for key in KEYS:
         expect(key in record, f"key {key!r} is missing, expected {', '.join(KEYS)}")
@@ -112,10 +111,10 @@ def check_record(record, folder):
                                  ("split", "splits", SPLITS)):
         expect(record[key] in allowed,
                f"{key} {record[key]!r:.60} is not among the {plural} {', '.join(allowed)}")
-    shows = record.get("shows")
-    expect(shows is None or (isinstance(shows, dict) and shows.keys() == set(SHOWS)
-                             and shows["style"] in (None, *STYLES)
-                             and all(x is None or is_text(x) for x in shows.values())),
+    shows = record.get("shows") or dict.fromkeys(SHOWS)
+    fine = isinstance(shows, dict) and shows.keys() == set(SHOWS)
+    fine = fine and all(x is None or is_text(x) for x in shows.values())
+    expect(fine and shows["style"] in (None, *STYLES),
            f"'shows' is {shows!r:.200}, expected texts or null for {', '.join(SHOWS)}, the style "
            f"one of {', '.join(STYLES)}")
     json.dumps(record, ensure_ascii=False).encode()  # half a character raises UnicodeEncodeError
@@ -134,8 +133,7 @@ def read_records(files, split=None, only=(), thinking="before"):
     texts like "modality=CT", keeps those with one of the values given for each key. thinking (of
     rewards.INSTRUCTIONS) goes with them into prompt and target.
 
-    DataError names file, line and what was expected. Whether the images exist is load_image's
-    business.
+    DataError names file, line and what was expected. Images are not looked at.
     """
     wanted = defaultdict(set)
     for text in only:
@@ -156,9 +154,8 @@ def read_records(files, split=None, only=(), thinking="before"):
 
 
 def read_file(file, used):
-    """All records of a file: JSONL, or a JSON list of others' questions (.json). Those aren't ours
-    to mend: what can't be used is left out, counted and told on stderr. used, {id: file} of what
-    was read before, is added to."""
+    """The records of a file: JSONL, or a JSON list of others' questions (.json), of which those
+    that can't be used are left out and counted on stderr. used, {id: file}, is added to."""
     foreign, folder = str(file).endswith(".json"), Path(file).absolute().parent
     if foreign:  # OmniMedVQA's and Med-R1's image paths start beside these two
         roots = [p.parent for p in folder.parents if p.name in ("QA_information", "Splits")]
@@ -173,15 +170,12 @@ def read_file(file, used):
     expect(isinstance(items, list) and items and text.strip(),
            f"{file} holds no records, expected {form}")
 
-    records, left_out = [], Counter()
+    records, bad = [], []
     for k, item in enumerate(items, 1):
+        if not foreign and item.strip() == "":
+            continue
         try:
-            if foreign:
-                item = foreign_record(item, Path(file).stem, k)
-            elif item.strip() == "":
-                continue
-            else:
-                item = json.loads(item)
+            item = foreign_record(item, Path(file).stem, k) if foreign else json.loads(item)
             record = check_record(item, folder)
             name = record["id"]
             expect(name not in used, f"id {name!r} was already used in {used.get(name)}")
@@ -192,17 +186,15 @@ def read_file(file, used):
             if isinstance(e, json.JSONDecodeError):
                 why = f"broken JSON, {e.msg} at column {e.colno}"
             expect(foreign, f"{file}, line {k}: {why}")
-            left_out[re.sub(r"'.*'|\".*\"|\[.*\]", "..", why)] += 1
-    if left_out:
-        reasons = "; ".join(f"{n} x {why}" for why, n in left_out.most_common())
-        print(f"{file}: {left_out.total()} of {len(items)} questions left out: {reasons}",
+            bad.append(f"question {k}: {why}")
+    if bad:
+        print(f"warning: {file}: {len(bad)} of {len(items)} questions can't be used, as {bad[0]}",
               file=sys.stderr)
     return records
 
 
 def foreign_record(item, stem, k):
-    """The record of question k of OmniMedVQA's or Med-R1's file `stem`; DataError with half a
-    sentence if its form isn't known."""
+    """The record of question k of OmniMedVQA's or Med-R1's file `stem`."""
     expect(isinstance(item, dict), "expected an object")
     record = omnimedvqa(item, stem) if "gt_answer" in item else med_r1(item, stem, k)
     return {**record, "anatomy": "unknown", "thought": None, "group": record["image"]}
@@ -228,7 +220,7 @@ def omnimedvqa(item, stem):
 
 def med_r1(item, stem, k):
     """Of "image", "problem": "Q? A)x, B)y", "solution": "<answer> B </answer>". The file's name
-    tells question type or modality; the image's path may tell the modality too."""
+    tells question type or modality, the image's path may tell the modality."""
     expect(all(isinstance(item.get(x), str) for x in ("image", "problem", "solution")),
            "expected an object with the texts image, problem and solution")
     parts = [item["problem"]]  # the question, then the options
@@ -301,9 +293,9 @@ def move_aside(path):
 
 @contextmanager
 def locked(path):
-    """One run at a time gets past here with a path, DataError in the others. What is locked is a
-    file beside, .NAME.lock; the system unlocks it when the process ends, however it ends (lockf:
-    flock would live on in the worker processes of a killed one)."""
+    """One run at a time gets past here with a path, DataError in the others. The file beside it,
+    .NAME.lock, is unlocked by the system however a process ends (lockf: flock would live on in the
+    worker processes of a killed one)."""
     path = Path(path).absolute()
     file = path.with_name(f".{path.name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -326,8 +318,8 @@ def locked(path):
 
 @contextmanager
 def folder_beside(out):
-    """A new folder to fill, renamed to `out` at the end; after an error nothing is left of it, and
-    what a killed run left goes."""
+    """A new folder to fill, renamed to `out` at the end. Nothing stays of it after an error, nor of
+    a killed run's."""
     part = out.with_name(f".{out.name}.part")
     with locked(out):
         free = not out.exists() or (out.is_dir() and not os.listdir(out))
@@ -380,15 +372,11 @@ def open_image(path, header=False):
         return image if image.mode == "L" else image.convert("RGB")
     except DataError:
         raise
-    except FileNotFoundError:
-        why = "is missing"
-    except Image.UnidentifiedImageError:
-        why = "is not an image, or has no pixels"
-    except Image.DecompressionBombError:
-        why = f"has more than {MAX_PIXELS} pixels"
     except Exception as e:  # on a damaged file Pillow's decoders raise anything
-        why = f"is truncated or broken ({e})"
-    raise DataError(why)
+        known = {FileNotFoundError: "is missing",
+                 Image.UnidentifiedImageError: "is not an image, or has no pixels",
+                 Image.DecompressionBombError: f"has more than {MAX_PIXELS} pixels"}
+        raise DataError(known.get(type(e), f"is truncated or broken ({e})")) from None
 
 
 # ---- phantoms: knobs and words -------------------------------------------------------------------
@@ -445,9 +433,8 @@ PHRASES = (
 
 
 # ---- phantoms: drawing ---------------------------------------------------------------------------
-# Greys and colours 0..1. u, v (SIZE, SIZE): where pixels lie, -1..1 from the left and from the top,
-# so lengths are fractions of the half-side; abs(u) draws on both sides. Painters in colour also get
-# smooth spots and a side, -1 or 1. New picture: a function like these, its row in PAINTERS.
+# Greys and colours 0..1. u, v (SIZE, SIZE): where pixels lie, -1..1 from the left and from the top;
+# abs(u) draws on both sides. Painters in colour also get smooth spots and a side, -1 or 1.
 def clamp(x):
     return np.clip(x, 0, 1)
 
@@ -670,9 +657,9 @@ def draw_phantom(rng, modality, anatomy, lesion=None):
 
 # ---- questions with their options ----------------------------------------------------------------
 def ask(image, task, truth, others, rng, rounds):
-    """The record of a question; `image` has the keys that its questions share. The true answer
-    stands among three of the others. Its letter comes from rounds[task, split], a shuffled A to D
-    that is refilled when used up, so that all are equally frequent in every task and split."""
+    """The record of a question: the true answer among three of the others. `image` has the keys
+    that its questions share. The letter comes from rounds[task, split], a shuffled A to D that is
+    refilled when used up: all are equally frequent in every task and split."""
     letters = rounds[task, image["split"]]
     if not letters:
         letters += rng.permutation(list("ABCD")).tolist()
@@ -729,10 +716,10 @@ def careless_report(facts, rng):
 
 def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, careless=0.0):
     """Draw phantoms into folder `out` (images/, phantoms.jsonl, meta.json) -> the jsonl's path.
+    Reused if already there with the same knobs, DataError if with others.
 
-    The first `thoughts` train images (None: all) keep their chains of thought, the others have
-    "thought": null. A share `careless` of the thoughts misreports the lesion. Neither changes the
-    images or the questions. Reused if already there with the same knobs, DataError if with others.
+    The first `thoughts` train images (None: all) keep their chains of thought, of a share
+    `careless` the thoughts misreport the lesion. Neither changes images or questions.
     """
     expect(n_images > 0 and seed >= 0 and (thoughts or 0) >= 0 and 0 <= careless <= 1,
            f"{n_images} images, seed {seed}, thoughts {thoughts}, careless {careless}: expected"
@@ -781,31 +768,6 @@ def draw_phantoms(folder, seed, n_images, thoughts, careless):
                 r["thought"] = None
             records.append({**r, "shows": facts})
     return records
-
-
-def contact_sheet(cells, file):
-    """Pictures of at most 2 * SIZE px per side with labels, [(image, label)], five in a row -> a
-    PNG to look at."""
-    side, height = 2 * SIZE, 2 * SIZE + 14
-    page = Image.new("RGB", (5 * side, math.ceil(len(cells) / 5) * height), "white")
-    for k, (image, label) in enumerate(cells):
-        x, y = k % 5 * side, k // 5 * height
-        page.paste(image, (x, y + 14))
-        ImageDraw.Draw(page).text((x + 4, y + 1), label, fill="black")
-    page.save(file)
-
-
-def phantom_sheet(file, seed):
-    """A contact sheet with a row for each pair: without a lesion, then with the four styles."""
-    cells = []
-    for i, pair in enumerate(PAIRS):
-        for j, style in enumerate((None, *STYLES)):
-            place = LOCATIONS[(i + j) % len(LOCATIONS)]
-            lesion = (style, place) if style else None
-            pixels, facts = draw_phantom(np.random.default_rng([seed, i, j]), *pair, lesion)
-            label = f"{facts['lesion']}, {place}" if style else " ".join(pair)
-            cells.append((Image.fromarray(pixels).resize((2 * SIZE, 2 * SIZE)), label))
-    contact_sheet(cells, file)
 
 
 # ---- MedAD-38K: how the 17 sources lie on disk ---------------------------------------------------
@@ -1013,8 +975,8 @@ def find(key, folder):
 
 # ---- MedAD-38K: from image and mask to facts -----------------------------------------------------
 def parts_of(mask):
-    """The parts of a mask (H, W) bool that lie apart where its longer side is 32 cells -> their
-    areas, centroids' x and y, px, each (P,)."""
+    """The parts of a mask (H, W) bool that lie apart where its longer side is 32 cells -> areas,
+    centroids' x and y, px, each (P,)."""
     side, grown = math.ceil(max(mask.shape) / 32), mask.copy()
     grown[1:] |= mask[:-1]  # what touches at a corner touches at an edge now, as floodfill needs it
     y, x = grown.nonzero()
@@ -1036,8 +998,8 @@ def location_of(mask):
     centroid's x and y as fractions.
 
     Center Region is the middle third of both axes, the others are the quarters around it. The
-    centroid of the largest of the parts decides. None if a part of at least SIMILAR times its area
-    has its centroid in another region, or if the lesion covers more than half of the picture.
+    centroid of the largest part decides, unless one of at least SIMILAR times its area lies in
+    another region, or all cover more than half of the picture.
     """
     area, x, y = parts_of(mask)
     x, y = x / mask.shape[1], y / mask.shape[0]
@@ -1052,9 +1014,8 @@ def location_of(mask):
 
 
 def lesion_of(job, size):
-    """The mask (H, W) bool of an image's lesion, None without mask file or outline. In a JPEG it
-    counts from 128 on, elsewhere from 1 on: masks are 0 and 1, 0 and 255, red, or grey through a
-    colour map."""
+    """The mask (H, W) bool of an image's lesion, None if not known. JPEGs count from 128 on, others
+    from 1 on: they are 0 and 1, 0 and 255, red, or grey through a colour map."""
     if not job["masks"] and not job["outlines"]:
         return None
     size = SOURCES[job["form"]].canvas or size  # W, H
@@ -1084,8 +1045,8 @@ def spread(items, n):
 
 def slices(job):
     """NIfTI volume -> [(image, mask or None, suffix)]: up to SLICES slices with the lesion and as
-    many without, evenly spaced, shown as radiologists do (the patient's right is on the left).
-    Those without: with the organ if it is marked, else of the middle half."""
+    many without (with the organ if it is marked, else of the middle half), evenly spaced, shown as
+    radiologists do, the patient's right on the left."""
     try:
         import nibabel
     except ImportError:
@@ -1116,12 +1077,11 @@ def slices(job):
 
 
 def examine(job, folder, max_side):
-    """One image or volume -> facts, a dict for each picture; the pictures are written into
-    `folder`, at most max_side px a side. What can't be used has a "why" instead.
+    """One image or volume -> facts, a dict for each picture; pictures are written into `folder`, at
+    most max_side px per side. What can't be used has a "why" instead.
 
-    "kinds": lesions, () if healthy, None if not told or if the mask says otherwise ("agree" is
-    False); "box": where the lesion lies if that is known: left, top, right, bottom, as fractions;
-    "place": what location_of says.
+    "kinds": lesions, None if not told or if the mask says otherwise ("agree" is False); "box": of
+    the lesion, if known: left, top, right, bottom, as fractions; "place": what location_of says.
     """
     s, facts = SOURCES[job["form"]], []
     origin = {"source": s.key, "file": job["file"]}
@@ -1150,6 +1110,7 @@ def examine(job, folder, max_side):
             kinds = None if mask is None else ()
         agree = mask is None or kinds is None or drawn == bool(kinds)
         file = f"images/{s.key}/{job['n']:06d}-{stem}{suffix}.png"
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
         image.save(folder / file, compress_level=1)
         facts.append({
             **origin, "image": file, "modality": s.modality, "anatomy": s.anatomy,
@@ -1174,8 +1135,8 @@ def usable(facts, left_out):
 
 
 def without_copies(facts, folder, left_out):
-    """The facts without copies of an earlier picture, whose files are removed and which are counted
-    in left_out. Groups with pictures that look the same become one."""
+    """The facts without copies of an earlier picture, whose files are removed, counted in left_out.
+    Groups with pictures that look the same become one."""
     names, numbers = np.unique([f["group"] for f in facts], return_inverse=True)
     joined = join_alike(np.array([f["look"] for f in facts]), numbers)
     grown = set(joined[joined != numbers])
@@ -1225,10 +1186,10 @@ def true_answer(f, task):
 
 
 def balanced(pool, rng):
-    """{answer: pictures} -> (picture, its answer, the answers to choose from), so that the answers
-    to choose from tell nothing: in each round the (up to four) answers with most pictures left get
-    a picture each and are offered together. Ends when a round has fewer answers than the first;
-    the pictures that are left over stay in the pool."""
+    """{answer: pictures} -> (picture, its answer, the answers to choose from), which tell nothing:
+    in each round the (up to four) answers with most pictures left get a picture each and are
+    offered together. Ends when a round has fewer answers than the first; the rest stay in the
+    pool."""
     for answer, pictures in sorted(pool.items()):
         pool[answer] = [pictures[i] for i in rng.permutation(len(pictures))]
     size = 0
@@ -1246,8 +1207,7 @@ def balanced(pool, rng):
 
 
 def medad_records(facts, seed, left_out):
-    """The records of pictures that have a split. Counts in left_out[source, reason] what isn't
-    asked."""
+    """The records of pictures that have a split. What isn't asked is counted in left_out."""
     rng, rounds, records = np.random.default_rng(seed), defaultdict(list), []
     names = {"anatomy": ANATOMIES, "modality": MODALITIES, "anomaly": STATES,
              "pathology": DISTRACTORS, "location": LOCATIONS}
@@ -1340,9 +1300,9 @@ def look_at(path):
 
 
 def look_up(task, train, test, points):
-    """Prints how many of test's answers are found by two look-ups: the option that was most often
-    right, when offered, in train; of train's pictures with an answer that is offered, the nearest
-    one's. points: {path: coarse look, (256,)}."""
+    """Prints how many of test's answers two look-ups find: the option that was most often right,
+    when offered, in train; of train's pictures with an answer that is offered, the nearest one's.
+    points: {path: coarse look, (256,)}."""
     right, offered = Counter(), Counter()
     for r in train:
         right[r["right"]] += 1
@@ -1418,14 +1378,11 @@ def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
         jobs += find(key, folder)
 
     with folder_beside(out) as part:
-        for key in sources:
-            (part / "images" / key).mkdir(parents=True)
-        facts, left_out = [], Counter()
-        work = partial(examine, folder=part, max_side=max_side)
+        left_out, work = Counter(), partial(examine, folder=part, max_side=max_side)
         with multiprocessing.Pool(workers) as pool:
             done = pool.imap(work, jobs, chunksize=4)
-            for made in tqdm(done, desc="build", unit="file", total=len(jobs)):
-                facts += made
+            made = list(tqdm(done, desc="build", unit="file", total=len(jobs)))
+        facts = [f for pictures in made for f in pictures]
         facts = without_copies(usable(facts, left_out), part, left_out)
         split_by_group(facts, seed)
         records = medad_records(facts, seed, left_out)
@@ -1437,9 +1394,20 @@ def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
     return str(out / "medad38k.jsonl")
 
 
+def contact_sheet(cells, file):
+    """A picture file of cells, [(image of at most 2 * SIZE px per side, label)], five in a row."""
+    side, height = 2 * SIZE, 2 * SIZE + 14
+    page = Image.new("RGB", (5 * side, math.ceil(len(cells) / 5) * height), "white")
+    for k, (image, label) in enumerate(cells):
+        x, y = k % 5 * side, k // 5 * height
+        page.paste(image, (x, y + 14))
+        ImageDraw.Draw(page).text((x + 4, y + 1), label, fill="black")
+    page.save(file)
+
+
 def source_sheet(folder, key, facts):
-    """SHEET pictures of a source, evenly spaced: the five regions, a box around the lesion and a
-    dot on its centroid, what it is and where."""
+    """SHEET pictures of a source: the five regions, a box around the lesion, a dot on its centroid,
+    what it is and where."""
     cells = []
     for f in spread(facts, SHEET):
         image = Image.open(folder / f["image"]).convert("RGB")
@@ -1449,8 +1417,7 @@ def source_sheet(folder, key, facts):
         pen.line((0, h / 2, w, h / 2), fill="gray")
         pen.rectangle((w / 3, h / 3, 2 * w / 3, 2 * h / 3), outline="gray")
         if f["box"] is not None:
-            left, top, right, bottom = f["box"]
-            pen.rectangle((left * w, top * h, right * w, bottom * h), outline="cyan")
+            pen.rectangle(tuple(f["box"] * (w, h, w, h)), outline="cyan")
             x, y = f["place"][2]
             pen.ellipse((x * w - 3, y * h - 3, x * w + 3, y * h + 3), fill="cyan", outline="black")
         what = "not told" if f["kinds"] is None else ", ".join(f["kinds"]) or "healthy"
@@ -1510,7 +1477,6 @@ def main():
                    help="train images that keep their chains of thought (default: all)")
     p.add_argument("--careless", type=float, default=0.0,
                    help="share of the images whose thoughts misreport the lesion")
-    p.add_argument("--show", metavar="PNG", help="draw a contact sheet too")
     p = commands.add_parser("build", help="make MedAD-38K of public sources", **shown)
     p.add_argument("sources", nargs="+", metavar="KEY=DIR",
                    help=", ".join(sorted({s.key for s in SOURCES})))
@@ -1522,11 +1488,7 @@ def main():
 
     args = parser.parse_args()
     if args.command == "phantoms":
-        known = Path(args.show or "none.png").suffix.lower() in Image.registered_extensions()
-        expect(known, f"--show {args.show}: expected the name of a picture, as in sheet.png")
         print(make_phantoms(args.out, args.seed, args.n, args.thoughts, args.careless))
-        if args.show:
-            phantom_sheet(args.show, args.seed)
     elif args.command == "build":
         sources = {}
         for text in args.sources:

@@ -691,7 +691,7 @@ def test_omnimedvqa(tmp_path, capsys):
         omni(7, option_A="fundus imaging."), omni(8, "grade ++", **grades), omni(9, "grade", **grades)]))})
     records = {r["id"][7:]: r for r in data.read_records(tmp_path / name)}
     assert {k: r["answer"] for k, r in records.items()} == dict(zip("01234578", "DDBBBDDB", strict=True))
-    assert "2 of 10 questions left out" in capsys.readouterr().err
+    assert "2 of 10 questions can't be used, as question 7: gt_answer fits 0 options" in capsys.readouterr().err
     r = records["0"]
     assert r["path"] == str((tmp_path / "Images/ACRIMA/0.png").resolve()) and r["task"] == "modality recognition"
     assert (r["modality"], records["5"]["modality"], r["source"]) == ("Fundus Photography", "CT", "ACRIMA")
