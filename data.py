@@ -923,9 +923,8 @@ def matches(pattern, files):
             yield file, named["at"].lower() + named["id"], named
 
 
-def told_by_tables(source, folder, files):
-    """{id: {"kinds", "group", "outlines": ..}}, each only where a file of the source tells it."""
-    told = defaultdict(dict)
+def read_tables(source, folder, files, told):
+    """What tables and outlines of a source tell goes into told, {id: {"kinds", "group", ..}}."""
     for what, pattern, reader in source.tells:
         tables = list(matches(pattern, files))
         if what == "kinds" and not tables:
@@ -935,33 +934,36 @@ def told_by_tables(source, folder, files):
             try:
                 for name, value in reader(folder / file):
                     if what == "outlines":  # each a polygon, [(x, y), ..] in px
-                        told[at + name].setdefault(what, []).append(value)
+                        told[at + name][what].append(value)
                     else:
                         told[at + name][what] = value
             except (ValueError, LookupError, TypeError, AttributeError,
                     ElementTree.ParseError) as e:
                 why = "lacks the column or key" if isinstance(e, KeyError) else "isn't as expected:"
                 raise DataError(f"{folder / file} {why} {e}") from None
-    return told
 
 
 def find(key, folder):
     """The images and volumes of a source -> jobs for `examine`, by path. Of several files with one
     id the first is taken."""
+    forms = [(n, s) for n, s in enumerate(SOURCES) if s.key == key]
+    known = ", ".join(sorted({s.key for s in SOURCES}))
+    expect(forms, f"{key}: no such source, expected some of {known}")
     folder, jobs = Path(folder), {}
     expect(folder.is_dir(), f"{key}={folder}: expected a folder")
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    forms = [(n, s) for n, s in enumerate(SOURCES) if s.key == key]
     for form, s in forms:
-        images, masks = list(matches(s.images, files)), defaultdict(list)
-        told = told_by_tables(s, folder, files) if images else {}
+        told = defaultdict(lambda: {"masks": [], "outlines": []})
         for file, name, _ in matches(s.masks, files):
-            masks[name].append(str(folder / file))
+            told[name]["masks"].append(str(folder / file))
+        images = list(matches(s.images, files))
+        if images:
+            read_tables(s, folder, files, told)
         for file, name, named in images:
             group = re.match(s.group, named["id"])
             job = {"form": form, "n": len(jobs), "file": file, "path": str(folder / file),
-                   "kinds": s.kinds.get(named["kind"].lower()), "masks": masks[name],
-                   "outlines": [], "group": group[1] if group else name, **told[name]}
+                   "kinds": s.kinds.get(named["kind"].lower()),
+                   "group": group[1] if group else name, **told[name]}
             job["group"] = f"{key} {job['group']}"
             old = jobs.setdefault((form, name), job)
             same = Path(old["file"]).stem == Path(file).stem and old["kinds"] == job["kinds"]
@@ -1371,18 +1373,16 @@ def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
     out = Path(out).absolute()
     expect(max_side > 0 and seed >= 0,
            f"max_side {max_side}, seed {seed}: expected 1 or more px, a seed of 0 or more")
-    known = {s.key for s in SOURCES}
     jobs = []
     for key, folder in sorted(sources.items()):
-        expect(key in known, f"{key}: no such source, expected some of {', '.join(sorted(known))}")
         jobs += find(key, folder)
-
     with folder_beside(out) as part:
-        left_out, work = Counter(), partial(examine, folder=part, max_side=max_side)
+        facts, left_out = [], Counter()
+        work = partial(examine, folder=part, max_side=max_side)
         with multiprocessing.Pool(workers) as pool:
             done = pool.imap(work, jobs, chunksize=4)
-            made = list(tqdm(done, desc="build", unit="file", total=len(jobs)))
-        facts = [f for pictures in made for f in pictures]
+            for made in tqdm(done, desc="build", unit="file", total=len(jobs)):
+                facts += made
         facts = without_copies(usable(facts, left_out), part, left_out)
         split_by_group(facts, seed)
         records = medad_records(facts, seed, left_out)
