@@ -771,6 +771,12 @@ def draw_phantoms(folder, seed, n_images, thoughts, careless):
 
 
 # ---- MedAD-38K: how the 17 sources lie on disk ---------------------------------------------------
+SKIN = {"MEL": "melanoma", "NV": "melanocytic nevus", "BCC": "basal cell carcinoma",
+        "AKIEC": "actinic keratosis", "BKL": "benign keratosis", "DF": "dermatofibroma",
+        "VASC": "vascular lesion"}
+NEVI = ("common nevus", "atypical nevus", "melanoma")  # PH2's clinical diagnosis 0, 1, 2
+
+
 def rows_of(file):
     """A table, its columns parted by commas or PH2's double bars -> its rows as dicts."""
     lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
@@ -782,6 +788,18 @@ def rows_of(file):
 def table(column, value):
     """A reader of tables: (id in the column, value(row)) of each row."""
     return lambda file: [(row[column], value(row)) for row in rows_of(file)]
+
+
+def skin_kinds(row):  # ISIC 2018
+    return [SKIN[k] for k in SKIN if float(row[k]) > .5]
+
+
+def nevus(row):  # PH2
+    return [NEVI[int(row["Clinical Diagnosis"])]]
+
+
+def retinopathy(row):  # IDRiD
+    return ["diabetic retinopathy"] if int(row["Retinopathy grade"]) else []
 
 
 def findings(row):  # chest X-rays
@@ -821,10 +839,6 @@ def via_outlines(file):
             yield Path(entry["filename"]).stem, [*zip(map(float, x), map(float, y), strict=True)]
 
 
-SKIN = {"MEL": "melanoma", "NV": "melanocytic nevus", "BCC": "basal cell carcinoma",
-        "AKIEC": "actinic keratosis", "BKL": "benign keratosis", "DF": "dermatofibroma",
-        "VASC": "vascular lesion"}
-NEVI = ("common nevus", "atypical nevus", "melanoma")  # PH2's clinical diagnosis 0, 1, 2
 TRAIN_SHARE = 0.7  # of a source's pictures; the rest is the test split
 LOOK = 64          # px, side of the small grey picture by which pictures are compared
 SAME = .99, 4      # two show the same: correlation above, mean difference of greys (of 255) below
@@ -868,9 +882,8 @@ SOURCES = (
            "{id=*[)]}_mask*.png",
            {"benign": ["benign tumor"], "malignant": ["malignant tumor"], "normal": []}),
     Source("isic2018", "Dermoscopy", "Skin", "*_Input/{id}.jpg", "{id}_segmentation.png", tells=[
-        ("kinds", "*Task3_*_GroundTruth.csv",
-         table("image", lambda r: [SKIN[k] for k in SKIN if float(r[k]) > .5])),
-        ("group", "*LesionGroupings.csv", table("image", lambda r: r["lesion_id"]))]),
+        ("kinds", "*Task3_*_GroundTruth.csv", table("image", skin_kinds)),
+        ("group", "*LesionGroupings.csv", table("image", lambda row: row["lesion_id"]))]),
     Source("mosmed", "CT", "Lung", "{kind=CT-#}/{id}.nii*", "{id}_mask.nii*",
            {"ct-0": [], **{f"ct-{k}": ["COVID-19 pneumonia"] for k in (1, 2, 3, 4)}},
            window=(-1000, 400)),
@@ -884,16 +897,13 @@ SOURCES = (
            {"": ["polyp"]}),
     Source("cvcclinicdb", "Endoscopy", "Alimentary", "Original/{id}.(tif|png)",
            "Ground Truth/{id}.(tif|png)", {"": ["polyp"]}, HUNDREDS,
-           [("group", "metadata.csv", table("frame_id", lambda r: r["sequence_id"]))]),
-    Source("ph2", "Dermoscopy", "Skin", "*_Dermoscopic_Image/{id}.bmp", "{id}_lesion.bmp", tells=[
-        ("kinds", "PH2_dataset.txt", table("Name", lambda r: [NEVI[int(r["Clinical Diagnosis"])]]))
-        ]),
+           [("group", "metadata.csv", table("frame_id", lambda row: row["sequence_id"]))]),
+    Source("ph2", "Dermoscopy", "Skin", "*_Dermoscopic_Image/{id}.bmp", "{id}_lesion.bmp",
+           tells=[("kinds", "PH2_dataset.txt", table("Name", nevus))]),
     Source("idrid", "Fundus", "Retina", "*images/(**/)?{id=IDRiD_##}.jpg",
            "{id=IDRiD_##}_(MA|HE|EX|SE).*", {"": ["diabetic retinopathy"]}),
     Source("idrid", "Fundus", "Retina", "*{at=Training|Testing} Set/{id=IDRiD_###}.jpg", tells=[
-        ("kinds", "*Grading_{at=Training|Testing} Labels.csv",
-         table("Image name", lambda r: ["diabetic retinopathy"] * (int(r["Retinopathy grade"]) > 0)
-               ))]),
+        ("kinds", "*Grading_{at=Training|Testing} Labels.csv", table("Image name", retinopathy))]),
     Source("pedidemi", "MRI", "Brain", "{id=**}/(?!*(mask|seg|lesion|label|roi))*flair*.nii*",
            "{id=**}/*(mask|seg|lesion|label|roi)*.nii*", {"": ["demyelination"]}),
     Source("br35h", "MRI", "Brain", "{kind=yes|no}/{id}.jpe?g", kinds={"yes": ["tumor"], "no": []},

@@ -249,6 +249,14 @@ def test_source(name, tmp_path):
         assert asked[task] + sum(n for k, n in missing.items() if k.startswith(task)) == len(pictures), task
     assert asked["anatomy"] == asked["modality"] == len(pictures) and (out / f"{key}.png").is_file()
 
+def test_patterns():
+    """Patterns are of the end of a path, from a folder's or file's beginning on; * stays in one name, ** doesn't."""
+    files = ["a/yes/im 1_2.PNG", "no/3.png", "a/yes/b/4.png", "a/eyes/5.png", "yes/6xpng", "yes/7.png.gz", "in/b/c/im_89.nii.gz"]
+    found = {file: (name, named["kind"]) for file, name, named in data.matches("{kind=yes|no}/{id}.png", files)}
+    assert found == {"a/yes/im 1_2.PNG": ("im 1_2", "yes"), "no/3.png": ("3", "no")}
+    assert [name for _, name, _ in data.matches("{at=IN|out}/**/im_{id=##}.nii*", files)] == ["in89"]
+    assert not [*data.matches("im_{id=#}.nii*", files)] and not [*data.matches("(?!)", files)]
+
 def test_17_of_17():
     """No source without a miniature."""
     assert {x[0] for x in TREES.values()} == {s.key for s in data.SOURCES} and len({x[0] for x in TREES.values()}) == 17
