@@ -4,6 +4,7 @@
         "SFT, then Con-GRPO"=out0/sft+out0/grpo,out1/sft+out1/grpo
     python tests/pictures.py lines OUT.svg "images with thoughts" \\
         "SFT=30:61.0±4.1,60:72.3±5.8" "Con-GRPO=30:70.2±3.9,60:78.9±3.6"
+    python tests/pictures.py phantoms OUT.jpg
     python tests/pictures.py examples OUT.png out/completions-sft.jsonl out/completions-grpo.jsonl
 
 curve: held-out accuracy over wall time, from the metrics.jsonl of runs with --eval_every. A "+"
@@ -11,6 +12,7 @@ joins runs that follow each other, a "," separates seeds: each seed is a pale li
 strong one, as far as all seeds go. The time is that of training, without the evaluations.
 lines: accuracy in % with its deviation (or without: "30:61.0") at a few x, numbers or texts. They
 stand at equal distances, numbers in their order, texts in that of the command.
+phantoms: one of each modality and region without a lesion, and with each style of lesion.
 examples: phantoms that the last file's checkpoint answers right and the first one's wrong, one per
 task, with question, thoughts and answers. The phantoms lie beside the completions.
 """
@@ -28,6 +30,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
 import eval as evaluation
 
 WIDTH, HEIGHT = 760, 380                    # px, of a chart
@@ -186,6 +189,20 @@ def turned_right(before, after):
     return chosen
 
 
+def phantoms(file):
+    """A row for each pair of data.PAIRS: without a lesion, then with the four styles."""
+    cells = []
+    for i, pair in enumerate(data.PAIRS):
+        for j, style in enumerate((None, *data.STYLES)):
+            place = data.LOCATIONS[(i + j) % len(data.LOCATIONS)]
+            lesion = (style, place) if style else None
+            pixels, facts = data.draw_phantom(np.random.default_rng([0, i, j]), *pair, lesion)
+            label = f"{facts['lesion']}, {place}" if style else " ".join(pair)
+            side = 2 * data.SIZE
+            cells.append((Image.fromarray(pixels).resize((side, side)), label))
+    data.contact_sheet(cells, file)
+
+
 def examples(file, completions):
     """One question of each of TASKS -> a PNG: image, question and options, a column per file."""
     names = [Path(path).stem.removeprefix("completions-") for path in completions]
@@ -223,5 +240,7 @@ if __name__ == "__main__":
         curve(target, rest)
     elif kind == "lines":
         lines_with_bars(target, rest[0], rest[1:])
+    elif kind == "phantoms":
+        phantoms(target)
     else:
         examples(target, rest)

@@ -412,13 +412,6 @@ def test_no_completions_are_shown_with_show_every_0(world, toy, tmp_path):
     assert not (tmp_path / "x" / "completions.jsonl").exists()
 
 
-def test_a_contact_sheet_of_unknown_form_is_refused_before_anything_is_drawn(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["data.py", "phantoms", "--out", str(tmp_path / "p"), "--show", "sheet.xyz"])
-    with pytest.raises(data.DataError, match="sheet.xyz"):
-        data.main()
-    assert not (tmp_path / "p").exists()
-
-
 def test_an_out_that_cannot_be_written_is_told_before_evaluating(world, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "access", lambda *args: False)  # root may write anywhere
     monkeypatch.setattr(evaluation, "answer", lambda *args: pytest.fail("evaluated"))
