@@ -778,9 +778,10 @@ NEVI = ("common nevus", "atypical nevus", "melanoma")  # PH2's clinical diagnosi
 
 
 def rows_of(file):
-    """A table, its columns parted by commas or PH2's double bars -> its rows as dicts."""
+    """A table, its columns parted by commas, tabs or PH2's double bars -> its rows as dicts."""
     lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    rows = [x.split("||") for x in lines if "||" in x] or csv.reader(lines)
+    by = "\t" if "\t" in lines[0] else ","
+    rows = [x.split("||") for x in lines if "||" in x] or csv.reader(lines, delimiter=by)
     head, *body = [[cell.strip() for cell in row] for row in rows if any(row)]
     return [dict(zip(head, row, strict=False)) for row in body]
 
@@ -1265,7 +1266,7 @@ def normed(looks):
 def coarse(looks):
     """(N, LOOK, LOOK) -> (N, 16, 16) float32: normed, then means of 4 x 4 px, times 4, so that no
     two are further apart than at full size."""
-    parts = [normed(looks[k:k + 1024]) for k in range(0, len(looks), 1024)]
+    parts = (normed(looks[k:k + 1024]) for k in range(0, len(looks), 1024))
     return np.concatenate([x.reshape(-1, 16, 4, 16, 4).mean((2, 4)) * 4 for x in parts])
 
 
@@ -1282,22 +1283,28 @@ def same(looks, others):
 
 def join_alike(looks, groups):
     """Groups (N,) int of looks (N, LOOK, LOOK) -> the same, joined to the smallest number where
-    looks are `same`. All pairs are compared coarsely, which misses none, those that are near at
-    full size."""
+    looks are `same`.
+
+    None is missed: to go coarse, to add the mirror image, to keep one coordinate only shortens
+    distances. So looks are sorted along one axis and compared with those in reach, with the mirror
+    images added; who is near is compared at full size."""
     groups, reach = np.array(groups), 2 - 2 * SAME[0]  # squared distance of normed looks
     a = coarse(looks)
-    a, mirrored = a.reshape(-1, 256), a[..., ::-1].reshape(-1, 256)
-    half = (a**2).sum(1) / 2
+    a = (a + a[..., ::-1])[..., :8].reshape(-1, 128) / 2**.5  # its other half is alike
+    sample = a[::len(a) // 2000 + 1]
+    along = a @ np.linalg.svd(sample - sample.mean(0), full_matrices=False)[2][0]
+    order = along.argsort()
+    a, along = a[order], along[order]
+    ends, half = np.searchsorted(along, along + reach**.5), (a**2).sum(1) / 2
     for k in range(0, len(a), 128):
-        rows = slice(k, k + 128)
-        product = np.maximum(a[rows] @ a[k:].T, a[rows] @ mirrored[k:].T)
-        near = half[rows, None] + half[k:] - product < reach / 2  # half of the squared distance
-        near &= groups[rows, None] != groups[k:]
-        pairs = k + np.argwhere(near)  # (P, 2)
+        rows, reached = slice(k, k + 128), slice(k, ends[k:k + 128][-1])
+        near = half[rows, None] + half[reached] - a[rows] @ a[reached].T < reach / 2
+        pairs = order[k + np.argwhere(near)]  # (P, 2)
+        pairs = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
         for n in range(0, len(pairs), 1024):
-            chunk = pairs[n:n + 1024]
-            for i, j in chunk[same(*looks[chunk.T])]:
-                low, high = sorted((groups[i], groups[j]))
+            i, j = pairs[n:n + 1024].T
+            for x, y in pairs[n:n + 1024][same(looks[i], looks[j])]:
+                low, high = sorted((groups[x], groups[y]))
                 groups[groups == high] = low
     return groups
 

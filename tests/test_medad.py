@@ -627,6 +627,14 @@ def test_mask_of_another_shape(tmp_path):
     assert [told[f"images/k{n}.jpg"][0]["place"][0] for n in range(3)] == [LU] * 3
     assert told["images/k3.jpg"] == [{"source": "kvasirseg", "file": "images/k3.jpg", "why": "has a mask of another shape"}]
 
+def test_tables_parted_by_tabs(tmp_path):
+    """A table saved with tabs is read as one with commas."""
+    write(tmp_path, {"in/images/00000001_000.png": img(), "in/Data_Entry_2017.csv": says("Image Index\tFinding Labels",
+                                                                                        "00000001_000.png\tMass, or so")})
+    (job,) = data.find("chestxray14", tmp_path / "in")
+    assert job["kinds"] == ["mass, or so"]
+
+
 def test_missing_table(tmp_path, capfd):
     """Labels that stand in a table which isn't there: a warning names it, the questions are counted as not asked."""
     write(tmp_path, {f"in/images/0000000{n}_000.png": img() for n in range(3)})
