@@ -93,8 +93,7 @@ THUMBNAIL = 224  # px, longer side of an image on the page
 EVERY = 5        # s between two looks at a run that is watched, and between the page's reloads
 QUIET = 600      # s without a new step after which --watch ends
 TIMEOUT = 300.0  # s that a chat server may take for an answer
-RESAMPLES = 2000
-DIFFERENCES = {"accuracy": "acc", "consistency": "con", "grounding": "grounding"}  # keys of a row
+RESAMPLES = 2000  # of an interval
 
 # ---- the paper's own figures ---------------------------------------------------------------------
 
@@ -125,16 +124,16 @@ MedAD-R1           3000  98.87 0.35  78.24 0.84  55.90 1.02  97.14 0.76  79.49 1
 """
 
 
-def paper_rows(header):
-    """Table 1's rows as texts under our header."""
-    rows = []
+def paper_lines():
+    """Table 1 -> {name: {column: text}}."""
+    lines = {}
     for line in PAPER.strip().split("\n"):
         name, params, *numbers = line.split()
         pairs = zip(numbers[::2], numbers[1::2], strict=True)
-        figures = [f"{mean} ± {std}" for mean, std in pairs]
-        known = dict(zip((*data.TASKS, "overall"), figures, strict=True))
-        rows.append([f"{name} (paper)", params, *[known.get(x, "-") for x in header[2:]]])
-    return rows
+        figures = zip((*data.TASKS, "overall"), pairs, strict=True)
+        accuracies = {column: f"{mean} ± {std}" for column, (mean, std) in figures}
+        lines[f"{name} (paper)"] = {"params, M": params} | accuracies
+    return lines
 
 # ---- the measurement -----------------------------------------------------------------------------
 
@@ -143,9 +142,8 @@ def evaluate(policy, processor, records, judge, *, max_new_tokens, temperature=0
     """Answer each record's question once -> one dict (row) per record, in their order.
 
     A row: what rewards.score (fmt, acc and con are Eqs. 4-6) and rewards.grounding tell of it; the
-    record's path and group; seed; cut_off (the completion reached max_new_tokens). progress: the
-    bar's name, or False. score: or rewards.score_leniently. DataError for an image that can't be
-    read.
+    record's path and group; cut_off (the completion reached max_new_tokens). progress: the bar's
+    name, or False. score: or rewards.score_leniently. DataError for an image that can't be read.
     """
     device = next(policy.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -157,33 +155,16 @@ def evaluate(policy, processor, records, judge, *, max_new_tokens, temperature=0
         tokens, mask = M.sample(policy, inputs, group_size=1, max_new_tokens=max_new_tokens,
                                 temperature=temperature, generator=generator)  # (n, 1, T)
         texts = [group[0] for group in M.decode(processor, tokens, mask)]
-        ended = M.finished(inputs, tokens, mask)[:, 0].tolist()                # n
-        scored = score(texts, items, judge)
-        rows += completed(items, scored, [not end for end in ended], seed)
+        cut_off = ~M.finished(inputs, tokens, mask)[:, 0]                      # (n)
+        rows += completed(score(texts, items, judge), items, cut_off.tolist())
     return rows
 
 
-def completed(items, scored, cut_off, seed):
+def completed(rows, items, cut_off):
     """The rows that rewards.score made of `items`, with what it does not tell."""
-    rows = []
-    for item, row, cut in zip(items, scored, cut_off, strict=True):
+    for row, item, cut in zip(rows, items, cut_off, strict=True):
+        row |= dict(path=item["path"], group=item["group"], cut_off=cut)
         row |= rewards.grounding(row["thought"], item.get("shows"))
-        rows.append(row | dict(path=item["path"], group=item["group"], seed=seed, cut_off=cut))
-    return rows
-
-
-def ask_server(spec, records, judge, args, replies):
-    """As `evaluate`, the questions answered by a chat server, with every seed -> rows. A question
-    that got no reply has nan for fmt, acc and con."""
-    server = Server(spec, replies, args.max_new_tokens or 512, TIMEOUT, args.batch)
-    rows = []
-    for seed in args.seeds:
-        said = server.answers(records, args.max_pixels, temperature=args.temperature, seed=seed)
-        said = list(tqdm(said, f"{spec}, seed {seed}", len(records)))
-        scored = rewards.score_leniently([text for text, _ in said], records, judge)
-        rows += completed(records, scored, [cut_off for _, cut_off in said], seed)
-    if any(row["read_as"] == "failed" for row in rows):
-        print(f"{spec}: some questions got no reply: {failures(server.usage)}")
     return rows
 
 
@@ -205,19 +186,20 @@ def spread(rows, key="acc"):
     """Rows of one or several runs -> a figure: "mean" of `key` over the runs (None without a
     number), "std" over them (n - 1 in the denominator; 0 for one run), "n" questions, "runs".
 
-    A run is a checkpoint where there are several, else a seed of the sampling. A checkpoint that
-    was sampled with several seeds is one run: the mean over its answers. nan is left out.
+    A run is a checkpoint where there are several, else a seed of the sampling. nan is left out.
     """
-    several = len({row["ckpt"] for row in rows}) > 1
-    means = []
-    for members in grouped(rows, "ckpt" if several else "seed").values():
-        values = [row[key] for row in members if not rewards.failed(row[key])]
-        if values:
-            means.append(fmean(values))
-    mean = fmean(means) if means else None
-    std = stdev(means) if len(means) > 1 else 0.0
-    n = len(rows) // len({row["seed"] for row in rows})
-    return {"mean": mean, "std": std, "n": n, "runs": len(means)}
+    run = "ckpt" if len({row["ckpt"] for row in rows}) > 1 else "seed"
+    values = defaultdict(list)
+    for row in rows:
+        if not rewards.failed(row[key]):
+            values[row[run]].append(row[key])
+    means = [fmean(numbers) for numbers in values.values()]
+    return {
+        "mean": fmean(means) if means else None,
+        "std": stdev(means) if len(means) > 1 else 0.0,
+        "n": len(rows) // len({row["seed"] for row in rows}),
+        "runs": len(means),
+    }
 
 
 def summary(rows):
@@ -225,14 +207,14 @@ def summary(rows):
 
     A task's accuracy is its right answers / its questions; overall is all right answers / all
     questions, not the mean of the tasks. A completion without a readable answer is wrong.
-    judge_failed: completions on which F failed, left out of consistency (None if it failed on all).
+    judge_failed: completions on which F failed, left out of consistency.
     read_as: how many completions were read in which way, {} for a model trained here; those that
     "failed" got no reply and are left out of every mean, though not of n.
-    grounding, not the paper's: is the thought true of its picture? None where nobody knows.
+    grounding, not the paper's: is the thought true of its picture?
     """
     tasks = grouped(rows, "task", data.TASKS)
     modalities = grouped(rows, "modality", data.MODALITIES)
-    lenient = [row for row in rows if "read_as" in row]
+    read_as = Counter(row["read_as"] for row in rows if "read_as" in row)
     return {
         "overall": spread(rows),
         "tasks": {task: spread(members) for task, members in tasks.items()},
@@ -245,12 +227,12 @@ def summary(rows):
         "checkpoints": list(dict.fromkeys(row["ckpt"] for row in rows)),
         "judge_failed": sum(rewards.failed(row["verdict"]) for row in rows),
         "cut_off": spread(rows, "cut_off")["mean"],
-        "read_as": {how: len(members) for how, members in grouped(lenient, "read_as").items()},
+        "read_as": dict(sorted(read_as.items())),
     }
 
 
 def difference(before, after):
-    """Rows of two names -> figures (see bootstrap) of after minus before; {} if they answered other
+    """Rows of two names -> {figure: after minus before, see bootstrap}; {} if they answered other
     questions. Checkpoints pair by place: of NAME=A,B and NAME=C,D, C with A. A question on which
     one of the two has no value is left out."""
     def asked(rows):
@@ -258,31 +240,33 @@ def difference(before, after):
     if asked(before) != asked(after):
         return {}
     figures = {}
-    for name, key in DIFFERENCES.items():
-        sets = defaultdict(lambda: defaultdict(lambda: np.zeros(2)))  # checkpoint: group: sums
+    for name, key in dict(accuracy="acc", consistency="con", grounding="grounding").items():
+        sets = defaultdict(lambda: defaultdict(list))  # checkpoint: group: changes
         for old, new in zip(before, after, strict=True):
-            change = new[key] - old[key]
-            sets[new["ckpt"]][new["group"]] += (0, 0) if rewards.failed(change) else (change, 1)
-        known = [groups for groups in sets.values() if sum(groups.values())[1] > 0]
+            changes, change = sets[new["ckpt"]][new["group"]], new[key] - old[key]
+            if not rewards.failed(change):
+                changes.append(change)
+        known = [groups for groups in sets.values() if any(groups.values())]
         if known:
             figures[name] = bootstrap(known)
     return figures
 
 
 def bootstrap(sets):
-    """For each checkpoint {group: (sum of differences, their number)} -> "mean", and "low" and
-    "high" of its 95 % interval. What is drawn again is a group (an image; of real data a patient),
-    since the questions of one image are right or wrong together; checkpoints that were asked about
-    the same groups get the same draw. The checkpoints stay: the interval is about other images,
-    not about other seeds of the training.
+    """For each checkpoint {group: changes} -> their "mean", and "low" and "high" of its 95 %
+    interval. What is drawn again is a group (an image; of real data a patient), since the questions
+    of one image are right or wrong together; checkpoints that were asked about the same groups get
+    the same draw. The checkpoints stay: the interval is about other images, not about other seeds
+    of the training.
     """
     rng = np.random.default_rng(0)
     draws, means, drawn = {}, [], []
     for groups in sets:
-        names, sums = tuple(groups), np.array(list(groups.values()))  # (groups, 2)
+        names = tuple(groups)
+        sums = np.array([(sum(changes), len(changes)) for changes in groups.values()])
         if names not in draws:
             draws[names] = rng.integers(len(names), size=(RESAMPLES, len(names)))
-        again = sums[draws[names]].sum(1)                             # (RESAMPLES, 2)
+        again = sums[draws[names]].sum(1)  # (RESAMPLES, 2)
         drawn.append(again[:, 0] / again[:, 1])
         means.append(sums[:, 0].sum() / sums[:, 1].sum())
     low, high = np.quantile(np.mean(drawn, 0), (0.025, 0.975)).tolist()
@@ -297,50 +281,53 @@ class Table(NamedTuple):
     heat: bool = False
 
 
-def percent(figure):
-    """A figure -> a cell of a table: with its deviation if it is of several runs, with its interval
-    if it is a difference; "-" for none."""
+def cell(figure):
+    """A figure in %: with its deviation if it is of several runs, with its interval if it is a
+    difference; "-" for none. A text stays."""
+    if isinstance(figure, str):
+        return figure
     if figure is None or figure["mean"] is None:
         return "-"
-    points = {key: 100 * x for key, x in figure.items() if key in ("mean", "std", "low", "high")}
-    if "low" in points:
-        return "{mean:+.1f} ({low:+.1f} to {high:+.1f})".format(**points)
-    return ("{mean:.1f} ± {std:.1f}" if figure["runs"] > 1 else "{mean:.1f}").format(**points)
+    mean = 100 * figure["mean"]
+    if "low" in figure:
+        return f"{mean:+.1f} ({100 * figure['low']:+.1f} to {100 * figure['high']:+.1f})"
+    if figure["runs"] > 1:
+        return f"{mean:.1f} ± {100 * figure['std']:.1f}"
+    return f"{mean:.1f}"
 
 
 def grid(title, lines, heat=False):
-    """{name: {column: figure}} -> a Table of them, in %."""
+    """{name: {column: figure or text}} -> a Table."""
     columns = {}  # a dict keeps the order in which they came
     for figures in lines.values():
         columns |= figures
     cells = [["model", *columns]]
     for name, figures in lines.items():
-        cells.append([name, *[percent(figures.get(column)) for column in columns]])
+        cells.append([name, *[cell(figures.get(column)) for column in columns]])
     return Table(title, cells, heat)
 
 
 def tables(results):
     """{name: entry} -> Tables: as in Table 1, by modality, square or differences of the rows."""
-    entries, tasks = results.values(), dict.fromkeys(data.TASKS)
-    for entry in entries:
-        tasks |= entry["tasks"]
-    rates = ("overall", "format", "consistency", "grounding")
-    cells = [["model", "params, M", *tasks, *rates, "n"]]
+    tasks = dict.fromkeys(data.TASKS)
+    for entry in results.values():
+        tasks |= dict.fromkeys(entry["tasks"])
+    lines = {}
     for name, entry in results.items():
-        figures = [entry["tasks"].get(task) for task in tasks] + [entry[rate] for rate in rates]
         params = f"{entry['params'] / 1e6:.1f}" if entry["params"] else "-"
-        n = str(entry["overall"]["n"])
-        cells.append([name, params, *map(percent, figures), n])
-    if any(entry.get("paper") for entry in entries):
-        cells[0].append("overall in the paper")
-        for line in cells[1:]:
-            line.append(PAPER_OVERALL.get(line[0], "-"))
-        cells += paper_rows(cells[0])
+        lines[name] = {"params, M": params} | tasks | entry["tasks"]
+        for rate in ("overall", "format", "consistency", "grounding"):
+            lines[name][rate] = entry[rate]
+        lines[name]["n"] = str(entry["overall"]["n"])
+        if entry.get("paper"):
+            lines[name]["overall in the paper"] = PAPER_OVERALL.get(name)
+    if entry.get("paper"):
+        lines |= paper_lines()
 
     def part(key):
         return {name: entry.get(key, {}) for name, entry in results.items()}
-    found = [Table("Accuracy by task", cells), grid("Accuracy by modality", part("modality"))]
-    matrix = list(entries)[-1].get("matrix")
+    found = [grid("Accuracy by task", lines), grid("Accuracy by modality", part("modality"))]
+    matrix = entry.get("matrix")
     if matrix:
         found.append(square(matrix, part("tasks" if matrix == "task" else matrix)))
     elif any(part("difference").values()):
@@ -357,8 +344,7 @@ def square(key, lines):
 
     lines = {name: figures | {"mean": mean_of(figures.values())} for name, figures in lines.items()}
     own = [figures for name, figures in lines.items() if name in figures]
-    columns = own[0]
-    means = {column: mean_of(figures.get(column) for figures in own) for column in columns}
+    means = {column: mean_of(figures.get(column) for figures in own) for column in own[0]}
     return grid(f"Accuracy, trained on one {key} alone (line), asked about all",
                 lines | {"mean": means}, heat=True)
 
@@ -395,22 +381,19 @@ def remarks(results, rows):
     """Lines under the tables. By the commonest answers a collapse to one of them is seen."""
     lines = []
     for name, entry in results.items():
+        told = {}
         for task, members in grouped(rows[name], "task", data.TASKS).items():
-            said = commonest([given_option(row) for row in members])
-            lines.append(f"{name}, {task}, answers given: {said}")
-        letters = commonest([row["given"] or given_option(row) for row in rows[name]])
-        lines.append(f"{name}, letters given: {letters}")
-        if entry["read_as"]:
-            ways = ", ".join(f"{how} {n}" for how, n in entry["read_as"].items())
-            missing = " (no reply: in no mean)" if "failed" in entry["read_as"] else ""
-            lines.append(f"{name}, answers read as: {ways}{missing}")
-        if entry["judge_failed"]:
-            lines.append(f"{name}, left out of consistency, F failed: {entry['judge_failed']}")
-        unread = sum(rewards.failed(row["grounding"]) for row in rows[name])
-        if unread and entry["grounding"]["mean"] is not None:
-            lines.append(f"{name}, left out of grounding, no statement or no truth known: {unread}")
+            told[f"{task}, answers given"] = commonest([given_option(row) for row in members])
+        told["letters given"] = commonest([row["given"] or given_option(row) for row in rows[name]])
+        ways = [f"{how} {n}" for how, n in entry["read_as"].items()]
+        told["answers read as (failed: no reply, in no mean)"] = ", ".join(ways)
+        told["left out of consistency, F failed"] = entry["judge_failed"]
+        if entry["grounding"]["mean"] is not None:
+            unread = sum(rewards.failed(row["grounding"]) for row in rows[name])
+            told["left out of grounding, no statement or no truth known"] = unread
         if entry["cut_off"]:
-            lines.append(f"{name}, completions cut off at the limit: {entry['cut_off']:.2%}")
+            told["completions cut off at the limit"] = f"{entry['cut_off']:.2%}"
+        lines += [f"{name}, {what}: {x}" for what, x in told.items() if x]
     return lines
 
 
@@ -832,7 +815,7 @@ def parse_args(argv):
     expect(len(args.seeds) == 1 or args.temperature > 0,
            "--seeds needs a --temperature above 0: greedy answers are the same for each")
     expect(len(set(args.seeds)) == len(args.seeds), "--seeds: expected different ones")
-    expect(0 <= min(args.seeds) and max(args.seeds) < 2**32, "--seeds: expected 0 to 2^32 - 1")
+    expect(all(0 <= seed < 2**32 for seed in args.seeds), "--seeds: expected 0 to 2^32 - 1")
     return args
 
 
@@ -842,14 +825,14 @@ def checkpoints_of(texts):
     for text in texts:
         name, equals, several = text.partition("=")
         paths = several.split(",")
-        if not equals or os.path.isdir(text):
-            name, paths = text, [text]
         server = re.fullmatch("(?:([^=]+)=)?(openai:.*)", text)
         if server:  # its address and model may hold "=" and ","
             name, paths = server[1] or text, [server[2]]
             expect(SPEC.fullmatch(server[2]) and ",openai:" not in server[2],
                    "--ckpt openai:..: expected one openai:BASE_URL#MODEL, as in "
                    "openai:http://localhost:8000/v1#qwen, the key in OPENAI_API_KEY")
+        elif not equals or os.path.isdir(text):
+            name, paths = text, [text]
         expect(name and all(paths), f"--ckpt {text}: expected a checkpoint, or NAME=A,B,..")
         expect(name not in checkpoints, f"--ckpt: {name} is there twice, expected it once")
         checkpoints[name] = paths
@@ -858,8 +841,8 @@ def checkpoints_of(texts):
 
 def folder_of(ckpt):
     """The folder in which a checkpoint lies; "out" for a name on the hub, which lies in none."""
-    parent = os.path.dirname(os.path.normpath(ckpt)) or "."
-    return parent if os.path.isdir(parent) else "out"
+    parent = Path(ckpt).parent
+    return str(parent) if parent.is_dir() else "out"
 
 
 def file_names(names, out):
@@ -893,16 +876,13 @@ def questions_of(ckpt, args):
     return records
 
 
-def answer(ckpt, records, judge, args, replies):
-    """A checkpoint answers the records, with every seed -> rows, parameters of the network (None:
-    unknown). replies: those kept of chat servers."""
-    if ckpt.startswith("openai:"):
-        rows = ask_server(ckpt, records, judge, args, replies)
-        return [dict(ckpt=ckpt) | row for row in rows], None
+def ask_model(ckpt, records, judge, args):
+    """A checkpoint answers the records, with every seed -> rows, parameters of the network."""
     rank, _, device = M.setup_devices()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy, processor = M.load_unmerged(ckpt, dtype=dtype, device=device,
                                         max_pixels=args.max_pixels)
+    M.check_texts(processor, records, rewards.question_text)
     limit = args.max_new_tokens or (80 if M.is_tiny(ckpt) else 512)
     ours = any(os.path.isfile(os.path.join(ckpt, x)) for x in ("knobs.json", "base.json"))
     rows = []
@@ -911,18 +891,40 @@ def answer(ckpt, records, judge, args, replies):
                            temperature=args.temperature, seed=seed + 1_000_003 * rank,
                            batch=args.batch, progress=rank == 0 and f"{ckpt}, seed {seed}",
                            score=rewards.score if ours else rewards.score_leniently)
-        rows += [dict(ckpt=ckpt) | row | dict(seed=seed) for row in answers]
+        rows += [dict(ckpt=ckpt, seed=seed) | row for row in answers]
     return rows, policy.num_parameters()
+
+
+def ask_server(spec, records, judge, args, replies):
+    """A chat server answers, with every seed -> rows, None for the unknown parameters. A question
+    that got no reply has nan for fmt, acc and con. replies: those kept."""
+    server = Server(spec, replies, args.max_new_tokens or 512, TIMEOUT, args.batch)
+    rows = []
+    for seed in args.seeds:
+        said = server.answers(records, args.max_pixels, temperature=args.temperature, seed=seed)
+        said = list(tqdm(said, f"{spec}, seed {seed}", len(records)))
+        scored = rewards.score_leniently([text for text, _ in said], records, judge)
+        answers = completed(scored, records, [cut_off for _, cut_off in said])
+        rows += [dict(ckpt=spec, seed=seed) | row for row in answers]
+    if any(row["read_as"] == "failed" for row in rows):
+        print(f"{spec}: some questions got no reply: {failures(server.usage)}")
+    return rows, None
+
+
+def answer(ckpt, records, judge, args, replies):
+    if ckpt.startswith("openai:"):
+        return ask_server(ckpt, records, judge, args, replies)
+    return ask_model(ckpt, records, judge, args)
 
 
 def answer_one(checkpoints, args):
     """--image, --question, --options: print each checkpoint's thought and answer."""
-    expect(args.image and args.question and 2 <= len(args.options) <= len(data.LETTERS),
-           f"one question needs --image, --question and 2 to {len(data.LETTERS)} --options")
+    expect(args.image and args.question and args.options,
+           "one question needs --image, --question and --options")
     data.check_options(args.options)
-    item = vars(args) | dict(id="--image", path=args.image, task="", modality="", answer="",
-                             group="")
-    for ckpt in sum(checkpoints.values(), []):
+    item = dict(id="--image", path=args.image, question=args.question, options=args.options)
+    item |= dict.fromkeys(("task", "modality", "answer", "group"), "")
+    for ckpt in chain(*checkpoints.values()):
         item["thinking"] = thinking_of(ckpt, args)
         rows, _ = answer(ckpt, [item], make_judge(), args, Replies())
         for row in rows:
@@ -936,7 +938,7 @@ def main(argv=None):
         return watch(args.watch, args.out or args.watch[0])
     if args.image or args.question or args.options:
         return answer_one(checkpoints, args)
-    ckpts = sum(checkpoints.values(), [])
+    ckpts = list(chain(*checkpoints.values()))
     out = args.out or folder_of(ckpts[0])
     files = file_names(list(checkpoints), out)
     replies = Replies(os.path.join(out, "replies.jsonl"))
@@ -978,4 +980,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    M.run(main)

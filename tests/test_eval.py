@@ -310,11 +310,11 @@ def test_the_interval_covers_the_truth(monkeypatch):
         images = []
         for n, change in zip(rng.integers(2, 6, 100), rng.choice((-0.3, 0.5), 100), strict=True):
             images.append(np.sign(change) * (rng.random(n) < abs(change)))
-        several = dict(enumerate((image.sum(), len(image)) for image in images))
+        several = dict(enumerate(images))
         figure = evaluation.bootstrap([several])
         held.append(figure["low"] <= 0.1 <= figure["high"])
         if len(held) <= 100:
-            single = dict(enumerate((x, 1) for image in images for x in image))
+            single = dict(enumerate([x] for image in images for x in image))
             figure = evaluation.bootstrap([single])
             by_question.append(figure["low"] <= 0.1 <= figure["high"])
     assert 0.93 <= np.mean(held) <= 0.97 and np.mean(by_question) < 0.9
@@ -337,7 +337,7 @@ def test_grounding_is_not_consistency(world, monkeypatch):
     assert [r["grounding"] for r in rows[:2]] == [1.0, 0.0] and math.isnan(rows[2]["grounding"])
     assert rows[1]["con"] == 1.0 and rows[1]["false_statements"] == ["There is no lesion", "So the image is Normal"]
     assert rows[2]["false_statements"] == [] and math.isnan(rows[3]["grounding"])
-    entry = evaluation.summary([r | dict(ckpt="c") for r in rows])
+    entry = evaluation.summary([r | dict(ckpt="c", seed=0) for r in rows])
     assert entry["grounding"]["mean"] == entry["grounding_by_task"]["anomaly"]["mean"] == 0.5
     lines = evaluation.remarks({"x": entry}, {"x": rows})
     assert "x, left out of grounding, no statement or no truth known: 2" in lines
@@ -352,7 +352,7 @@ def test_rows_follow_the_records(world, monkeypatch):
     texts[4] = "Well: " + texts[4]
     texts[5] = "<think>It goes on and on"
     left = script(monkeypatch, world, texts)
-    rows = evaluation.evaluate(world.net, world.processor, records, make_judge(), max_new_tokens=99, batch=3, seed=5,
+    rows = evaluation.evaluate(world.net, world.processor, records, make_judge(), max_new_tokens=99, batch=3,
                                progress=False)
     assert not left and [r["id"] for r in rows] == [r["id"] for r in records]
     assert [r["completion"] for r in rows] == texts
@@ -361,7 +361,7 @@ def test_rows_follow_the_records(world, monkeypatch):
     assert [r["fmt"] for r in rows] == [1, 1, 1, 1, 0, 0, 1]
     assert [r["con"] for r in rows] == [1, 1, 0, 1, 1, 0, 1]
     assert rows[2]["verdict"] == records[2]["answer"] and rows[0]["thought"] == records[0]["thought"]
-    assert {r["seed"] for r in rows} == {5} and not any(r["cut_off"] for r in rows)
+    assert not any(r["cut_off"] for r in rows)
 
 
 def test_greedy_does_not_depend_on_the_batch(world):
@@ -588,7 +588,7 @@ def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
         ([*ok, "--out", tmp_path / "broken"], "not a JSON object"),
         ([*ok, "--out", tmp_path / "list"], "not a JSON object"),
         ([*ok, "--image", picture], "one question needs"),
-        ([*ok, "--image", picture, "--question", "Q?", "--options", "MRI"], "2 to 6 --options"),
+        ([*ok, "--image", picture, "--question", "Q?", "--options", "MRI"], "number of options is 1, expected 2 to 6"),
         ([*ok, "--image", tmp_path / "no.png", "--question", "Q?", "--options", "MRI", "CT"], "is missing")]
     for argv, sentence in cases:
         with pytest.raises(SystemExit) as stop:
