@@ -1,10 +1,9 @@
 """Tables 1-3: accuracy by task, format and consistency rates, and a page that a person looks at.
 
 Every question of the test split is answered once (greedy; with --temperature once per seed), then
-scored by the code that gives the rewards: rewards.score, with an F of judge.py. Written beside the
-checkpoints are:
+scored by the code that gives the rewards: rewards.score, with an F of judge.py. Written are
 
-    results.json              figures as fractions; checkpoints evaluated earlier stay in it
+    results.json              figures as fractions; names evaluated earlier stay in it
     report.md, eval.html      the tables; on the page also charts and questions with their answers
     completions-NAME.jsonl    every completion with its scores
 
@@ -17,16 +16,14 @@ checkpoints are:
     python eval.py --ckpt out/grpo --image scan.png --question "What is this?" --options MRI CT
     python eval.py --watch out/grpo      # while it trains: its curves, in out/grpo/watch.html
 
-The columns are named by task. Those of the paper's Table 1 are anatomy ("Anatomy ID." there),
-anomaly ("Anomaly Det."), location ("Lesion Loc."), modality ("Modality Class.") and pathology
-("Pathology Char."); other tasks, say Med-R1's, follow.
+Columns are named by task; in the paper's Table 1 anatomy is "Anatomy ID.", anomaly "Anomaly Det.",
+location "Lesion Loc.", modality "Modality Class.", pathology "Pathology Char.".
 
 Models that were not trained here (openai:, and folders without knobs.json or base.json) may answer
 without our tags: rewards.read_leniently. How they were read is counted under the tables.
 
-Left out on purpose: partial credit, majority votes. Greedy results do not depend on --batch or the
-number of processes except for rounding; those at a temperature do, since a batch draws from one
-stream of random numbers.
+Left out on purpose: partial credit, majority votes. But for rounding, greedy results depend neither
+on --batch nor on the number of processes; those at a temperature do.
 """
 import argparse
 import json
@@ -37,11 +34,14 @@ import re
 import time
 from collections import Counter, defaultdict
 from contextlib import suppress
-from itertools import chain, product, zip_longest
+from functools import partial
+from itertools import chain, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
+import jinja2  # comes with torch
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -78,7 +78,7 @@ KNOBS = dict(  # the flags, as argparse takes them
                     "answer statements cut, or raw as printed [%(default)s]"),
     matrix=dict(choices=["modality", "task"], help="the checkpoints, --ckpt NAME=A.., were each "
                 "trained on the NAME of these alone: show the square of accuracies"),
-    paper=dict(action="store_true", help="show the paper's own figures beside"),
+    paper=dict(action="store_true", help="show the paper's Table 1 below"),
     out=dict(help="folder of the results (default: that in which the first checkpoint lies)"),
     image=dict(help="answer one question about this image file instead"),
     question=dict(help="that question"),
@@ -90,18 +90,10 @@ LEAST = dict(questions=0, temperature=0, batch=1, max_new_tokens=0, max_pixels=1
 SHOWN = 60       # questions on the page at most
 POINTS = 200     # of a curve that are drawn at most
 THUMBNAIL = 224  # px, longer side of an image on the page
-EVERY = 5        # s between two looks at a run that is watched, and between the page's reloads
-QUIET = 600      # s without a new step after which --watch ends
+RENEWED = 5      # s after which the page of a run that is watched is written and loaded anew
 TIMEOUT = 300.0  # s that a chat server may take for an answer
 RESAMPLES = 2000  # of an interval
 
-# ---- the paper's own figures ---------------------------------------------------------------------
-
-PAPER_OVERALL = {  # Tables 2 and 3, by the name that a row has here
-    "RL-only": "73.22 ± 2.58", "SFT": "75.41 ± 1.19", "Acc-only": "78.85 ± 1.08",
-    "Con-only": "81.73 ± 1.12", "Con-GRPO": "85.15 ± 0.95", "Format-focused": "77.13 ± 1.35",
-    "Accuracy-focused": "82.54 ± 1.02", "Consistency-focused": "84.21 ± 0.98",
-    "Balanced": "85.15 ± 0.95"}
 # Table 1: parameters in M; mean and deviation over three runs, of data.TASKS and overall
 PAPER = """
 Qwen2.5-VL-3B      3000  93.20 0.34  51.27 0.74  24.57 6.82  91.78 0.39  65.30 1.94  71.41 1.19
@@ -145,11 +137,11 @@ def evaluate(policy, processor, records, judge, *, max_new_tokens, temperature=0
     record's path and group; cut_off (the completion reached max_new_tokens). progress: the bar's
     name, or False. score: or rewards.score_leniently. DataError for an image that can't be read.
     """
-    device = next(policy.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    device, (rank, _, _) = next(policy.parameters()).device, M.setup_devices()
+    generator = torch.Generator(device).manual_seed(seed + 1_000_003 * rank)
     rows = []
-    starts = range(0, len(records), batch)
-    for start in tqdm(starts, desc=progress, unit="batch", disable=not progress):
+    for start in tqdm(range(0, len(records), batch), progress, unit="batch",
+                      disable=rank > 0 or not progress):
         items = records[start:start + batch]
         inputs = M.encode(processor, items, device)
         tokens, mask = M.sample(policy, inputs, group_size=1, max_new_tokens=max_new_tokens,
@@ -241,11 +233,11 @@ def difference(before, after):
         return {}
     figures = {}
     for name, key in dict(accuracy="acc", consistency="con", grounding="grounding").items():
-        sets = defaultdict(lambda: defaultdict(list))  # checkpoint: group: changes
+        sets = {}  # checkpoint: group: changes
         for old, new in zip(before, after, strict=True):
-            changes, change = sets[new["ckpt"]][new["group"]], new[key] - old[key]
-            if not rewards.failed(change):
-                changes.append(change)
+            changes = sets.setdefault(new["ckpt"], {}).setdefault(new["group"], [])
+            if not rewards.failed(new[key] - old[key]):
+                changes.append(new[key] - old[key])
         known = [groups for groups in sets.values() if any(groups.values())]
         if known:
             figures[name] = bootstrap(known)
@@ -255,17 +247,15 @@ def difference(before, after):
 def bootstrap(sets):
     """For each checkpoint {group: changes} -> their "mean", and "low" and "high" of its 95 %
     interval. What is drawn again is a group (an image; of real data a patient), since the questions
-    of one image are right or wrong together; checkpoints that were asked about the same groups get
-    the same draw. The checkpoints stay: the interval is about other images, not about other seeds
-    of the training.
-    """
+    of one image are right or wrong together; checkpoints asked about the same groups get the same
+    draw. The interval is about other images, not about other seeds of the training."""
     rng = np.random.default_rng(0)
     draws, means, drawn = {}, [], []
     for groups in sets:
         names = tuple(groups)
-        sums = np.array([(sum(changes), len(changes)) for changes in groups.values()])
         if names not in draws:
             draws[names] = rng.integers(len(names), size=(RESAMPLES, len(names)))
+        sums = np.array([(sum(changes), len(changes)) for changes in groups.values()])
         again = sums[draws[names]].sum(1)  # (RESAMPLES, 2)
         drawn.append(again[:, 0] / again[:, 1])
         means.append(sums[:, 0].sum() / sums[:, 1].sum())
@@ -281,7 +271,7 @@ class Table(NamedTuple):
     heat: bool = False
 
 
-def cell(figure):
+def percent(figure):
     """A figure in %: with its deviation if it is of several runs, with its interval if it is a
     difference; "-" for none. A text stays."""
     if isinstance(figure, str):
@@ -303,7 +293,7 @@ def grid(title, lines, heat=False):
         columns |= figures
     cells = [["model", *columns]]
     for name, figures in lines.items():
-        cells.append([name, *[cell(figures.get(column)) for column in columns]])
+        cells.append([name, *[percent(figures.get(column)) for column in columns]])
     return Table(title, cells, heat)
 
 
@@ -319,8 +309,6 @@ def tables(results):
         for rate in ("overall", "format", "consistency", "grounding"):
             lines[name][rate] = entry[rate]
         lines[name]["n"] = str(entry["overall"]["n"])
-        if entry.get("paper"):
-            lines[name]["overall in the paper"] = PAPER_OVERALL.get(name)
     if entry.get("paper"):
         lines |= paper_lines()
 
@@ -399,20 +387,36 @@ def remarks(results, rows):
 
 # ---- the page ------------------------------------------------------------------------------------
 
-KINDS = ("right", "wrong", "consistent-but-wrong", "right-but-inconsistent")
-CURVES = dict(  # figures of metrics.jsonl, and their charts' titles
-    reward="reward, Eq. (3)", format="format reward, Eq. (4)",
-    accuracy="accuracy reward, Eq. (5)", consistency="consistency reward, Eq. (6)",
-    held_out_accuracy="held-out accuracy", loss="loss, Eq. (1)", kl="KL divergence per token",
-    sampled_nll="-log probability per sampled token", length="tokens per completion",
-    no_spread="share of groups without spread", seconds="seconds per step",
-    seconds_rollout="seconds of sampling", seconds_reference="seconds of the reference",
-    seconds_judge="seconds waited for F", seconds_update="seconds of the update")
+KINDS = {  # of answers: their accuracy, or accuracy and consistency
+    "right": (1,), "wrong": (0,), "consistent-but-wrong": (0, 1), "right-but-inconsistent": (1, 0)}
+CURVES = ("reward", "format", "accuracy", "consistency", "held_out_accuracy", "loss", "kl",
+          "sampled_nll", "length", "no_spread", "seconds", "seconds_rollout", "seconds_reference",
+          "seconds_judge", "seconds_update", "seconds_waiting")  # of metrics.jsonl
+CHART = """\
+<text x="4" y="12" font-weight="bold">{{ chart.title }}</text>
+{% for x, text in chart.xs.items() %}
+  <polyline class="grid" points="{{ chart.x(x) }},24 {{ chart.x(x) }},{{ chart.height - 34 }}"/>
+  <text x="{{ chart.x(x) }}" y="{{ chart.height - 20 }}" text-anchor="middle">{{ text }}</text>
+{% endfor %}
+{% for y, text in chart.ys.items() %}
+  <polyline class="grid" points="{{ chart.left }},{{ chart.y(y) }} 348,{{ chart.y(y) }}"/>
+  <text x="{{ chart.left - 5 }}" y="{{ chart.y(y) + 4 }}" text-anchor="end">{{ text }}</text>
+{% endfor %}
+<text x="348" y="{{ chart.height - 6 }}" text-anchor="end">{{ chart.unit }}</text>
+{% for name, k, strokes, dots in chart.lines %}
+  <g class="of" style="--k: {{ k }}"><title>{{ name }}</title>
+  {% for look, points in strokes %}
+    <polyline class="{{ look }}" points="{{ chart.path(points) }}"/>
+  {% endfor %}
+  {% for x, y in dots %}<circle cx="{{ chart.x(x) }}" cy="{{ chart.y(y) }}" r="3"/>{% endfor %}
+  </g>
+{% endfor %}
+"""
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
   style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-{% if again %}<noscript><meta http-equiv="refresh" content="{{ again }}"></noscript>{% endif %}
+{% if renewed %}<meta http-equiv="refresh" content="{{ renewed }}">{% endif %}
 <title>{{ title }}</title>
 <style>
   :root { color-scheme: light dark; --light: 34% }
@@ -426,92 +430,61 @@ PAGE = """<!doctype html>
   th, td { padding: 2px 9px; text-align: right; white-space: nowrap }
   th:first-child { min-width: 8em; text-align: left; white-space: normal; font-weight: normal }
   td[style] { background: hsl(200 70% 45% / calc(.75 * var(--share))) }
-  .best { font-weight: bold } .own { outline: 2px solid; outline-offset: -3px }
+  .own { outline: 2px solid; outline-offset: -3px }
   .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21em, 100%), 1fr)) }
-  #minutes:checked ~ .charts .step, #step:checked ~ .charts .minutes { display: none }
-  figure { margin: .6em; max-width: 32em; font-size: 13px; break-inside: avoid }
+  figure { margin: .6em; max-width: 32em; font-size: 13px }
   svg { width: 100%; overflow: visible; font-size: 11px; fill: currentColor }
   .of { color: hsl(calc(215 + 137.5 * var(--k)) 65% var(--light)) }
-  polyline { fill: none; stroke: currentColor; stroke-width: 1.7; stroke-linejoin: round }
+  polyline { fill: none; stroke: currentColor; stroke-width: 1.7 }
   .raw { opacity: .25; stroke-width: 1 } .grid { opacity: .2; stroke-width: 1 }
   .choice { position: sticky; top: 0; padding: .5em 0; background: Canvas }
   select { max-width: 100% }
-  section { display: flex; gap: 1.2em; border-top: 1px solid #8888; padding: 1em 0 }
-  section[hidden] { display: none } section div { flex: 1; min-width: 0 }
+  section { display: flex; flex-wrap: wrap; gap: 1.2em; padding: 1em 0; border-top: 1px solid #888 }
+  section[hidden] { display: none } section div { flex: 1 14em; min-width: 0 }
   img { width: 160px; height: max-content }
   .said { white-space: pre-wrap; max-height: 18em; overflow: auto }
-  @media (max-width: 45em) { section { display: block } .choice { position: static } }
 </style>
-{% macro draw(chart, over="") %}
-  <figure class="{{ over }}"><svg viewBox="0 0 360 {{ chart.height }}" role="img">
-    <title>{{ chart.title }}</title>
-    <text x="4" y="12" font-weight="bold">{{ chart.title }}</text>
-    {% for x, text in chart.xs.items() %}
-      <polyline class="grid" points="{{ chart.x(x) }},24 {{ chart.x(x) }},{{ chart.height - 34 }}"/>
-      <text x="{{ chart.x(x) }}" y="{{ chart.height - 20 }}" text-anchor="middle">{{ text }}</text>
-    {% endfor %}
-    {% for y, text in chart.ys.items() %}
-      <polyline class="grid" points="{{ chart.left }},{{ chart.y(y) }} 348,{{ chart.y(y) }}"/>
-      <text x="{{ chart.left - 5 }}" y="{{ chart.y(y) + 4 }}" text-anchor="end">{{ text }}</text>
-    {% endfor %}
-    <text x="348" y="{{ chart.height - 6 }}" text-anchor="end">{{ chart.unit }}</text>
-    {% for name, k, strokes, dots in chart.lines %}
-      <g class="of" style="--k: {{ k }}"><title>{{ name }}</title>
-      {% for look, points in strokes %}
-        <polyline class="{{ look }}" points="{{ chart.path(points) }}"/>
-      {% endfor %}
-      {% for x, y in dots %}<circle cx="{{ chart.x(x) }}" cy="{{ chart.y(y) }}" r="3"/>{% endfor %}
-      </g>
-    {% endfor %}
-  </svg><figcaption>
-    {% for name, k, _, _ in chart.lines %}{% if loop.changed(name) %}
-      <span class="of" style="--k: {{ k }}">&#9679; {{ name }}</span>
-    {% endif %}{% endfor %}
-  </figcaption></figure>
-{% endmacro %}
-
 <h1>{{ title }}</h1>
 <p>{{ what }}</p>
 {% for name, folders in runs.items() if folders != [name] %}
   <p class="what">{{ name }}: {{ folders | join(", ") }}</p>
 {% endfor %}
-<form>
+
 {% for table in tables %}
-  {% set best = best_of(table) %}
   <div class="scroll" tabindex="0"><table><caption>{{ table.title }}</caption>
     <tr>{% for cell in table.cells[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr>
     {% for cells in table.cells[1:] %}
       <tr><th scope="row">{{ cells[0] }}</th>
       {% for cell in cells[1:] %}
-        {% set value, column = number(cell), table.cells[0][loop.index] %}
-        <td class="{{ "own" if table.heat and column == cells[0] != "mean" }}
-          {{- "best" if best[loop.index] in [value] }}"
-          {%- if table.heat and value is number %} style="--share: {{ value / 100 }}"{% endif %}>
-          {{- cell }}</td>
+        {% set own = table.cells[0][loop.index] == cells[0] and not loop.last %}
+        <td {%- if table.heat %} class="{{ "own" if own }}"
+          style="--share: {{ cell.split()[0] | float / 100 }}" {%- endif %}>{{ cell }}</td>
       {% endfor %}</tr>
     {% endfor %}
   </table></div>
 {% endfor %}
-{% if accuracy %}{{ draw(accuracy) }}{% endif %}
 {% if remarks %}
   <details class="what"><summary>Answers given, and what was left out</summary>
     {% for line in remarks %}<p>{{ line }}</p>{% endfor %}</details>
 {% endif %}
+<p class="what">Curves of training: faint as logged, strong the mean over a twentieth of the steps
+  before.</p>
+<div class="charts">
+{% for chart in charts %}
+  <figure><svg viewBox="0 0 360 {{ chart.height }}" role="img">
+    <title>{{ chart.title }}</title>
+    {% include "chart" %}
+  </svg><figcaption>
+    {% for name, k, _, _ in chart.lines %}{% if loop.changed(name) %}
+      <span class="of" style="--k: {{ k }}">&#9679; {{ name }}</span>
+    {% endif %}{% endfor %}
+  </figcaption></figure>
+{% endfor %}
+</div>
 
-{% if curves %}
-  <h2>Training</h2>
-  <input type="radio" name="over" value="step" id="step" checked>
-  <label for="step">over steps</label>
-  <input type="radio" name="over" value="minutes" id="minutes">
-  <label for="minutes">over minutes of training</label>
-  <p class="what">Faint: as logged; strong: the mean over a twentieth of the steps before.</p>
-  <div class="charts">{% for over, chart in curves %}{{ draw(chart, over) }}{% endfor %}</div>
-{% endif %}
-
-{% set rest = " .. (the rest is in completions-*.jsonl)" %}
 {% if shown %}
   <h2>Questions and answers</h2>
-  <div class="choice">
+  <form class="choice">
     <label>Task <select name="task"><option value="">any</option>
       {% for task in tasks %}<option>{{ task }}</option>{% endfor %}</select></label>
     <label>answered <select name="kind"><option value="">any way</option>
@@ -520,11 +493,12 @@ PAGE = """<!doctype html>
     <label>by <select name="who"><option value="">any</option>
       {% for name in names %}<option value="{{ loop.index0 }}">{{ name }}</option>{% endfor %}
     </select></label> <output name="count">all</output> of {{ shown | length }} shown
-  </div>
+  </form>
 {% endif %}
-{% for image, asked, answers in shown %}
+{% for answers in shown %}
+  {% set asked = answers.values() | first %}
   <section data-task="{{ asked.task }}">
-    <img src="{{ image }}" alt="{{ asked.modality }}, the image of {{ asked.id }}">
+    <img src="{{ image_of(asked) }}" alt="{{ asked.modality }}, the image of {{ asked.id }}">
     <div>
       <p class="what">{{ asked.id }}, {{ asked.task }}, {{ asked.modality }}</p>
       <p><b>{{ asked.question }}</b></p>
@@ -533,19 +507,14 @@ PAGE = """<!doctype html>
         <p{% if letter == asked.answer %} class="yes"{% endif %}>{{ letter }}) {{ option }}</p>
       {% endfor %}
     </div>
-    {% for who, row in answers %}
-      {% set seen, has_letters = visible(row.thought or "") %}
-      <div data-who="{{ who }}" class="{{ kinds_of(row) | join(" ") }}">
-        <p><b>{{ names[who] }}</b>{% if row.cut_off %}, cut off at the limit{% endif %}</p>
-        <p class="said" dir="auto">{{ row.completion | truncate(4000, True, rest) }}</p>
+    {% for name, row in answers.items() %}
+      <div data-who="{{ names.index(name) }}" class="{{ kinds_of(row) | join(" ") }}">
+        <p><b>{{ name }}</b>{% if row.cut_off %}, cut off at the limit{% endif %}</p>
+        <p class="said" dir="auto">{{ row.completion | truncate(4000, True,
+          " .. (the rest is in completions-*.jsonl)") }}</p>
         <p class="{{ "yes" if row.acc == 1 else "no" }}">{{ given(row) }}</p>
         <p class="what">accuracy {{ row.acc }}, format {{ row.fmt }}, consistency {{ row.con }};
-          F: {{ "failed" if failed(row.verdict) else row.verdict or "undecided" }}</p>
-        {% if has_letters %}
-          <details class="what"><summary>without letters and answer statements, as F sees it
-            (unless --judge_sees raw)</summary>
-            <p class="said" dir="auto">{{ seen | truncate(4000, True, rest) }}</p></details>
-        {% endif %}
+          F: {{ "failed" if row.verdict != row.verdict else row.verdict or "undecided" }}</p>
         {% for sentence in row.false_statements %}
           <p class="no">Not so in the image: {{ sentence }}</p>
         {% endfor %}
@@ -553,12 +522,10 @@ PAGE = """<!doctype html>
     {% endfor %}
   </section>
 {% endfor %}
-</form>
+{% if shown %}
 <script>
 const form = document.forms[0];
-function show() {  // what is chosen stands behind the address's #: it outlives a reload
-  for (const [name, value] of new URLSearchParams(location.hash.slice(1)))
-    if (form.elements[name]) form.elements[name].value = value;
+form.onchange = () => {
   const {task, kind, who} = Object.fromEntries(new FormData(form));
   const answer = "[data-who" + (who ? `="${who}"]` : "]") + (kind ? "." + kind : "");
   let count = 0;
@@ -566,21 +533,21 @@ function show() {  // what is chosen stands behind the address's #: it outlives 
     section.hidden = task && task != section.dataset.task || !section.querySelector(answer);
     count += !section.hidden;
   }
-  if (form.elements.count) form.elements.count.value = count;
-}
-form.onchange = () => location.replace("#" + new URLSearchParams(new FormData(form)));
-window.onhashchange = show;
-show();
-{# the header's refresh alone would not reload an address that has a # #}
-{% if again %}setTimeout(() => location.reload(), {{ 1000 * again }});{% endif %}
-
-</script></html>
+  form.elements.count.value = count;
+};
+form.onchange();  // a browser may have kept what was chosen
+</script>
+{% endif %}
+</html>
 """
+TEMPLATES = jinja2.Environment(loader=jinja2.DictLoader({"page": PAGE, "chart": CHART}),
+                               autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 class Chart(NamedTuple):
     """lines: [(name, its number, strokes, dots)], a stroke (class, [(x, y), ..]), a dot (x, y).
-    xs, ys: the ticks, {place: its text}; an axis goes from its first to its last."""
+    xs, ys: the ticks, {place: its text}; an axis goes from its first to its last, and what lies
+    beyond is drawn at its end."""
     title: str
     lines: list
     xs: dict
@@ -591,74 +558,65 @@ class Chart(NamedTuple):
 
     def x(self, value):
         low, *_, high = self.xs
-        return round(self.left + (value - low) / (high - low) * (348 - self.left), 1)
+        return np.interp(value, (low, high), (self.left, 348)).round(1)
 
     def y(self, value):
         low, *_, high = self.ys
-        return round(24 + (high - value) / (high - low) * (self.height - 58), 1)
+        return np.interp(value, (low, high), (self.height - 34, 24)).round(1)
 
     def path(self, points):
         return " ".join(f"{self.x(x)},{self.y(y)}" for x, y in points)
 
 
-def ticks(low, high):
-    """Round numbers, 1, 2 or 5 times a power of ten apart, that enclose low..high -> {x: text}."""
+def ticks(values):
+    """Round numbers, 1, 2 or 5 times a power of ten apart, that enclose the values -> {x: text}."""
+    low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = min(low, 0), max(high, 0) or 1
-    step = 10 ** math.floor(math.log10((high - low) / 4))
-    for times in (2, 2.5, 2):  # 1, 2, 5, 10
-        if high - low > 5 * step:
-            step *= times
+    step = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step *= next(times for times in (1, 2, 5, 10) if high - low <= 5 * times * step)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return {k * step: f"{k * step:.10g}" for k in range(first, last + 1)}
 
 
 def steps_of(folder):
-    """A run's metrics.jsonl -> [{figure: number}], with the "minutes" of training until then. A
-    line that can't be read is passed over: the last may be half written. No file: []."""
-    path, steps, seconds = os.path.join(folder, "metrics.jsonl"), [], 0.0
-    lines = Path(path).read_text(errors="replace").splitlines() if os.path.isfile(path) else []
-    for line in lines:
-        numbers = {}
-        with suppress(ValueError, AttributeError):
-            for key, x in json.loads(line).items():
-                if isinstance(x, (int, float)) and math.isfinite(x):
-                    numbers[key] = x
-        if "step" in numbers:
-            seconds += sum(numbers[key] for key in numbers if key.startswith("seconds"))
-            steps.append(numbers | dict(minutes=seconds / 60))
+    """A run's metrics.jsonl -> its lines, [{figure: number, or None for nan}]; none without the
+    file. One that is half written is passed over."""
+    path, steps = Path(folder, "metrics.jsonl"), []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            steps.append(json.loads(line))
     return steps
 
 
-def curve(key, over, logs):
-    """A figure of the runs [(name, k, steps)] over "step" or "minutes" -> Chart, None if none has
-    it. Of the losses SFT's is shown alone: Con-GRPO's tells little."""
-    lines, xs, ys = [], [0.0], []
-    for name, k, steps in logs:
-        points = [(x[over], x[key]) for x in steps if key in x]
-        if not points or (key == "loss" and "reward" in steps[0]):
-            continue
-        x, y = np.array(points, dtype=float).T                           # (n), (n)
-        some = np.linspace(0, len(x) - 1, min(len(x), POINTS)).astype(int)
-        raw = list(zip(x[some], y[some], strict=True))
-        window = np.ones(math.ceil(len(x) / 20))
-        mean = np.convolve(y, window)[:len(x)] / np.convolve(y**0, window)[:len(x)]
-        mean = list(zip(x[some], mean[some], strict=True))
-        lines.append((name, k, [("raw", raw), ("", mean)], raw if len(raw) <= 20 else []))
-        xs += [x.min(), x.max()]
-        ys += [y.min(), y.max()]
-    if lines:
-        return Chart(CURVES[key], lines, ticks(min(xs), max(xs)), ticks(min(ys), max(ys)), over)
+def curve(points):
+    """[(step, figure), ..] -> strokes and dots: faint, as logged, and strong, the mean over a
+    twentieth of the steps before."""
+    x, y = np.array(points, dtype=float).T                           # (n), (n)
+    window = np.ones(math.ceil(len(x) / 20))
+    mean = np.convolve(y, window)[:len(x)] / np.convolve(y**0, window)[:len(x)]
+    some = np.linspace(0, len(x) - 1, min(len(x), POINTS)).astype(int)
+    raw, mean = (np.stack([x, line], 1)[some].tolist() for line in (y, mean))
+    return [("raw", raw), ("", mean)], raw if len(raw) <= 20 else []
 
 
 def curves(runs):
-    """{name: folders of its runs} -> [("step" or "minutes", Chart)], every figure over both."""
-    logs = []
+    """{name: folders of its runs} -> a Chart for each of CURVES that some of them logged. Of the
+    losses SFT's is shown alone: Con-GRPO's tells little."""
+    logs, charts = [], []
     for k, (name, folders) in enumerate(runs.items()):
         logs += [(name, k, steps_of(folder)) for folder in folders]
-    pairs = product(CURVES, ("step", "minutes"))
-    charts = [(over, curve(key, over, logs)) for key, over in pairs]
-    return [(over, chart) for over, chart in charts if chart]
+    for key in CURVES:
+        lines, xs, ys = [], [0], []
+        for name, k, steps in logs:
+            points = [(x["step"], x[key]) for x in steps if x.get(key) is not None]
+            if points and (key != "loss" or "reward" not in steps[0]):
+                lines.append((name, k, *curve(points)))
+                xs += [x for x, _ in points]
+                ys += [y for _, y in points]
+        if lines:
+            charts.append(Chart(key.replace("_", " "), lines, ticks(xs), ticks(ys), "step"))
+    return charts
 
 
 def accuracy_chart(results):
@@ -669,107 +627,72 @@ def accuracy_chart(results):
         tasks |= entry["tasks"]
     tasks = ["overall", *reversed(tasks)]  # from below
     for k, (name, entry) in enumerate(results.items()):
-        strokes, dots = [], []
-        for place, task in enumerate(tasks):
-            figure = dict(entry["tasks"], overall=entry["overall"]).get(task)
-            if figure and figure["mean"] is not None:
+        bars, dots = [], []
+        for task, figure in {"overall": entry["overall"], **entry["tasks"]}.items():
+            if figure["mean"] is not None:
                 x, std = 100 * figure["mean"], 100 * figure["std"]
-                y = place + 0.35 - 0.7 * (k + 0.5) / len(results)
+                y = tasks.index(task) + 0.35 - 0.7 * (k + 0.5) / len(results)
+                bars.append(("", [(x - std, y), (x + std, y)]))
                 dots.append((x, y))
-                strokes.append(("", [(max(0, x - std), y), (min(100, x + std), y)]))
-        lines.append((name, k, strokes, dots))
+        lines.append((name, k, bars, dots))
     ys = {-0.5: "", **dict(enumerate(tasks)), len(tasks) - 0.5: ""}
     left, height = 12 + 6 * max(map(len, tasks)), 58 + len(tasks) * (12 + 9 * len(lines))
-    return Chart("Accuracy", lines, ticks(0, 100), ys, "%", left, height)
-
-
-def number(cell):
-    """The number with which a table's cell begins; None for others, and for signed differences."""
-    found = re.match(r"\d+(\.\d+)?", cell)
-    return float(found[0]) if found else None
-
-
-def best_of(table):
-    """A Table -> {column: its largest number}, but for counts and equal ones; {} if it is heat. The
-    paper's rows, which are of other questions, don't compete."""
-    best, lines = {}, [line for line in table.cells[1:] if not line[0].endswith("(paper)")]
-    for k, name in enumerate(table.cells[0]):
-        values = {number(line[k]) for line in lines} - {None}
-        counts = k == 0 or name == "n" or name.startswith("params")
-        if len(values) > 1 and not counts and not table.heat:
-            best[k] = max(values)
-    return best
+    return Chart("Accuracy", lines, ticks([0, 100]), ys, "%", left, height)
 
 
 def kinds_of(row):
     """Those of KINDS that a row is of: none without an accuracy."""
-    acc, con = row["acc"], row["con"]
-    true = (acc == 1, acc == 0, acc == 0 and con == 1, acc == 1 and con == 0)
-    return [kind for kind, is_so in zip(KINDS, true, strict=True) if is_so]
+    scores = row["acc"], row["con"]
+    return [kind for kind, expected in KINDS.items() if scores[:len(expected)] == expected]
 
 
-def examples(first):
-    """{name: {question: its row}} -> SHOWN questions at most, in turn one for each name, task and
-    kind, so that every choice on the page has some."""
-    pools = {}
-    for name, answers in reversed(first.items()):
-        for question in random.Random(0).sample(list(answers), len(answers)):
-            for kind in kinds_of(answers[question]):
-                pools.setdefault((name, answers[question]["task"], kind), []).append(question)
-    chosen = dict.fromkeys(chain.from_iterable(zip_longest(*pools.values())))  # each once
+def examples(rows):
+    """{name: its rows} -> SHOWN questions at most, each {name: its row}: in turn one for each name,
+    task and kind, so that every choice on the page has some. Of a name's several answers to a
+    question the first checkpoint's and seed's is shown."""
+    questions, pools = defaultdict(dict), defaultdict(list)
+    for name, answers in rows.items():
+        for row in answers:
+            questions[row["path"], row["id"]].setdefault(name, row)
+    for question in random.Random(0).sample(list(questions), len(questions)):
+        for name, row in questions[question].items():
+            for kind in kinds_of(row):
+                pools[name, row["task"], kind].append(question)
+    chosen = dict.fromkeys(chain(*zip_longest(*pools.values())))  # each once
     chosen.pop(None, None)  # which stands where a pool is empty
-    return list(chosen)[:SHOWN]
+    return [questions[question] for question in list(chosen)[:SHOWN]]
 
 
-def render(title, what, runs, **parts):
+def html(title, what, runs, charts, **parts):
     """The self-contained page -> str. Whatever a model or a file says is escaped."""
-    import jinja2  # comes with torch
-
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return template.from_string(PAGE).render(
-        title=title, what=what, runs=runs, curves=curves(runs), kinds=KINDS, letters=data.LETTERS,
-        number=number, best_of=best_of, kinds_of=kinds_of, given=given_option,
-        failed=rewards.failed, visible=rewards.visible_thought, **parts)
+    return TEMPLATES.get_template("page").render(
+        title=title, what=what, runs=runs, charts=charts + curves(runs), kinds=KINDS,
+        letters=data.LETTERS, kinds_of=kinds_of, given=given_option,
+        image_of=partial(data_url, side=THUMBNAIL, kind="JPEG"), **parts)
 
 
 def page(results, rows, what):
-    """eval.html -> str. results: {name: entry}, rows: {name: its rows}. Of a name's several answers
-    to a question the first checkpoint's and seed's is shown."""
-    first, shown = {}, []
-    for name, answers in rows.items():  # backwards: the first of several answers is the one kept
-        first[name] = {(row["path"], row["id"]): row for row in reversed(answers)}
-    for question in examples(first):
-        answers = [(k, x[question]) for k, x in enumerate(first.values()) if question in x]
-        asked = answers[-1][1]
-        shown.append((data_url(asked, THUMBNAIL, kind="JPEG"), asked, answers))
-    runs = {name: entry["checkpoints"] for name, entry in results.items()}
-    tasks = grouped([asked for _, asked, _ in shown], "task", data.TASKS)
-    return render("Evaluation", what, runs, tables=tables(results), remarks=remarks(results, rows),
-                  accuracy=accuracy_chart(results), shown=shown, tasks=tasks, names=list(first))
+    """eval.html -> str. results: {name: entry}, rows: {name: its rows}."""
+    return html(
+        "Evaluation", what, {name: entry["checkpoints"] for name, entry in results.items()},
+        [accuracy_chart(results)], tables=tables(results), remarks=remarks(results, rows),
+        shown=examples(rows), names=list(rows),
+        tasks=sorted({row["task"] for answers in rows.values() for row in answers}))
 
 
 def watch(folders, out):
-    """--watch: write OUT/watch.html, the runs' curves, whenever a step was added; until Ctrl-C, or
-    until none was added for QUIET seconds. The page reloads itself as long."""
+    """--watch: write OUT/watch.html, the runs' curves, every RENEWED s until Ctrl-C. As often the
+    page reloads itself."""
     for folder in folders:
         expect(os.path.isdir(folder), f"--watch {folder}: no such folder, expected a run's")
-    path, before, since = os.path.join(out, "watch.html"), None, time.monotonic()
-
-    def write(again):
-        os.makedirs(out, exist_ok=True)
-        what = f"As of {time.strftime('%X')}, {'renewed while it goes on' if again else 'ended'}."
-        runs = {folder: [folder] for folder in folders}
-        data.write_text(path, render(", ".join(folders), what, runs, again=again))
-
+    os.makedirs(out, exist_ok=True)
+    path, runs = os.path.join(out, "watch.html"), {folder: [folder] for folder in folders}
     print(f"{path}: open it in a browser; Ctrl-C ends this")
     with suppress(KeyboardInterrupt):
-        while time.monotonic() - since < QUIET:
-            steps = [len(steps_of(folder)) for folder in folders]
-            if steps != before:
-                before, since = steps, time.monotonic()
-                write(again=EVERY)
-            time.sleep(EVERY)
-    write(again=0)
+        while True:
+            what = f"As of {time.strftime('%X')}."
+            data.write_text(path, html(", ".join(folders), what, runs, [], renewed=RENEWED))
+            time.sleep(RENEWED)
 
 
 def write_report(out, results, rows, what):
@@ -783,17 +706,15 @@ def write_report(out, results, rows, what):
 
 
 def json_object(path):
-    """What a JSON file holds, {} if there is none; DataError if it is no object."""
+    """What a JSON file holds, {} if there is none; DataError if it can't be read."""
     try:
         with open(path, encoding="utf-8") as f:
-            results = json.load(f)
+            return json.load(f)
     except FileNotFoundError:
         return {}
     except ValueError:
-        results = None
-    expect(isinstance(results, dict), f"{path}: not a JSON object, expected what an earlier run "
-                                      "left: remove it, or name another folder")
-    return results
+        raise data.DataError(f"{path}: not JSON, expected what an earlier run left: remove it, or "
+                             "name another folder") from None
 
 
 def without_nan(row):
@@ -815,7 +736,6 @@ def parse_args(argv):
     expect(len(args.seeds) == 1 or args.temperature > 0,
            "--seeds needs a --temperature above 0: greedy answers are the same for each")
     expect(len(set(args.seeds)) == len(args.seeds), "--seeds: expected different ones")
-    expect(all(0 <= seed < 2**32 for seed in args.seeds), "--seeds: expected 0 to 2^32 - 1")
     return args
 
 
@@ -876,45 +796,40 @@ def questions_of(ckpt, args):
     return records
 
 
-def ask_model(ckpt, records, judge, args):
-    """A checkpoint answers the records, with every seed -> rows, parameters of the network."""
-    rank, _, device = M.setup_devices()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy, processor = M.load_unmerged(ckpt, dtype=dtype, device=device,
-                                        max_pixels=args.max_pixels)
-    M.check_texts(processor, records, rewards.question_text)
-    limit = args.max_new_tokens or (80 if M.is_tiny(ckpt) else 512)
-    ours = any(os.path.isfile(os.path.join(ckpt, x)) for x in ("knobs.json", "base.json"))
-    rows = []
-    for seed in args.seeds:
-        answers = evaluate(policy, processor, records, judge, max_new_tokens=limit,
-                           temperature=args.temperature, seed=seed + 1_000_003 * rank,
-                           batch=args.batch, progress=rank == 0 and f"{ckpt}, seed {seed}",
-                           score=rewards.score if ours else rewards.score_leniently)
-        rows += [dict(ckpt=ckpt, seed=seed) | row for row in answers]
-    return rows, policy.num_parameters()
-
-
-def ask_server(spec, records, judge, args, replies):
-    """A chat server answers, with every seed -> rows, None for the unknown parameters. A question
-    that got no reply has nan for fmt, acc and con. replies: those kept."""
-    server = Server(spec, replies, args.max_new_tokens or 512, TIMEOUT, args.batch)
-    rows = []
-    for seed in args.seeds:
-        said = server.answers(records, args.max_pixels, temperature=args.temperature, seed=seed)
-        said = list(tqdm(said, f"{spec}, seed {seed}", len(records)))
-        scored = rewards.score_leniently([text for text, _ in said], records, judge)
-        answers = completed(scored, records, [cut_off for _, cut_off in said])
-        rows += [dict(ckpt=spec, seed=seed) | row for row in answers]
+def ask_server(server, records, judge, max_pixels, *, temperature, seed, progress):
+    """As `evaluate`, the questions answered by a chat server. One that got no reply has nan for
+    fmt, acc and con."""
+    said = server.answers(records, max_pixels, temperature=temperature, seed=seed)
+    said = list(tqdm(said, progress, len(records)))
+    rows = rewards.score_leniently([text for text, _ in said], records, judge)
     if any(row["read_as"] == "failed" for row in rows):
-        print(f"{spec}: some questions got no reply: {failures(server.usage)}")
-    return rows, None
+        print(f"{server.spec}: some questions got no reply: {failures(server.usage)}")
+    return completed(rows, records, [cut_off for _, cut_off in said])
 
 
 def answer(ckpt, records, judge, args, replies):
+    """A checkpoint, or a server whose `replies` are kept, answers the records with every seed ->
+    rows, parameters of the network (None: unknown)."""
+    limit, params = args.max_new_tokens, None
     if ckpt.startswith("openai:"):
-        return ask_server(ckpt, records, judge, args, replies)
-    return ask_model(ckpt, records, judge, args)
+        server = Server(ckpt, replies, limit or 512, TIMEOUT, args.batch)
+        ask = partial(ask_server, server, records, judge, args.max_pixels)
+    else:
+        device = M.setup_devices()[2]
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        policy, processor = M.load_unmerged(ckpt, dtype=dtype, device=device,
+                                            max_pixels=args.max_pixels)
+        M.check_texts(processor, records, rewards.question_text)
+        params = policy.num_parameters()
+        ours = any(os.path.isfile(os.path.join(ckpt, x)) for x in ("knobs.json", "base.json"))
+        ask = partial(evaluate, policy, processor, records, judge, batch=args.batch,
+                      max_new_tokens=limit or (80 if M.is_tiny(ckpt) else 512),
+                      score=rewards.score if ours else rewards.score_leniently)
+    rows = []
+    for seed in args.seeds:
+        answers = ask(temperature=args.temperature, seed=seed, progress=f"{ckpt}, seed {seed}")
+        rows += [dict(ckpt=ckpt, seed=seed) | row for row in answers]
+    return rows, params
 
 
 def answer_one(checkpoints, args):
@@ -959,8 +874,7 @@ def main(argv=None):
         rows[name] = []
         for ckpt in paths:
             answers, params = answer(ckpt, questions[ckpt][rank::world], judge, args, replies)
-            rows[name] += sorted(M.gather(answers),
-                                 key=lambda row: (row["seed"], row["path"], row["id"]))
+            rows[name] += sorted(M.gather(answers), key=itemgetter("seed", "path", "id"))
         results[name] = summary(rows[name]) | dict(params=params, knobs=vars(args),
                                                    paper=args.paper, matrix=args.matrix)
         if before:
