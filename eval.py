@@ -16,13 +16,10 @@ scored by the code that gives the rewards: rewards.score, with an F of judge.py.
     python eval.py --ckpt out/grpo --image scan.png --question "What is this?" --options MRI CT
     python eval.py --watch out/grpo      # while it trains: its curves, in out/grpo/watch.html
 
-Columns are named by task; in the paper's Table 1 anatomy is "Anatomy ID.", anomaly "Anomaly Det.",
-location "Lesion Loc.", modality "Modality Class.", pathology "Pathology Char.".
-
 Models that were not trained here (openai:, and folders without knobs.json or base.json) may answer
 without our tags: rewards.read_leniently. How they were read is counted under the tables.
 
-Left out on purpose: partial credit, majority votes. But for rounding, greedy results depend neither
+Left out on purpose: partial credit, majority votes. Rounding aside, greedy results depend neither
 on --batch nor on the number of processes; those at a temperature do.
 """
 import argparse
@@ -73,7 +70,7 @@ KNOBS = dict(  # the flags, as argparse takes them
     max_pixels=dict(type=int, default=M.MAX_PIXELS,
                     help="pixels above which an image is shrunk [%(default)s]"),
     judge=dict(default="lexical", help="the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH or "
-               "openai:BASE_URL#MODEL, whose replies are kept in OUT/replies.jsonl [%(default)s]"),
+               "openai:BASE_URL#MODEL [%(default)s]"),
     judge_sees=dict(choices=["cut", "raw"], default="cut", help="the thought with letters and "
                     "answer statements cut, or raw as printed [%(default)s]"),
     matrix=dict(choices=["modality", "task"], help="the checkpoints, --ckpt NAME=A.., were each "
@@ -83,15 +80,15 @@ KNOBS = dict(  # the flags, as argparse takes them
     image=dict(help="answer one question about this image file instead"),
     question=dict(help="that question"),
     options=dict(nargs="+", default=[], help="its options, 2 to 6 texts"),
-    watch=dict(nargs="+", default=[], help="folders of runs: instead, keep watch.html, a page with "
-               "their curves, up to date while they train; in --out or the first of them"),
+    watch=dict(nargs="+", default=[], help="folders of runs: instead, keep watch.html, their "
+               "curves, up to date while they train; in --out or the first of them"),
 )
 LEAST = dict(questions=0, temperature=0, batch=1, max_new_tokens=0, max_pixels=1)
-SHOWN = 60       # questions on the page at most
-POINTS = 200     # of a curve that are drawn at most
-THUMBNAIL = 224  # px, longer side of an image on the page
-RENEWED = 5      # s after which the page of a run that is watched is written and loaded anew
-TIMEOUT = 300.0  # s that a chat server may take for an answer
+SHOWN = 60        # questions on the page at most
+POINTS = 200      # of a curve that are drawn at most
+THUMBNAIL = 224   # px, longer side of an image on the page
+RENEWED = 5       # s after which the page of a run that is watched is written and loaded anew
+TIMEOUT = 300.0   # s that a chat server may take for an answer
 RESAMPLES = 2000  # of an interval
 
 # Table 1: parameters in M; mean and deviation over three runs, of data.TASKS and overall
@@ -121,10 +118,9 @@ def paper_lines():
     lines = {}
     for line in PAPER.strip().split("\n"):
         name, params, *numbers = line.split()
-        pairs = zip(numbers[::2], numbers[1::2], strict=True)
-        figures = zip((*data.TASKS, "overall"), pairs, strict=True)
-        accuracies = {column: f"{mean} ± {std}" for column, (mean, std) in figures}
-        lines[f"{name} (paper)"] = {"params, M": params} | accuracies
+        figures = map("{} ± {}".format, numbers[::2], numbers[1::2])
+        columns = ("params, M", *data.TASKS, "overall")
+        lines[f"{name} (paper)"] = dict(zip(columns, [params, *figures], strict=True))
     return lines
 
 # ---- the measurement -----------------------------------------------------------------------------
@@ -137,7 +133,8 @@ def evaluate(policy, processor, records, judge, *, max_new_tokens, temperature=0
     record's path and group; cut_off (the completion reached max_new_tokens). progress: the bar's
     name, or False. score: or rewards.score_leniently. DataError for an image that can't be read.
     """
-    device, (rank, _, _) = next(policy.parameters()).device, M.setup_devices()
+    rank, _, _ = M.setup_devices()
+    device = next(policy.parameters()).device
     generator = torch.Generator(device).manual_seed(seed + 1_000_003 * rank)
     rows = []
     for start in tqdm(range(0, len(records), batch), progress, unit="batch",
@@ -202,7 +199,6 @@ def summary(rows):
     judge_failed: completions on which F failed, left out of consistency.
     read_as: how many completions were read in which way, {} for a model trained here; those that
     "failed" got no reply and are left out of every mean, though not of n.
-    grounding, not the paper's: is the thought true of its picture?
     """
     tasks = grouped(rows, "task", data.TASKS)
     modalities = grouped(rows, "modality", data.MODALITIES)
@@ -425,10 +421,9 @@ PAGE = """<!doctype html>
     overflow-wrap: anywhere }
   p { margin: .3em 0 } .what { font-size: 13px; opacity: .75 }
   .yes { color: hsl(140 65% var(--light)) } .no { color: hsl(0 65% var(--light)) }
-  caption { text-align: left; font-weight: bold; white-space: nowrap }
-  .scroll { overflow: auto; margin: 1em 0 }
-  th, td { padding: 2px 9px; text-align: right; white-space: nowrap }
-  th:first-child { min-width: 8em; text-align: left; white-space: normal; font-weight: normal }
+  caption, th, td { padding: 2px 9px; text-align: right; white-space: nowrap }
+  caption, th:first-child { text-align: left } caption { font-weight: bold }
+  .scroll { overflow: auto; margin: 1em 0 } th[scope=row] { font-weight: normal }
   td[style] { background: hsl(200 70% 45% / calc(.75 * var(--share))) }
   .own { outline: 2px solid; outline-offset: -3px }
   .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21em, 100%), 1fr)) }
@@ -437,10 +432,9 @@ PAGE = """<!doctype html>
   .of { color: hsl(calc(215 + 137.5 * var(--k)) 65% var(--light)) }
   polyline { fill: none; stroke: currentColor; stroke-width: 1.7 }
   .raw { opacity: .25; stroke-width: 1 } .grid { opacity: .2; stroke-width: 1 }
-  .choice { position: sticky; top: 0; padding: .5em 0; background: Canvas }
   select { max-width: 100% }
   section { display: flex; flex-wrap: wrap; gap: 1.2em; padding: 1em 0; border-top: 1px solid #888 }
-  section[hidden] { display: none } section div { flex: 1 14em; min-width: 0 }
+  section div { flex: 1 14em } [hidden] { display: none !important }
   img { width: 160px; height: max-content }
   .said { white-space: pre-wrap; max-height: 18em; overflow: auto }
 </style>
@@ -484,7 +478,7 @@ PAGE = """<!doctype html>
 
 {% if shown %}
   <h2>Questions and answers</h2>
-  <form class="choice">
+  <form>
     <label>Task <select name="task"><option value="">any</option>
       {% for task in tasks %}<option>{{ task }}</option>{% endfor %}</select></label>
     <label>answered <select name="kind"><option value="">any way</option>
@@ -546,8 +540,7 @@ TEMPLATES = jinja2.Environment(loader=jinja2.DictLoader({"page": PAGE, "chart": 
 
 class Chart(NamedTuple):
     """lines: [(name, its number, strokes, dots)], a stroke (class, [(x, y), ..]), a dot (x, y).
-    xs, ys: the ticks, {place: its text}; an axis goes from its first to its last, and what lies
-    beyond is drawn at its end."""
+    xs, ys: the ticks, {place: its text}, from end to end of an axis: beyond nothing is drawn."""
     title: str
     lines: list
     xs: dict
@@ -685,13 +678,13 @@ def watch(folders, out):
     page reloads itself."""
     for folder in folders:
         expect(os.path.isdir(folder), f"--watch {folder}: no such folder, expected a run's")
-    os.makedirs(out, exist_ok=True)
-    path, runs = os.path.join(out, "watch.html"), {folder: [folder] for folder in folders}
-    print(f"{path}: open it in a browser; Ctrl-C ends this")
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{out / 'watch.html'}: open it in a browser; Ctrl-C ends this")
     with suppress(KeyboardInterrupt):
         while True:
-            what = f"As of {time.strftime('%X')}."
-            data.write_text(path, html(", ".join(folders), what, runs, [], renewed=RENEWED))
+            what, runs = f"As of {time.strftime('%X')}.", {folder: [folder] for folder in folders}
+            text = html(", ".join(folders), what, runs, [], renewed=RENEWED)
+            data.write_text(out / "watch.html", text)
             time.sleep(RENEWED)
 
 
@@ -700,16 +693,15 @@ def write_report(out, results, rows, what):
     lines = [f"{what}\n", *map(markdown, tables(results))]
     lines += [f"- {line}" for line in remarks(results, rows)]
     text = "\n".join(lines) + "\n"
-    data.write_text(os.path.join(out, "report.md"), text)
-    data.write_text(os.path.join(out, "eval.html"), page(results, rows, what))
+    data.write_text(out / "report.md", text)
+    data.write_text(out / "eval.html", page(results, rows, what))
     print(f"\n{text}\n{out}: results.json, report.md, eval.html, completions-*.jsonl")
 
 
 def json_object(path):
     """What a JSON file holds, {} if there is none; DataError if it can't be read."""
     try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError:
@@ -743,16 +735,17 @@ def checkpoints_of(texts):
     """--ckpt's texts -> {name: its checkpoints}. "NAME=A,B" is one name of two."""
     checkpoints = {}
     for text in texts:
-        name, equals, several = text.partition("=")
-        paths = several.split(",")
-        server = re.fullmatch("(?:([^=]+)=)?(openai:.*)", text)
-        if server:  # its address and model may hold "=" and ","
-            name, paths = server[1] or text, [server[2]]
-            expect(SPEC.fullmatch(server[2]) and ",openai:" not in server[2],
-                   "--ckpt openai:..: expected one openai:BASE_URL#MODEL, as in "
-                   "openai:http://localhost:8000/v1#qwen, the key in OPENAI_API_KEY")
-        elif not equals or os.path.isdir(text):
+        name, equals, rest = text.partition("=")
+        paths = rest.split(",")
+        if not equals or text.startswith("openai:") or os.path.isdir(text):
             name, paths = text, [text]
+        elif rest.startswith("openai:"):  # its address and model may hold "=" and ","
+            paths = [rest]
+        for path in paths:
+            served, known = path.startswith("openai:"), SPEC.fullmatch(path)
+            expect(not served or known and ",openai:" not in path, "--ckpt openai:..: expected one "
+                   "openai:BASE_URL#MODEL, as in openai:http://localhost:8000/v1#qwen, the key in "
+                   "OPENAI_API_KEY")
         expect(name and all(paths), f"--ckpt {text}: expected a checkpoint, or NAME=A,B,..")
         expect(name not in checkpoints, f"--ckpt: {name} is there twice, expected it once")
         checkpoints[name] = paths
@@ -762,7 +755,7 @@ def checkpoints_of(texts):
 def folder_of(ckpt):
     """The folder in which a checkpoint lies; "out" for a name on the hub, which lies in none."""
     parent = Path(ckpt).parent
-    return str(parent) if parent.is_dir() else "out"
+    return parent if parent.is_dir() else Path("out")
 
 
 def file_names(names, out):
@@ -771,14 +764,14 @@ def file_names(names, out):
     for name in names:
         label = os.path.relpath(name, out) if os.path.isdir(name) else name
         label = re.sub(r"[^\w.]+", "-", label).strip("-.")
-        files[name] = os.path.join(out, f"completions-{label}.jsonl")
+        files[name] = out / f"completions-{label}.jsonl"
     expect(len(set(files.values())) == len(files), f"--ckpt {names}: expected different names")
     return files
 
 
 def thinking_of(ckpt, args):
     """--thinking, else what the checkpoint's knobs.json tells, else "before"."""
-    path = os.path.join(ckpt, "knobs.json")
+    path = Path(ckpt, "knobs.json")
     thinking = args.thinking or json_object(path).get("thinking", "before")
     expect(thinking in rewards.INSTRUCTIONS, f"{path}: thinking {thinking!r} is not known")
     return thinking
@@ -786,11 +779,11 @@ def thinking_of(ckpt, args):
 
 def questions_of(ckpt, args):
     """The records that a checkpoint answers: of --data, or of the phantoms beside it."""
-    phantoms = os.path.join(folder_of(ckpt), "phantoms", "phantoms.jsonl")
-    expect(args.data or os.path.isfile(phantoms),
+    phantoms = folder_of(ckpt) / "phantoms" / "phantoms.jsonl"
+    expect(args.data or phantoms.is_file(),
            f"{phantoms} is not there, expected the phantoms, or --data FILE")
-    records = data.read_records(args.data or phantoms, args.split, args.only,
-                                thinking_of(ckpt, args))
+    files, thinking = args.data or phantoms, thinking_of(ckpt, args)
+    records = data.read_records(files, args.split, args.only, thinking)
     records = subset(records, args.questions)
     data.check_images(records)
     return records
@@ -815,13 +808,13 @@ def answer(ckpt, records, judge, args, replies):
         server = Server(ckpt, replies, limit or 512, TIMEOUT, args.batch)
         ask = partial(ask_server, server, records, judge, args.max_pixels)
     else:
-        device = M.setup_devices()[2]
+        _, _, device = M.setup_devices()
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         policy, processor = M.load_unmerged(ckpt, dtype=dtype, device=device,
                                             max_pixels=args.max_pixels)
         M.check_texts(processor, records, rewards.question_text)
         params = policy.num_parameters()
-        ours = any(os.path.isfile(os.path.join(ckpt, x)) for x in ("knobs.json", "base.json"))
+        ours = any(Path(ckpt, file).is_file() for file in ("knobs.json", "base.json"))
         ask = partial(evaluate, policy, processor, records, judge, batch=args.batch,
                       max_new_tokens=limit or (80 if M.is_tiny(ckpt) else 512),
                       score=rewards.score if ours else rewards.score_leniently)
@@ -834,8 +827,7 @@ def answer(ckpt, records, judge, args, replies):
 
 def answer_one(checkpoints, args):
     """--image, --question, --options: print each checkpoint's thought and answer."""
-    expect(args.image and args.question and args.options,
-           "one question needs --image, --question and --options")
+    expect(args.image and args.question, "one question needs --image, --question and --options")
     data.check_options(args.options)
     item = dict(id="--image", path=args.image, question=args.question, options=args.options)
     item |= dict.fromkeys(("task", "modality", "answer", "group"), "")
@@ -850,22 +842,22 @@ def main(argv=None):
     args = parse_args(argv)
     checkpoints = checkpoints_of(args.ckpt)
     if args.watch:
-        return watch(args.watch, args.out or args.watch[0])
+        return watch(args.watch, Path(args.out or args.watch[0]))
     if args.image or args.question or args.options:
         return answer_one(checkpoints, args)
     ckpts = list(chain(*checkpoints.values()))
-    out = args.out or folder_of(ckpts[0])
+    out = Path(args.out or folder_of(ckpts[0]))
     files = file_names(list(checkpoints), out)
-    replies = Replies(os.path.join(out, "replies.jsonl"))
+    replies = Replies(out / "replies.jsonl")
     judge = make_judge(args.judge, args.judge_sees, cache=replies.file)
     questions = {ckpt: questions_of(ckpt, args) for ckpt in ckpts}
     if args.matrix:
         values = {record[args.matrix] for ckpt in ckpts for record in questions[ckpt]}
         expect(values & checkpoints.keys(), f"--matrix {args.matrix}: expected --ckpt NAME=A.., "
                                             f"NAME one of {', '.join(sorted(values))}")
-    os.makedirs(out, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     expect(os.access(out, os.W_OK), f"{out}: can't be written to, expected another --out")
-    path = os.path.join(out, "results.json")
+    path = out / "results.json"
     json_object(path)  # if it can't be read, say so now and not after an hour of sampling
 
     rank, world, _ = M.setup_devices()
