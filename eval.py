@@ -125,36 +125,37 @@ def paper_lines():
 
 # ---- the measurement -----------------------------------------------------------------------------
 
-def evaluate(policy, processor, records, judge, *, max_new_tokens, temperature=0.0, seed=0,
-             batch=64, progress="eval", score=rewards.score):
-    """Answer each record's question once -> one dict (row) per record, in their order.
-
-    A row: what rewards.score (fmt, acc and con are Eqs. 4-6) and rewards.grounding tell of it; the
-    record's path and group; cut_off (the completion reached max_new_tokens). progress: the bar's
-    name, or False. score: or rewards.score_leniently. DataError for an image that can't be read.
-    """
+def completions(policy, processor, records, *, max_new_tokens, temperature=0.0, seed=0, batch=64):
+    """Yields (text, whether it was cut off at max_new_tokens) for each record's question. DataError
+    for an image that can't be read."""
     rank, _, _ = M.setup_devices()
     device = next(policy.parameters()).device
     generator = torch.Generator(device).manual_seed(seed + 1_000_003 * rank)
-    rows = []
-    for start in tqdm(range(0, len(records), batch), progress, unit="batch",
-                      disable=rank > 0 or not progress):
-        items = records[start:start + batch]
-        inputs = M.encode(processor, items, device)
+    for start in range(0, len(records), batch):
+        inputs = M.encode(processor, records[start:start + batch], device)
         tokens, mask = M.sample(policy, inputs, group_size=1, max_new_tokens=max_new_tokens,
                                 temperature=temperature, generator=generator)  # (n, 1, T)
         texts = [group[0] for group in M.decode(processor, tokens, mask)]
-        cut_off = ~M.finished(inputs, tokens, mask)[:, 0]                      # (n)
-        rows += completed(score(texts, items, judge), items, cut_off.tolist())
+        ended = M.finished(inputs, tokens, mask)[:, 0]                         # (n)
+        yield from zip(texts, (~ended).tolist(), strict=True)
+
+
+def scored(said, records, judge, score=rewards.score, progress=False):
+    """(text, cut_off) for each record -> one dict (row) per record, in their order: what `score`
+    (or rewards.score_leniently; fmt, acc and con are Eqs. 4-6) and rewards.grounding tell of it,
+    path and group of the record, cut_off. progress: the bar's name."""
+    said = list(tqdm(said, progress, len(records), disable=not progress))
+    rows = score([text for text, _ in said], records, judge)
+    for row, record, (_, cut_off) in zip(rows, records, said, strict=True):
+        row |= dict(path=record["path"], group=record["group"], cut_off=cut_off)
+        row |= rewards.grounding(row["thought"], record.get("shows"))
     return rows
 
 
-def completed(rows, items, cut_off):
-    """The rows that rewards.score made of `items`, with what it does not tell."""
-    for row, item, cut in zip(rows, items, cut_off, strict=True):
-        row |= dict(path=item["path"], group=item["group"], cut_off=cut)
-        row |= rewards.grounding(row["thought"], item.get("shows"))
-    return rows
+def evaluate(policy, processor, records, judge, *, progress=False, **knobs):
+    """The rows of the policy's completions; knobs are those of `completions`."""
+    said = completions(policy, processor, records, **knobs)
+    return scored(said, records, judge, progress=progress)
 
 
 def subset(records, n):
@@ -261,10 +262,10 @@ def bootstrap(sets):
 # ---- the report ----------------------------------------------------------------------------------
 
 class Table(NamedTuple):
-    """heat: a map, with its diagonal where the name of a line is that of a column."""
+    """square: of its cells those are marked whose line and column have the same name."""
     title: str
     cells: list  # [header, line, ...] of texts
-    heat: bool = False
+    square: bool = False
 
 
 def percent(figure):
@@ -282,7 +283,7 @@ def percent(figure):
     return f"{mean:.1f}"
 
 
-def grid(title, lines, heat=False):
+def grid(title, lines, square=False):
     """{name: {column: figure or text}} -> a Table."""
     columns = {}  # a dict keeps the order in which they came
     for figures in lines.values():
@@ -290,7 +291,7 @@ def grid(title, lines, heat=False):
     cells = [["model", *columns]]
     for name, figures in lines.items():
         cells.append([name, *[percent(figures.get(column)) for column in columns]])
-    return Table(title, cells, heat)
+    return Table(title, cells, square)
 
 
 def tables(results):
@@ -330,7 +331,7 @@ def square(key, lines):
     own = [figures for name, figures in lines.items() if name in figures]
     means = {column: mean_of(figures.get(column) for figures in own) for column in own[0]}
     return grid(f"Accuracy, trained on one {key} alone (line), asked about all",
-                lines | {"mean": means}, heat=True)
+                lines | {"mean": means}, square=True)
 
 
 def markdown(table):
@@ -339,7 +340,7 @@ def markdown(table):
     text = f"{table.title}\n\n"
     for cells in (header, ["---"] + ["---:"] * (len(header) - 1), *lines):
         cells = [" ".join(cell.replace("|", "\\|").split()) for cell in cells]
-        if table.heat and cells[0] in header[1:-1]:
+        if table.square and cells[0] in header[1:-1]:
             i = header.index(cells[0])
             cells[i] = f"**{cells[i]}**"
         text += "| " + " | ".join(cells) + " |\n"
@@ -422,10 +423,8 @@ PAGE = """<!doctype html>
   p { margin: .3em 0 } .what { font-size: 13px; opacity: .75 }
   .yes { color: hsl(140 65% var(--light)) } .no { color: hsl(0 65% var(--light)) }
   caption, th, td { padding: 2px 9px; text-align: right; white-space: nowrap }
-  caption, th:first-child { text-align: left } caption { font-weight: bold }
+  caption, th:first-child { text-align: left } caption, .own { font-weight: bold }
   .scroll { overflow: auto; margin: 1em 0 } th[scope=row] { font-weight: normal }
-  td[style] { background: hsl(200 70% 45% / calc(.75 * var(--share))) }
-  .own { outline: 2px solid; outline-offset: -3px }
   .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21em, 100%), 1fr)) }
   figure { margin: .6em; max-width: 32em; font-size: 13px }
   svg { width: 100%; overflow: visible; font-size: 11px; fill: currentColor }
@@ -450,9 +449,8 @@ PAGE = """<!doctype html>
     {% for cells in table.cells[1:] %}
       <tr><th scope="row">{{ cells[0] }}</th>
       {% for cell in cells[1:] %}
-        {% set own = table.cells[0][loop.index] == cells[0] and not loop.last %}
-        <td {%- if table.heat %} class="{{ "own" if own }}"
-          style="--share: {{ cell.split()[0] | float / 100 }}" {%- endif %}>{{ cell }}</td>
+        {% set own = table.square and table.cells[0][loop.index] == cells[0] and not loop.last %}
+        <td{% if own %} class="own"{% endif %}>{{ cell }}</td>
       {% endfor %}</tr>
     {% endfor %}
   </table></div>
@@ -479,14 +477,11 @@ PAGE = """<!doctype html>
 {% if shown %}
   <h2>Questions and answers</h2>
   <form>
-    <label>Task <select name="task"><option value="">any</option>
-      {% for task in tasks %}<option>{{ task }}</option>{% endfor %}</select></label>
-    <label>answered <select name="kind"><option value="">any way</option>
-      {% for kind in kinds %}<option value="{{ kind }}">{{ kind | replace("-", " ") }}</option>
-      {% endfor %}</select></label>
-    <label>by <select name="who"><option value="">any</option>
-      {% for name in names %}<option value="{{ loop.index0 }}">{{ name }}</option>{% endfor %}
-    </select></label> <output name="count">all</output> of {{ shown | length }} shown
+    {% for key, choices in filters.items() %}
+      <label>{{ key }} <select name="{{ key }}"><option value="">any</option>
+        {% for x in choices %}<option value="{{ x }}">{{ x }}</option>{% endfor %}</select></label>
+    {% endfor %}
+    <output name="count"></output> of {{ shown | length }} shown
   </form>
 {% endif %}
 {% for answers in shown %}
@@ -502,7 +497,7 @@ PAGE = """<!doctype html>
       {% endfor %}
     </div>
     {% for name, row in answers.items() %}
-      <div data-who="{{ names.index(name) }}" class="{{ kinds_of(row) | join(" ") }}">
+      <div data-model="{{ name }}" class="{{ kinds_of(row) | join(" ") }}">
         <p><b>{{ name }}</b>{% if row.cut_off %}, cut off at the limit{% endif %}</p>
         <p class="said" dir="auto">{{ row.completion | truncate(4000, True,
           " .. (the rest is in completions-*.jsonl)") }}</p>
@@ -520,11 +515,12 @@ PAGE = """<!doctype html>
 <script>
 const form = document.forms[0];
 form.onchange = () => {
-  const {task, kind, who} = Object.fromEntries(new FormData(form));
-  const answer = "[data-who" + (who ? `="${who}"]` : "]") + (kind ? "." + kind : "");
+  const {task, answer, model} = Object.fromEntries(new FormData(form));
+  let wanted = model ? `[data-model="${CSS.escape(model)}"]` : "[data-model]";
+  if (answer) wanted += "." + answer;
   let count = 0;
   for (const section of document.querySelectorAll("section")) {
-    section.hidden = task && task != section.dataset.task || !section.querySelector(answer);
+    section.hidden = task && task != section.dataset.task || !section.querySelector(wanted);
     count += !section.hidden;
   }
   form.elements.count.value = count;
@@ -659,18 +655,18 @@ def examples(rows):
 def html(title, what, runs, charts, **parts):
     """The self-contained page -> str. Whatever a model or a file says is escaped."""
     return TEMPLATES.get_template("page").render(
-        title=title, what=what, runs=runs, charts=charts + curves(runs), kinds=KINDS,
-        letters=data.LETTERS, kinds_of=kinds_of, given=given_option,
+        title=title, what=what, runs=runs, charts=charts + curves(runs), letters=data.LETTERS,
+        kinds_of=kinds_of, given=given_option,
         image_of=partial(data_url, side=THUMBNAIL, kind="JPEG"), **parts)
 
 
 def page(results, rows, what):
     """eval.html -> str. results: {name: entry}, rows: {name: its rows}."""
-    return html(
-        "Evaluation", what, {name: entry["checkpoints"] for name, entry in results.items()},
-        [accuracy_chart(results)], tables=tables(results), remarks=remarks(results, rows),
-        shown=examples(rows), names=list(rows),
-        tasks=sorted({row["task"] for answers in rows.values() for row in answers}))
+    runs = {name: entry["checkpoints"] for name, entry in results.items()}
+    tasks = {row["task"] for answers in rows.values() for row in answers}
+    return html("Evaluation", what, runs, [accuracy_chart(results)], tables=tables(results),
+                remarks=remarks(results, rows), shown=examples(rows),
+                filters={"task": sorted(tasks), "answer": KINDS, "model": rows})
 
 
 def watch(folders, out):
@@ -744,8 +740,7 @@ def checkpoints_of(texts):
         for path in paths:
             served, known = path.startswith("openai:"), SPEC.fullmatch(path)
             expect(not served or known and ",openai:" not in path, "--ckpt openai:..: expected one "
-                   "openai:BASE_URL#MODEL, as in openai:http://localhost:8000/v1#qwen, the key in "
-                   "OPENAI_API_KEY")
+                   "openai:BASE_URL#MODEL, the key in OPENAI_API_KEY")
         expect(name and all(paths), f"--ckpt {text}: expected a checkpoint, or NAME=A,B,..")
         expect(name not in checkpoints, f"--ckpt: {name} is there twice, expected it once")
         checkpoints[name] = paths
@@ -789,39 +784,32 @@ def questions_of(ckpt, args):
     return records
 
 
-def ask_server(server, records, judge, max_pixels, *, temperature, seed, progress):
-    """As `evaluate`, the questions answered by a chat server. One that got no reply has nan for
-    fmt, acc and con."""
-    said = server.answers(records, max_pixels, temperature=temperature, seed=seed)
-    said = list(tqdm(said, progress, len(records)))
-    rows = rewards.score_leniently([text for text, _ in said], records, judge)
-    if any(row["read_as"] == "failed" for row in rows):
-        print(f"{server.spec}: some questions got no reply: {failures(server.usage)}")
-    return completed(rows, records, [cut_off for _, cut_off in said])
-
-
 def answer(ckpt, records, judge, args, replies):
     """A checkpoint, or a server whose `replies` are kept, answers the records with every seed ->
-    rows, parameters of the network (None: unknown)."""
-    limit, params = args.max_new_tokens, None
+    rows, parameters of the network (None: unknown). No reply is nan for fmt, acc and con."""
+    rank, _, device = M.setup_devices()
+    score, server, params = rewards.score_leniently, None, None
     if ckpt.startswith("openai:"):
-        server = Server(ckpt, replies, limit or 512, TIMEOUT, args.batch)
-        ask = partial(ask_server, server, records, judge, args.max_pixels)
+        server = Server(ckpt, replies, args.max_new_tokens or 512, TIMEOUT, args.batch)
+        ask = partial(server.answers, records, args.max_pixels)
     else:
-        _, _, device = M.setup_devices()
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         policy, processor = M.load_unmerged(ckpt, dtype=dtype, device=device,
                                             max_pixels=args.max_pixels)
         M.check_texts(processor, records, rewards.question_text)
         params = policy.num_parameters()
-        ours = any(Path(ckpt, file).is_file() for file in ("knobs.json", "base.json"))
-        ask = partial(evaluate, policy, processor, records, judge, batch=args.batch,
-                      max_new_tokens=limit or (80 if M.is_tiny(ckpt) else 512),
-                      score=rewards.score if ours else rewards.score_leniently)
+        limit = args.max_new_tokens or (80 if M.is_tiny(ckpt) else 512)
+        ask = partial(completions, policy, processor, records, max_new_tokens=limit,
+                      batch=args.batch)
+        if any(Path(ckpt, file).is_file() for file in ("knobs.json", "base.json")):
+            score = rewards.score
     rows = []
     for seed in args.seeds:
-        answers = ask(temperature=args.temperature, seed=seed, progress=f"{ckpt}, seed {seed}")
+        said = ask(temperature=args.temperature, seed=seed)
+        answers = scored(said, records, judge, score, rank == 0 and f"{ckpt}, seed {seed}")
         rows += [dict(ckpt=ckpt, seed=seed) | row for row in answers]
+    if server and any(row["read_as"] == "failed" for row in rows):
+        print(f"{ckpt}: some questions got no reply: {failures(server.usage)}")
     return rows, params
 
 

@@ -247,7 +247,7 @@ def test_the_square_of_med_r1():
         rows = [row("anomaly", "CT", x) for x in anomaly] + [row("location", "CT", x) for x in location]
         results[name] = evaluation.summary(rows) | {"params": 1, "matrix": "task"}
     *_, table = evaluation.tables(results)
-    assert table.heat and table.cells == [
+    assert table.square and table.cells == [
         ["model", "anomaly", "location", "mean"], ["anomaly", "100.0", "50.0", "75.0"],
         ["location", "0.0", "100.0", "50.0"], ["start", "50.0", "0.0", "25.0"], ["mean", "50.0", "75.0", "62.5"]]
     text = evaluation.markdown(table)

@@ -157,18 +157,16 @@ def test_the_pages_charts_have_the_right_points(world, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------------ tables
 
-def test_a_map_is_coloured_by_value(world, monkeypatch):
-    """heat: a cell's colour goes by its number, and the diagonal is marked; other tables are plain."""
+def test_a_square_has_its_diagonal_marked(world, monkeypatch):
+    """The cells whose line and column have the same name, but not the mean of the means; other tables are plain."""
     square = evaluation.Table("Map", [["model", "CT", "MRI", "mean"], ["CT", "90.0", "-", "90.0"], ["MRI", "20.0", "80.5", "50.2"],
-                                      ["mean", "55.0", "80.5", "67.8"]], heat=True)
-    plain = evaluation.Table("Plain", [["model", "CT"], ["a", "90.0"], ["b", "70.0"]])
+                                      ["mean", "55.0", "80.5", "67.8"]], square=True)
+    plain = evaluation.Table("Plain", [["model", "CT"], ["CT", "90.0"], ["b", "70.0"]])
     monkeypatch.setattr(evaluation, "tables", lambda results: [square, plain])
     rows = {"a": answers(world, "a", 3)}
     page = evaluation.page(entries(rows), rows, "what")
-    cells = re.findall(r'<td(?: class="([^"]*)"\s*style="--share: ([\d.]+)")?>([^<]*)</td>', page)
-    assert [(look, share[:5], text) for look, share, text in cells] == [
-        ("own", "0.9", "90.0"), ("", "0.0", "-"), ("", "0.9", "90.0"), ("", "0.2", "20.0"), ("own", "0.805", "80.5"),
-        ("", "0.502", "50.2"), ("", "0.55", "55.0"), ("", "0.805", "80.5"), ("", "0.677", "67.8"), ("", "", "90.0"), ("", "", "70.0")]
+    cells = re.findall(r'<td( class="own")?>([^<]*)</td>', page)
+    assert [text for look, text in cells if look] == ["90.0", "80.5"] and len(cells) == 11
 
 
 # ---------------------------------------------------------------------------------------------------------------- examples
@@ -251,24 +249,24 @@ document.querySelector("pre").textContent = JSON.stringify([document.title, show
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
 def test_choices_in_a_browser(world, tmp_path):
     """What is chosen of task, kind and checkpoint, one after the other, shows just the questions that fit, and says how many. A
-    hostile completion does nothing."""
-    rows = {"a": answers(world, "a", completion=EVIL), "b": answers(world, "b")}
-    for i, r in enumerate(rows["b"]):
+    hostile completion and a hostile name do nothing."""
+    rows = {"a": answers(world, "a", completion=EVIL), EVIL: answers(world, "b")}
+    for i, r in enumerate(rows[EVIL]):
         r |= dict(acc=float(i % 4 == 0), con=1.0)
-    both = list(zip(rows["a"], rows["b"], strict=True))
+    both = list(zip(*rows.values(), strict=True))
     cases = [
         ("task", "", both),
         ("task", "location", [x for x in both if x[0]["task"] == "location"]),
-        ("kind", "wrong", [x for x in both if x[0]["task"] == "location" and not (x[0]["acc"] and x[1]["acc"])]),
-        ("who", "0", [x for x in both if x[0]["task"] == "location" and not x[0]["acc"]]),
+        ("answer", "wrong", [x for x in both if x[0]["task"] == "location" and not (x[0]["acc"] and x[1]["acc"])]),
+        ("model", "a", [x for x in both if x[0]["task"] == "location" and not x[0]["acc"]]),
         ("task", "", [x for x in both if not x[0]["acc"]]),
-        ("kind", "consistent-but-wrong", [x for x in both if not x[0]["acc"] and x[0]["con"]]),
-        ("who", "", [x for x in both if not x[0]["acc"] and x[0]["con"] or not x[1]["acc"]]),
-        ("kind", "right-but-inconsistent", [x for x in both if x[0]["acc"] and not x[0]["con"]]),
-        ("who", "1", [])]
+        ("answer", "consistent-but-wrong", [x for x in both if not x[0]["acc"] and x[0]["con"]]),
+        ("model", "", [x for x in both if not x[0]["acc"] and x[0]["con"] or not x[1]["acc"]]),
+        ("answer", "right-but-inconsistent", [x for x in both if x[0]["acc"] and not x[0]["con"]]),
+        ("model", EVIL, [])]
     page = evaluation.page(entries(rows), rows, "what")
-    choices = [(name, value) for name, value, _ in cases]
-    (tmp_path / "eval.html").write_text(page.replace("</html>", DRIVER.replace("CASES", json.dumps(choices))))
+    choices = json.dumps([(name, value) for name, value, _ in cases]).replace("<", "\\u003c")
+    (tmp_path / "eval.html").write_text(page.replace("</html>", DRIVER.replace("CASES", choices)))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
                "--virtual-time-budget=1000", "--dump-dom", (tmp_path / "eval.html").as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
