@@ -130,7 +130,7 @@ def completions(policy, processor, records, *, max_new_tokens, temperature=0.0, 
     for an image that can't be read."""
     rank, _, _ = M.setup_devices()
     device = next(policy.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed + 1_000_003 * rank)
+    generator = torch.Generator(device).manual_seed(seed + 1_000_003 * rank)  # each its own stream
     for start in range(0, len(records), batch):
         inputs = M.encode(processor, records[start:start + batch], device)
         tokens, mask = M.sample(policy, inputs, group_size=1, max_new_tokens=max_new_tokens,
@@ -183,13 +183,11 @@ def spread(rows, key="acc"):
     for row in rows:
         if not rewards.failed(row[key]):
             values[row[run]].append(row[key])
-    means = [fmean(numbers) for numbers in values.values()]
-    return {
-        "mean": fmean(means) if means else None,
-        "std": stdev(means) if len(means) > 1 else 0.0,
-        "n": len(rows) // len({row["seed"] for row in rows}),
-        "runs": len(means),
-    }
+    means = list(map(fmean, values.values()))
+    mean = fmean(means) if means else None
+    std = stdev(means) if len(means) > 1 else 0.0
+    n = len(rows) // len({row["seed"] for row in rows})
+    return {"mean": mean, "std": std, "n": n, "runs": len(means)}
 
 
 def summary(rows):
@@ -224,9 +222,8 @@ def difference(before, after):
     """Rows of two names -> {figure: after minus before, see bootstrap}; {} if they answered other
     questions. Checkpoints pair by place: of NAME=A,B and NAME=C,D, C with A. A question on which
     one of the two has no value is left out."""
-    def asked(rows):
-        return [(row["path"], row["id"], row["seed"]) for row in rows]
-    if asked(before) != asked(after):
+    asked = itemgetter("path", "id", "seed")
+    if list(map(asked, before)) != list(map(asked, after)):
         return {}
     figures = {}
     for name, key in dict(accuracy="acc", consistency="con", grounding="grounding").items():
@@ -243,9 +240,9 @@ def difference(before, after):
 
 def bootstrap(sets):
     """For each checkpoint {group: changes} -> their "mean", and "low" and "high" of its 95 %
-    interval. What is drawn again is a group (an image; of real data a patient), since the questions
-    of one image are right or wrong together; checkpoints asked about the same groups get the same
-    draw. The interval is about other images, not about other seeds of the training."""
+    interval: about other images, not about other seeds of the training. What is drawn again is a
+    group (an image; of real data a patient), since its questions are right or wrong together;
+    checkpoints asked about the same groups get the same draw."""
     rng = np.random.default_rng(0)
     draws, means, drawn = {}, [], []
     for groups in sets:
@@ -343,7 +340,7 @@ def markdown(table):
         if table.square and cells[0] in header[1:-1]:
             i = header.index(cells[0])
             cells[i] = f"**{cells[i]}**"
-        text += "| " + " | ".join(cells) + " |\n"
+        text += f"| {' | '.join(cells)} |\n"
     return text
 
 
@@ -358,8 +355,8 @@ def given_option(row):
 
 def commonest(answers):
     """The three answers given most, as "Normal 80 %, Abnormal 20 %"."""
-    shares = [f"{x} {100 * n / len(answers):.0f} %" for x, n in Counter(answers).most_common(3)]
-    return ", ".join(shares)
+    found = Counter(answers).most_common(3)
+    return ", ".join(f"{x} {100 * n / len(answers):.0f} %" for x, n in found)
 
 
 def remarks(results, rows):
@@ -483,7 +480,6 @@ PAGE = """<!doctype html>
     {% endfor %}
     <output name="count"></output> of {{ shown | length }} shown
   </form>
-{% endif %}
 {% for answers in shown %}
   {% set asked = answers.values() | first %}
   <section data-task="{{ asked.task }}">
@@ -511,7 +507,6 @@ PAGE = """<!doctype html>
     {% endfor %}
   </section>
 {% endfor %}
-{% if shown %}
 <script>
 const form = document.forms[0];
 form.onchange = () => {
@@ -788,10 +783,10 @@ def answer(ckpt, records, judge, args, replies):
     """A checkpoint, or a server whose `replies` are kept, answers the records with every seed ->
     rows, parameters of the network (None: unknown). No reply is nan for fmt, acc and con."""
     rank, _, device = M.setup_devices()
-    score, server, params = rewards.score_leniently, None, None
+    score, params, usage = rewards.score_leniently, None, None
     if ckpt.startswith("openai:"):
         server = Server(ckpt, replies, args.max_new_tokens or 512, TIMEOUT, args.batch)
-        ask = partial(server.answers, records, args.max_pixels)
+        ask, usage = partial(server.answers, records, args.max_pixels), server.usage
     else:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         policy, processor = M.load_unmerged(ckpt, dtype=dtype, device=device,
@@ -808,13 +803,13 @@ def answer(ckpt, records, judge, args, replies):
         said = ask(temperature=args.temperature, seed=seed)
         answers = scored(said, records, judge, score, rank == 0 and f"{ckpt}, seed {seed}")
         rows += [dict(ckpt=ckpt, seed=seed) | row for row in answers]
-    if server and any(row["read_as"] == "failed" for row in rows):
-        print(f"{ckpt}: some questions got no reply: {failures(server.usage)}")
+    if any(row.get("read_as") == "failed" for row in rows):
+        print(f"{ckpt}: some questions got no reply: {failures(usage)}")
     return rows, params
 
 
 def answer_one(checkpoints, args):
-    """--image, --question, --options: print each checkpoint's thought and answer."""
+    """--image, --question, --options: print what each checkpoint says, and how it is read."""
     expect(args.image and args.question, "one question needs --image, --question and --options")
     data.check_options(args.options)
     item = dict(id="--image", path=args.image, question=args.question, options=args.options)
