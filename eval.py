@@ -456,8 +456,8 @@ PAGE = """<!doctype html>
   <details class="what"><summary>Answers given, and what was left out</summary>
     {% for line in remarks %}<p>{{ line }}</p>{% endfor %}</details>
 {% endif %}
-<p class="what">Curves of training: faint as logged, strong the mean over a twentieth of the steps
-  before.</p>
+<p class="what">Training, of runs whose log is there: faint as logged, strong the mean over a
+  twentieth of the steps before.</p>
 <div class="charts">
 {% for chart in charts %}
   <figure><svg viewBox="0 0 360 {{ chart.height }}" role="img">
@@ -718,7 +718,8 @@ def parse_args(argv):
         expect(least <= value < math.inf, f"--{name} {value}: expected at least {least}")
     expect(len(args.seeds) == 1 or args.temperature > 0,
            "--seeds needs a --temperature above 0: greedy answers are the same for each")
-    expect(len(set(args.seeds)) == len(args.seeds), "--seeds: expected different ones")
+    fine = len(set(args.seeds)) == len(args.seeds) and all(0 <= x < 2**32 for x in args.seeds)
+    expect(fine, "--seeds: expected different ones from 0 to 2^32 - 1")
     return args
 
 
@@ -783,10 +784,10 @@ def answer(ckpt, records, judge, args, replies):
     """A checkpoint, or a server whose `replies` are kept, answers the records with every seed ->
     rows, parameters of the network (None: unknown). No reply is nan for fmt, acc and con."""
     rank, _, device = M.setup_devices()
-    score, params, usage = rewards.score_leniently, None, None
+    score, params = rewards.score_leniently, None
     if ckpt.startswith("openai:"):
         server = Server(ckpt, replies, args.max_new_tokens or 512, TIMEOUT, args.batch)
-        ask, usage = partial(server.answers, records, args.max_pixels), server.usage
+        ask = partial(server.answers, records, args.max_pixels)
     else:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         policy, processor = M.load_unmerged(ckpt, dtype=dtype, device=device,
@@ -803,8 +804,8 @@ def answer(ckpt, records, judge, args, replies):
         said = ask(temperature=args.temperature, seed=seed)
         answers = scored(said, records, judge, score, rank == 0 and f"{ckpt}, seed {seed}")
         rows += [dict(ckpt=ckpt, seed=seed) | row for row in answers]
-    if any(row.get("read_as") == "failed" for row in rows):
-        print(f"{ckpt}: some questions got no reply: {failures(usage)}")
+    if any(row.get("read_as") == "failed" for row in rows):  # a server's alone
+        print(f"{ckpt}: some questions got no reply: {failures(server.usage)}")
     return rows, params
 
 
