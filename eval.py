@@ -1,10 +1,9 @@
 """Tables 1-3: accuracy by task, format and consistency rates, and a page that a person looks at.
 
 Every question of the test split is answered once (greedy; with --temperature once per seed), then
-scored by the code that gives the rewards: rewards.score, with an F of judge.py. Written beside the
-checkpoints are:
+scored by the code that gives the rewards: rewards.score, with an F of judge.py. Written are
 
-    results.json              figures as fractions; checkpoints evaluated earlier stay in it
+    results.json              figures as fractions; names evaluated earlier stay in it
     report.md, eval.html      the tables; on the page also charts and questions with their answers
     completions-NAME.jsonl    every completion with its scores
 
@@ -17,16 +16,11 @@ checkpoints are:
     python eval.py --ckpt out/grpo --image scan.png --question "What is this?" --options MRI CT
     python eval.py --watch out/grpo      # while it trains: its curves, in out/grpo/watch.html
 
-The columns are named by task. Those of the paper's Table 1 are anatomy ("Anatomy ID." there),
-anomaly ("Anomaly Det."), location ("Lesion Loc."), modality ("Modality Class.") and pathology
-("Pathology Char."); other tasks, say Med-R1's, follow.
-
 Models that were not trained here (openai:, and folders without knobs.json or base.json) may answer
 without our tags: rewards.read_leniently. How they were read is counted under the tables.
 
-Left out on purpose: partial credit, majority votes. Greedy results do not depend on --batch or the
-number of processes except for rounding; those at a temperature do, since a batch draws from one
-stream of random numbers.
+Left out on purpose: partial credit, majority votes. Rounding aside, greedy results depend neither
+on --batch nor on the number of processes; those at a temperature do.
 """
 import argparse
 import json
@@ -37,11 +31,14 @@ import re
 import time
 from collections import Counter, defaultdict
 from contextlib import suppress
-from itertools import chain, product, zip_longest
+from functools import partial
+from itertools import chain, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
+import jinja2  # comes with torch
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -73,36 +70,27 @@ KNOBS = dict(  # the flags, as argparse takes them
     max_pixels=dict(type=int, default=M.MAX_PIXELS,
                     help="pixels above which an image is shrunk [%(default)s]"),
     judge=dict(default="lexical", help="the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH or "
-               "openai:BASE_URL#MODEL, whose replies are kept in OUT/replies.jsonl [%(default)s]"),
+               "openai:BASE_URL#MODEL [%(default)s]"),
     judge_sees=dict(choices=["cut", "raw"], default="cut", help="the thought with letters and "
                     "answer statements cut, or raw as printed [%(default)s]"),
     matrix=dict(choices=["modality", "task"], help="the checkpoints, --ckpt NAME=A.., were each "
                 "trained on the NAME of these alone: show the square of accuracies"),
-    paper=dict(action="store_true", help="show the paper's own figures beside"),
+    paper=dict(action="store_true", help="show the paper's Table 1 below"),
     out=dict(help="folder of the results (default: that in which the first checkpoint lies)"),
     image=dict(help="answer one question about this image file instead"),
     question=dict(help="that question"),
     options=dict(nargs="+", default=[], help="its options, 2 to 6 texts"),
-    watch=dict(nargs="+", default=[], help="folders of runs: instead, keep watch.html, a page with "
-               "their curves, up to date while they train; in --out or the first of them"),
+    watch=dict(nargs="+", default=[], help="folders of runs: instead, keep watch.html, their "
+               "curves, up to date while they train; in --out or the first of them"),
 )
 LEAST = dict(questions=0, temperature=0, batch=1, max_new_tokens=0, max_pixels=1)
-SHOWN = 60       # questions on the page at most
-POINTS = 200     # of a curve that are drawn at most
-THUMBNAIL = 224  # px, longer side of an image on the page
-EVERY = 5        # s between two looks at a run that is watched, and between the page's reloads
-QUIET = 600      # s without a new step after which --watch ends
-TIMEOUT = 300.0  # s that a chat server may take for an answer
-RESAMPLES = 2000
-DIFFERENCES = {"accuracy": "acc", "consistency": "con", "grounding": "grounding"}  # keys of a row
+SHOWN = 60        # questions on the page at most
+POINTS = 200      # of a curve that are drawn at most
+THUMBNAIL = 224   # px, longer side of an image on the page
+RENEWED = 5       # s after which the page of a run that is watched is written and loaded anew
+TIMEOUT = 300.0   # s that a chat server may take for an answer
+RESAMPLES = 2000  # of an interval
 
-# ---- the paper's own figures ---------------------------------------------------------------------
-
-PAPER_OVERALL = {  # Tables 2 and 3, by the name that a row has here
-    "RL-only": "73.22 ± 2.58", "SFT": "75.41 ± 1.19", "Acc-only": "78.85 ± 1.08",
-    "Con-only": "81.73 ± 1.12", "Con-GRPO": "85.15 ± 0.95", "Format-focused": "77.13 ± 1.35",
-    "Accuracy-focused": "82.54 ± 1.02", "Consistency-focused": "84.21 ± 0.98",
-    "Balanced": "85.15 ± 0.95"}
 # Table 1: parameters in M; mean and deviation over three runs, of data.TASKS and overall
 PAPER = """
 Qwen2.5-VL-3B      3000  93.20 0.34  51.27 0.74  24.57 6.82  91.78 0.39  65.30 1.94  71.41 1.19
@@ -125,66 +113,49 @@ MedAD-R1           3000  98.87 0.35  78.24 0.84  55.90 1.02  97.14 0.76  79.49 1
 """
 
 
-def paper_rows(header):
-    """Table 1's rows as texts under our header."""
-    rows = []
+def paper_lines():
+    """Table 1 -> {name: {column: text}}."""
+    lines = {}
     for line in PAPER.strip().split("\n"):
         name, params, *numbers = line.split()
-        pairs = zip(numbers[::2], numbers[1::2], strict=True)
-        figures = [f"{mean} ± {std}" for mean, std in pairs]
-        known = dict(zip((*data.TASKS, "overall"), figures, strict=True))
-        rows.append([f"{name} (paper)", params, *[known.get(x, "-") for x in header[2:]]])
-    return rows
+        figures = map("{} ± {}".format, numbers[::2], numbers[1::2])
+        columns = ("params, M", *data.TASKS, "overall")
+        lines[f"{name} (paper)"] = dict(zip(columns, [params, *figures], strict=True))
+    return lines
 
 # ---- the measurement -----------------------------------------------------------------------------
 
-def evaluate(policy, processor, records, judge, *, max_new_tokens, temperature=0.0, seed=0,
-             batch=64, progress="eval", score=rewards.score):
-    """Answer each record's question once -> one dict (row) per record, in their order.
-
-    A row: what rewards.score (fmt, acc and con are Eqs. 4-6) and rewards.grounding tell of it; the
-    record's path and group; seed; cut_off (the completion reached max_new_tokens). progress: the
-    bar's name, or False. score: or rewards.score_leniently. DataError for an image that can't be
-    read.
-    """
+def completions(policy, processor, records, *, max_new_tokens, temperature=0.0, seed=0, batch=64):
+    """Yields (text, whether it was cut off at max_new_tokens) for each record's question. DataError
+    for an image that can't be read."""
+    rank, _, _ = M.setup_devices()
     device = next(policy.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    rows = []
-    starts = range(0, len(records), batch)
-    for start in tqdm(starts, desc=progress, unit="batch", disable=not progress):
-        items = records[start:start + batch]
-        inputs = M.encode(processor, items, device)
+    generator = torch.Generator(device).manual_seed(seed + 1_000_003 * rank)  # each its own stream
+    for start in range(0, len(records), batch):
+        inputs = M.encode(processor, records[start:start + batch], device)
         tokens, mask = M.sample(policy, inputs, group_size=1, max_new_tokens=max_new_tokens,
                                 temperature=temperature, generator=generator)  # (n, 1, T)
         texts = [group[0] for group in M.decode(processor, tokens, mask)]
-        ended = M.finished(inputs, tokens, mask)[:, 0].tolist()                # n
-        scored = score(texts, items, judge)
-        rows += completed(items, scored, [not end for end in ended], seed)
+        ended = M.finished(inputs, tokens, mask)[:, 0]                         # (n)
+        yield from zip(texts, (~ended).tolist(), strict=True)
+
+
+def scored(said, records, judge, score=rewards.score, progress=False):
+    """(text, cut_off) for each record -> one dict (row) per record, in their order: what `score`
+    (or rewards.score_leniently; fmt, acc and con are Eqs. 4-6) and rewards.grounding tell of it,
+    path and group of the record, cut_off. progress: the bar's name."""
+    said = list(tqdm(said, progress, len(records), disable=not progress))
+    rows = score([text for text, _ in said], records, judge)
+    for row, record, (_, cut_off) in zip(rows, records, said, strict=True):
+        row |= dict(path=record["path"], group=record["group"], cut_off=cut_off)
+        row |= rewards.grounding(row["thought"], record.get("shows"))
     return rows
 
 
-def completed(items, scored, cut_off, seed):
-    """The rows that rewards.score made of `items`, with what it does not tell."""
-    rows = []
-    for item, row, cut in zip(items, scored, cut_off, strict=True):
-        row |= rewards.grounding(row["thought"], item.get("shows"))
-        rows.append(row | dict(path=item["path"], group=item["group"], seed=seed, cut_off=cut))
-    return rows
-
-
-def ask_server(spec, records, judge, args, replies):
-    """As `evaluate`, the questions answered by a chat server, with every seed -> rows. A question
-    that got no reply has nan for fmt, acc and con."""
-    server = Server(spec, replies, args.max_new_tokens or 512, TIMEOUT, args.batch)
-    rows = []
-    for seed in args.seeds:
-        said = server.answers(records, args.max_pixels, temperature=args.temperature, seed=seed)
-        said = list(tqdm(said, f"{spec}, seed {seed}", len(records)))
-        scored = rewards.score_leniently([text for text, _ in said], records, judge)
-        rows += completed(records, scored, [cut_off for _, cut_off in said], seed)
-    if any(row["read_as"] == "failed" for row in rows):
-        print(f"{spec}: some questions got no reply: {failures(server.usage)}")
-    return rows
+def evaluate(policy, processor, records, judge, *, progress=False, **knobs):
+    """The rows of the policy's completions; knobs are those of `completions`."""
+    said = completions(policy, processor, records, **knobs)
+    return scored(said, records, judge, progress=progress)
 
 
 def subset(records, n):
@@ -205,15 +176,14 @@ def spread(rows, key="acc"):
     """Rows of one or several runs -> a figure: "mean" of `key` over the runs (None without a
     number), "std" over them (n - 1 in the denominator; 0 for one run), "n" questions, "runs".
 
-    A run is a checkpoint where there are several, else a seed of the sampling. A checkpoint that
-    was sampled with several seeds is one run: the mean over its answers. nan is left out.
+    A run is a checkpoint where there are several, else a seed of the sampling. nan is left out.
     """
-    several = len({row["ckpt"] for row in rows}) > 1
-    means = []
-    for members in grouped(rows, "ckpt" if several else "seed").values():
-        values = [row[key] for row in members if not rewards.failed(row[key])]
-        if values:
-            means.append(fmean(values))
+    run = "ckpt" if len({row["ckpt"] for row in rows}) > 1 else "seed"
+    values = defaultdict(list)
+    for row in rows:
+        if not rewards.failed(row[key]):
+            values[row[run]].append(row[key])
+    means = list(map(fmean, values.values()))
     mean = fmean(means) if means else None
     std = stdev(means) if len(means) > 1 else 0.0
     n = len(rows) // len({row["seed"] for row in rows})
@@ -225,14 +195,13 @@ def summary(rows):
 
     A task's accuracy is its right answers / its questions; overall is all right answers / all
     questions, not the mean of the tasks. A completion without a readable answer is wrong.
-    judge_failed: completions on which F failed, left out of consistency (None if it failed on all).
+    judge_failed: completions on which F failed, left out of consistency.
     read_as: how many completions were read in which way, {} for a model trained here; those that
     "failed" got no reply and are left out of every mean, though not of n.
-    grounding, not the paper's: is the thought true of its picture? None where nobody knows.
     """
     tasks = grouped(rows, "task", data.TASKS)
     modalities = grouped(rows, "modality", data.MODALITIES)
-    lenient = [row for row in rows if "read_as" in row]
+    read_as = Counter(row["read_as"] for row in rows if "read_as" in row)
     return {
         "overall": spread(rows),
         "tasks": {task: spread(members) for task, members in tasks.items()},
@@ -245,44 +214,43 @@ def summary(rows):
         "checkpoints": list(dict.fromkeys(row["ckpt"] for row in rows)),
         "judge_failed": sum(rewards.failed(row["verdict"]) for row in rows),
         "cut_off": spread(rows, "cut_off")["mean"],
-        "read_as": {how: len(members) for how, members in grouped(lenient, "read_as").items()},
+        "read_as": dict(sorted(read_as.items())),
     }
 
 
 def difference(before, after):
-    """Rows of two names -> figures (see bootstrap) of after minus before; {} if they answered other
+    """Rows of two names -> {figure: after minus before, see bootstrap}; {} if they answered other
     questions. Checkpoints pair by place: of NAME=A,B and NAME=C,D, C with A. A question on which
     one of the two has no value is left out."""
-    def asked(rows):
-        return [(row["path"], row["id"], row["seed"]) for row in rows]
-    if asked(before) != asked(after):
+    asked = itemgetter("path", "id", "seed")
+    if list(map(asked, before)) != list(map(asked, after)):
         return {}
     figures = {}
-    for name, key in DIFFERENCES.items():
-        sets = defaultdict(lambda: defaultdict(lambda: np.zeros(2)))  # checkpoint: group: sums
+    for name, key in dict(accuracy="acc", consistency="con", grounding="grounding").items():
+        sets = {}  # checkpoint: group: changes
         for old, new in zip(before, after, strict=True):
-            change = new[key] - old[key]
-            sets[new["ckpt"]][new["group"]] += (0, 0) if rewards.failed(change) else (change, 1)
-        known = [groups for groups in sets.values() if sum(groups.values())[1] > 0]
+            changes = sets.setdefault(new["ckpt"], {}).setdefault(new["group"], [])
+            if not rewards.failed(new[key] - old[key]):
+                changes.append(new[key] - old[key])
+        known = [groups for groups in sets.values() if any(groups.values())]
         if known:
             figures[name] = bootstrap(known)
     return figures
 
 
 def bootstrap(sets):
-    """For each checkpoint {group: (sum of differences, their number)} -> "mean", and "low" and
-    "high" of its 95 % interval. What is drawn again is a group (an image; of real data a patient),
-    since the questions of one image are right or wrong together; checkpoints that were asked about
-    the same groups get the same draw. The checkpoints stay: the interval is about other images,
-    not about other seeds of the training.
-    """
+    """For each checkpoint {group: changes} -> their "mean", and "low" and "high" of its 95 %
+    interval: about other images, not about other seeds of the training. What is drawn again is a
+    group (an image; of real data a patient), since its questions are right or wrong together;
+    checkpoints asked about the same groups get the same draw."""
     rng = np.random.default_rng(0)
     draws, means, drawn = {}, [], []
     for groups in sets:
-        names, sums = tuple(groups), np.array(list(groups.values()))  # (groups, 2)
+        names = tuple(groups)
         if names not in draws:
             draws[names] = rng.integers(len(names), size=(RESAMPLES, len(names)))
-        again = sums[draws[names]].sum(1)                             # (RESAMPLES, 2)
+        sums = np.array([(sum(changes), len(changes)) for changes in groups.values()])
+        again = sums[draws[names]].sum(1)  # (RESAMPLES, 2)
         drawn.append(again[:, 0] / again[:, 1])
         means.append(sums[:, 0].sum() / sums[:, 1].sum())
     low, high = np.quantile(np.mean(drawn, 0), (0.025, 0.975)).tolist()
@@ -291,56 +259,57 @@ def bootstrap(sets):
 # ---- the report ----------------------------------------------------------------------------------
 
 class Table(NamedTuple):
-    """heat: a map, with its diagonal where the name of a line is that of a column."""
+    """square: of its cells those are marked whose line and column have the same name."""
     title: str
     cells: list  # [header, line, ...] of texts
-    heat: bool = False
+    square: bool = False
 
 
 def percent(figure):
-    """A figure -> a cell of a table: with its deviation if it is of several runs, with its interval
-    if it is a difference; "-" for none."""
+    """A figure in %: with its deviation if it is of several runs, with its interval if it is a
+    difference; "-" for none. A text stays."""
+    if isinstance(figure, str):
+        return figure
     if figure is None or figure["mean"] is None:
         return "-"
-    points = {key: 100 * x for key, x in figure.items() if key in ("mean", "std", "low", "high")}
-    if "low" in points:
-        return "{mean:+.1f} ({low:+.1f} to {high:+.1f})".format(**points)
-    return ("{mean:.1f} ± {std:.1f}" if figure["runs"] > 1 else "{mean:.1f}").format(**points)
+    mean = 100 * figure["mean"]
+    if "low" in figure:
+        return f"{mean:+.1f} ({100 * figure['low']:+.1f} to {100 * figure['high']:+.1f})"
+    if figure["runs"] > 1:
+        return f"{mean:.1f} ± {100 * figure['std']:.1f}"
+    return f"{mean:.1f}"
 
 
-def grid(title, lines, heat=False):
-    """{name: {column: figure}} -> a Table of them, in %."""
+def grid(title, lines, square=False):
+    """{name: {column: figure or text}} -> a Table."""
     columns = {}  # a dict keeps the order in which they came
     for figures in lines.values():
         columns |= figures
     cells = [["model", *columns]]
     for name, figures in lines.items():
         cells.append([name, *[percent(figures.get(column)) for column in columns]])
-    return Table(title, cells, heat)
+    return Table(title, cells, square)
 
 
 def tables(results):
     """{name: entry} -> Tables: as in Table 1, by modality, square or differences of the rows."""
-    entries, tasks = results.values(), dict.fromkeys(data.TASKS)
-    for entry in entries:
-        tasks |= entry["tasks"]
-    rates = ("overall", "format", "consistency", "grounding")
-    cells = [["model", "params, M", *tasks, *rates, "n"]]
+    tasks = dict.fromkeys(data.TASKS)
+    for entry in results.values():
+        tasks |= dict.fromkeys(entry["tasks"])
+    lines = {}
     for name, entry in results.items():
-        figures = [entry["tasks"].get(task) for task in tasks] + [entry[rate] for rate in rates]
         params = f"{entry['params'] / 1e6:.1f}" if entry["params"] else "-"
-        n = str(entry["overall"]["n"])
-        cells.append([name, params, *map(percent, figures), n])
-    if any(entry.get("paper") for entry in entries):
-        cells[0].append("overall in the paper")
-        for line in cells[1:]:
-            line.append(PAPER_OVERALL.get(line[0], "-"))
-        cells += paper_rows(cells[0])
+        lines[name] = {"params, M": params} | tasks | entry["tasks"]
+        for rate in ("overall", "format", "consistency", "grounding"):
+            lines[name][rate] = entry[rate]
+        lines[name]["n"] = str(entry["overall"]["n"])
+    if entry.get("paper"):
+        lines |= paper_lines()
 
     def part(key):
         return {name: entry.get(key, {}) for name, entry in results.items()}
-    found = [Table("Accuracy by task", cells), grid("Accuracy by modality", part("modality"))]
-    matrix = list(entries)[-1].get("matrix")
+    found = [grid("Accuracy by task", lines), grid("Accuracy by modality", part("modality"))]
+    matrix = entry.get("matrix")
     if matrix:
         found.append(square(matrix, part("tasks" if matrix == "task" else matrix)))
     elif any(part("difference").values()):
@@ -357,10 +326,9 @@ def square(key, lines):
 
     lines = {name: figures | {"mean": mean_of(figures.values())} for name, figures in lines.items()}
     own = [figures for name, figures in lines.items() if name in figures]
-    columns = own[0]
-    means = {column: mean_of(figures.get(column) for figures in own) for column in columns}
+    means = {column: mean_of(figures.get(column) for figures in own) for column in own[0]}
     return grid(f"Accuracy, trained on one {key} alone (line), asked about all",
-                lines | {"mean": means}, heat=True)
+                lines | {"mean": means}, square=True)
 
 
 def markdown(table):
@@ -369,10 +337,10 @@ def markdown(table):
     text = f"{table.title}\n\n"
     for cells in (header, ["---"] + ["---:"] * (len(header) - 1), *lines):
         cells = [" ".join(cell.replace("|", "\\|").split()) for cell in cells]
-        if table.heat and cells[0] in header[1:-1]:
+        if table.square and cells[0] in header[1:-1]:
             i = header.index(cells[0])
             cells[i] = f"**{cells[i]}**"
-        text += "| " + " | ".join(cells) + " |\n"
+        text += f"| {' | '.join(cells)} |\n"
     return text
 
 
@@ -387,49 +355,62 @@ def given_option(row):
 
 def commonest(answers):
     """The three answers given most, as "Normal 80 %, Abnormal 20 %"."""
-    shares = [f"{x} {100 * n / len(answers):.0f} %" for x, n in Counter(answers).most_common(3)]
-    return ", ".join(shares)
+    found = Counter(answers).most_common(3)
+    return ", ".join(f"{x} {100 * n / len(answers):.0f} %" for x, n in found)
 
 
 def remarks(results, rows):
     """Lines under the tables. By the commonest answers a collapse to one of them is seen."""
     lines = []
     for name, entry in results.items():
+        told = {}
         for task, members in grouped(rows[name], "task", data.TASKS).items():
-            said = commonest([given_option(row) for row in members])
-            lines.append(f"{name}, {task}, answers given: {said}")
-        letters = commonest([row["given"] or given_option(row) for row in rows[name]])
-        lines.append(f"{name}, letters given: {letters}")
-        if entry["read_as"]:
-            ways = ", ".join(f"{how} {n}" for how, n in entry["read_as"].items())
-            missing = " (no reply: in no mean)" if "failed" in entry["read_as"] else ""
-            lines.append(f"{name}, answers read as: {ways}{missing}")
-        if entry["judge_failed"]:
-            lines.append(f"{name}, left out of consistency, F failed: {entry['judge_failed']}")
-        unread = sum(rewards.failed(row["grounding"]) for row in rows[name])
-        if unread and entry["grounding"]["mean"] is not None:
-            lines.append(f"{name}, left out of grounding, no statement or no truth known: {unread}")
+            told[f"{task}, answers given"] = commonest([given_option(row) for row in members])
+        told["letters given"] = commonest([row["given"] or given_option(row) for row in rows[name]])
+        ways = [f"{how} {n}" for how, n in entry["read_as"].items()]
+        told["answers read as (failed: no reply, in no mean)"] = ", ".join(ways)
+        told["left out of consistency, F failed"] = entry["judge_failed"]
+        if entry["grounding"]["mean"] is not None:
+            unread = sum(rewards.failed(row["grounding"]) for row in rows[name])
+            told["left out of grounding, no statement or no truth known"] = unread
         if entry["cut_off"]:
-            lines.append(f"{name}, completions cut off at the limit: {entry['cut_off']:.2%}")
+            told["completions cut off at the limit"] = f"{entry['cut_off']:.2%}"
+        lines += [f"{name}, {what}: {x}" for what, x in told.items() if x]
     return lines
 
 
 # ---- the page ------------------------------------------------------------------------------------
 
-KINDS = ("right", "wrong", "consistent-but-wrong", "right-but-inconsistent")
-CURVES = dict(  # figures of metrics.jsonl, and their charts' titles
-    reward="reward, Eq. (3)", format="format reward, Eq. (4)",
-    accuracy="accuracy reward, Eq. (5)", consistency="consistency reward, Eq. (6)",
-    held_out_accuracy="held-out accuracy", loss="loss, Eq. (1)", kl="KL divergence per token",
-    sampled_nll="-log probability per sampled token", length="tokens per completion",
-    no_spread="share of groups without spread", seconds="seconds per step",
-    seconds_rollout="seconds of sampling", seconds_reference="seconds of the reference",
-    seconds_judge="seconds waited for F", seconds_update="seconds of the update")
+KINDS = {  # of answers: their accuracy, or accuracy and consistency
+    "right": (1,), "wrong": (0,), "consistent-but-wrong": (0, 1), "right-but-inconsistent": (1, 0)}
+CURVES = ("reward", "format", "accuracy", "consistency", "held_out_accuracy", "loss", "kl",
+          "sampled_nll", "length", "no_spread", "seconds", "seconds_rollout", "seconds_reference",
+          "seconds_judge", "seconds_update", "seconds_waiting")  # of metrics.jsonl
+CHART = """\
+<text x="4" y="12" font-weight="bold">{{ chart.title }}</text>
+{% for x, text in chart.xs.items() %}
+  <polyline class="grid" points="{{ chart.x(x) }},24 {{ chart.x(x) }},{{ chart.height - 34 }}"/>
+  <text x="{{ chart.x(x) }}" y="{{ chart.height - 20 }}" text-anchor="middle">{{ text }}</text>
+{% endfor %}
+{% for y, text in chart.ys.items() %}
+  <polyline class="grid" points="{{ chart.left }},{{ chart.y(y) }} 348,{{ chart.y(y) }}"/>
+  <text x="{{ chart.left - 5 }}" y="{{ chart.y(y) + 4 }}" text-anchor="end">{{ text }}</text>
+{% endfor %}
+<text x="348" y="{{ chart.height - 6 }}" text-anchor="end">{{ chart.unit }}</text>
+{% for name, k, strokes, dots in chart.lines %}
+  <g class="of" style="--k: {{ k }}"><title>{{ name }}</title>
+  {% for look, points in strokes %}
+    <polyline class="{{ look }}" points="{{ chart.path(points) }}"/>
+  {% endfor %}
+  {% for x, y in dots %}<circle cx="{{ chart.x(x) }}" cy="{{ chart.y(y) }}" r="3"/>{% endfor %}
+  </g>
+{% endfor %}
+"""
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
   style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-{% if again %}<noscript><meta http-equiv="refresh" content="{{ again }}"></noscript>{% endif %}
+{% if renewed %}<meta http-equiv="refresh" content="{{ renewed }}">{% endif %}
 <title>{{ title }}</title>
 <style>
   :root { color-scheme: light dark; --light: 34% }
@@ -438,110 +419,71 @@ PAGE = """<!doctype html>
     overflow-wrap: anywhere }
   p { margin: .3em 0 } .what { font-size: 13px; opacity: .75 }
   .yes { color: hsl(140 65% var(--light)) } .no { color: hsl(0 65% var(--light)) }
-  caption { text-align: left; font-weight: bold; white-space: nowrap }
-  .scroll { overflow: auto; margin: 1em 0 }
-  th, td { padding: 2px 9px; text-align: right; white-space: nowrap }
-  th:first-child { min-width: 8em; text-align: left; white-space: normal; font-weight: normal }
-  td[style] { background: hsl(200 70% 45% / calc(.75 * var(--share))) }
-  .best { font-weight: bold } .own { outline: 2px solid; outline-offset: -3px }
+  caption, th, td { padding: 2px 9px; text-align: right; white-space: nowrap }
+  caption, th:first-child { text-align: left } caption, .own { font-weight: bold }
+  .scroll { overflow: auto; margin: 1em 0 } th[scope=row] { font-weight: normal }
   .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21em, 100%), 1fr)) }
-  #minutes:checked ~ .charts .step, #step:checked ~ .charts .minutes { display: none }
-  figure { margin: .6em; max-width: 32em; font-size: 13px; break-inside: avoid }
+  figure { margin: .6em; max-width: 32em; font-size: 13px }
   svg { width: 100%; overflow: visible; font-size: 11px; fill: currentColor }
   .of { color: hsl(calc(215 + 137.5 * var(--k)) 65% var(--light)) }
-  polyline { fill: none; stroke: currentColor; stroke-width: 1.7; stroke-linejoin: round }
+  polyline { fill: none; stroke: currentColor; stroke-width: 1.7 }
   .raw { opacity: .25; stroke-width: 1 } .grid { opacity: .2; stroke-width: 1 }
-  .choice { position: sticky; top: 0; padding: .5em 0; background: Canvas }
   select { max-width: 100% }
-  section { display: flex; gap: 1.2em; border-top: 1px solid #8888; padding: 1em 0 }
-  section[hidden] { display: none } section div { flex: 1; min-width: 0 }
+  section { display: flex; flex-wrap: wrap; gap: 1.2em; padding: 1em 0; border-top: 1px solid #888 }
+  section div { flex: 1 14em } [hidden] { display: none !important }
   img { width: 160px; height: max-content }
   .said { white-space: pre-wrap; max-height: 18em; overflow: auto }
-  @media (max-width: 45em) { section { display: block } .choice { position: static } }
 </style>
-{% macro draw(chart, over="") %}
-  <figure class="{{ over }}"><svg viewBox="0 0 360 {{ chart.height }}" role="img">
-    <title>{{ chart.title }}</title>
-    <text x="4" y="12" font-weight="bold">{{ chart.title }}</text>
-    {% for x, text in chart.xs.items() %}
-      <polyline class="grid" points="{{ chart.x(x) }},24 {{ chart.x(x) }},{{ chart.height - 34 }}"/>
-      <text x="{{ chart.x(x) }}" y="{{ chart.height - 20 }}" text-anchor="middle">{{ text }}</text>
-    {% endfor %}
-    {% for y, text in chart.ys.items() %}
-      <polyline class="grid" points="{{ chart.left }},{{ chart.y(y) }} 348,{{ chart.y(y) }}"/>
-      <text x="{{ chart.left - 5 }}" y="{{ chart.y(y) + 4 }}" text-anchor="end">{{ text }}</text>
-    {% endfor %}
-    <text x="348" y="{{ chart.height - 6 }}" text-anchor="end">{{ chart.unit }}</text>
-    {% for name, k, strokes, dots in chart.lines %}
-      <g class="of" style="--k: {{ k }}"><title>{{ name }}</title>
-      {% for look, points in strokes %}
-        <polyline class="{{ look }}" points="{{ chart.path(points) }}"/>
-      {% endfor %}
-      {% for x, y in dots %}<circle cx="{{ chart.x(x) }}" cy="{{ chart.y(y) }}" r="3"/>{% endfor %}
-      </g>
-    {% endfor %}
-  </svg><figcaption>
-    {% for name, k, _, _ in chart.lines %}{% if loop.changed(name) %}
-      <span class="of" style="--k: {{ k }}">&#9679; {{ name }}</span>
-    {% endif %}{% endfor %}
-  </figcaption></figure>
-{% endmacro %}
-
 <h1>{{ title }}</h1>
 <p>{{ what }}</p>
 {% for name, folders in runs.items() if folders != [name] %}
   <p class="what">{{ name }}: {{ folders | join(", ") }}</p>
 {% endfor %}
-<form>
+
 {% for table in tables %}
-  {% set best = best_of(table) %}
   <div class="scroll" tabindex="0"><table><caption>{{ table.title }}</caption>
     <tr>{% for cell in table.cells[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr>
     {% for cells in table.cells[1:] %}
       <tr><th scope="row">{{ cells[0] }}</th>
       {% for cell in cells[1:] %}
-        {% set value, column = number(cell), table.cells[0][loop.index] %}
-        <td class="{{ "own" if table.heat and column == cells[0] != "mean" }}
-          {{- "best" if best[loop.index] in [value] }}"
-          {%- if table.heat and value is number %} style="--share: {{ value / 100 }}"{% endif %}>
-          {{- cell }}</td>
+        {% set own = table.square and table.cells[0][loop.index] == cells[0] and not loop.last %}
+        <td{% if own %} class="own"{% endif %}>{{ cell }}</td>
       {% endfor %}</tr>
     {% endfor %}
   </table></div>
 {% endfor %}
-{% if accuracy %}{{ draw(accuracy) }}{% endif %}
 {% if remarks %}
   <details class="what"><summary>Answers given, and what was left out</summary>
     {% for line in remarks %}<p>{{ line }}</p>{% endfor %}</details>
 {% endif %}
+<p class="what">Training, of runs whose log is there: faint as logged, strong the mean over a
+  twentieth of the steps before.</p>
+<div class="charts">
+{% for chart in charts %}
+  <figure><svg viewBox="0 0 360 {{ chart.height }}" role="img">
+    <title>{{ chart.title }}</title>
+    {% include "chart" %}
+  </svg><figcaption>
+    {% for name, k, _, _ in chart.lines %}{% if loop.changed(name) %}
+      <span class="of" style="--k: {{ k }}">&#9679; {{ name }}</span>
+    {% endif %}{% endfor %}
+  </figcaption></figure>
+{% endfor %}
+</div>
 
-{% if curves %}
-  <h2>Training</h2>
-  <input type="radio" name="over" value="step" id="step" checked>
-  <label for="step">over steps</label>
-  <input type="radio" name="over" value="minutes" id="minutes">
-  <label for="minutes">over minutes of training</label>
-  <p class="what">Faint: as logged; strong: the mean over a twentieth of the steps before.</p>
-  <div class="charts">{% for over, chart in curves %}{{ draw(chart, over) }}{% endfor %}</div>
-{% endif %}
-
-{% set rest = " .. (the rest is in completions-*.jsonl)" %}
 {% if shown %}
   <h2>Questions and answers</h2>
-  <div class="choice">
-    <label>Task <select name="task"><option value="">any</option>
-      {% for task in tasks %}<option>{{ task }}</option>{% endfor %}</select></label>
-    <label>answered <select name="kind"><option value="">any way</option>
-      {% for kind in kinds %}<option value="{{ kind }}">{{ kind | replace("-", " ") }}</option>
-      {% endfor %}</select></label>
-    <label>by <select name="who"><option value="">any</option>
-      {% for name in names %}<option value="{{ loop.index0 }}">{{ name }}</option>{% endfor %}
-    </select></label> <output name="count">all</output> of {{ shown | length }} shown
-  </div>
-{% endif %}
-{% for image, asked, answers in shown %}
+  <form>
+    {% for key, choices in filters.items() %}
+      <label>{{ key }} <select name="{{ key }}"><option value="">any</option>
+        {% for x in choices %}<option value="{{ x }}">{{ x }}</option>{% endfor %}</select></label>
+    {% endfor %}
+    <output name="count"></output> of {{ shown | length }} shown
+  </form>
+{% for answers in shown %}
+  {% set asked = answers.values() | first %}
   <section data-task="{{ asked.task }}">
-    <img src="{{ image }}" alt="{{ asked.modality }}, the image of {{ asked.id }}">
+    <img src="{{ image_of(asked) }}" alt="{{ asked.modality }}, the image of {{ asked.id }}">
     <div>
       <p class="what">{{ asked.id }}, {{ asked.task }}, {{ asked.modality }}</p>
       <p><b>{{ asked.question }}</b></p>
@@ -550,19 +492,14 @@ PAGE = """<!doctype html>
         <p{% if letter == asked.answer %} class="yes"{% endif %}>{{ letter }}) {{ option }}</p>
       {% endfor %}
     </div>
-    {% for who, row in answers %}
-      {% set seen, has_letters = visible(row.thought or "") %}
-      <div data-who="{{ who }}" class="{{ kinds_of(row) | join(" ") }}">
-        <p><b>{{ names[who] }}</b>{% if row.cut_off %}, cut off at the limit{% endif %}</p>
-        <p class="said" dir="auto">{{ row.completion | truncate(4000, True, rest) }}</p>
+    {% for name, row in answers.items() %}
+      <div data-model="{{ name }}" class="{{ kinds_of(row) | join(" ") }}">
+        <p><b>{{ name }}</b>{% if row.cut_off %}, cut off at the limit{% endif %}</p>
+        <p class="said" dir="auto">{{ row.completion | truncate(4000, True,
+          " .. (the rest is in completions-*.jsonl)") }}</p>
         <p class="{{ "yes" if row.acc == 1 else "no" }}">{{ given(row) }}</p>
         <p class="what">accuracy {{ row.acc }}, format {{ row.fmt }}, consistency {{ row.con }};
-          F: {{ "failed" if failed(row.verdict) else row.verdict or "undecided" }}</p>
-        {% if has_letters %}
-          <details class="what"><summary>without letters and answer statements, as F sees it
-            (unless --judge_sees raw)</summary>
-            <p class="said" dir="auto">{{ seen | truncate(4000, True, rest) }}</p></details>
-        {% endif %}
+          F: {{ "failed" if row.verdict != row.verdict else row.verdict or "undecided" }}</p>
         {% for sentence in row.false_statements %}
           <p class="no">Not so in the image: {{ sentence }}</p>
         {% endfor %}
@@ -570,34 +507,31 @@ PAGE = """<!doctype html>
     {% endfor %}
   </section>
 {% endfor %}
-</form>
 <script>
 const form = document.forms[0];
-function show() {  // what is chosen stands behind the address's #: it outlives a reload
-  for (const [name, value] of new URLSearchParams(location.hash.slice(1)))
-    if (form.elements[name]) form.elements[name].value = value;
-  const {task, kind, who} = Object.fromEntries(new FormData(form));
-  const answer = "[data-who" + (who ? `="${who}"]` : "]") + (kind ? "." + kind : "");
+form.onchange = () => {
+  const {task, answer, model} = Object.fromEntries(new FormData(form));
+  let wanted = model ? `[data-model="${CSS.escape(model)}"]` : "[data-model]";
+  if (answer) wanted += "." + answer;
   let count = 0;
   for (const section of document.querySelectorAll("section")) {
-    section.hidden = task && task != section.dataset.task || !section.querySelector(answer);
+    section.hidden = task && task != section.dataset.task || !section.querySelector(wanted);
     count += !section.hidden;
   }
-  if (form.elements.count) form.elements.count.value = count;
-}
-form.onchange = () => location.replace("#" + new URLSearchParams(new FormData(form)));
-window.onhashchange = show;
-show();
-{# the header's refresh alone would not reload an address that has a # #}
-{% if again %}setTimeout(() => location.reload(), {{ 1000 * again }});{% endif %}
-
-</script></html>
+  form.elements.count.value = count;
+};
+form.onchange();  // a browser may have kept what was chosen
+</script>
+{% endif %}
+</html>
 """
+TEMPLATES = jinja2.Environment(loader=jinja2.DictLoader({"page": PAGE, "chart": CHART}),
+                               autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 class Chart(NamedTuple):
     """lines: [(name, its number, strokes, dots)], a stroke (class, [(x, y), ..]), a dot (x, y).
-    xs, ys: the ticks, {place: its text}; an axis goes from its first to its last."""
+    xs, ys: the ticks, {place: its text}, from end to end of an axis: beyond nothing is drawn."""
     title: str
     lines: list
     xs: dict
@@ -608,74 +542,65 @@ class Chart(NamedTuple):
 
     def x(self, value):
         low, *_, high = self.xs
-        return round(self.left + (value - low) / (high - low) * (348 - self.left), 1)
+        return np.interp(value, (low, high), (self.left, 348)).round(1)
 
     def y(self, value):
         low, *_, high = self.ys
-        return round(24 + (high - value) / (high - low) * (self.height - 58), 1)
+        return np.interp(value, (low, high), (self.height - 34, 24)).round(1)
 
     def path(self, points):
         return " ".join(f"{self.x(x)},{self.y(y)}" for x, y in points)
 
 
-def ticks(low, high):
-    """Round numbers, 1, 2 or 5 times a power of ten apart, that enclose low..high -> {x: text}."""
+def ticks(values):
+    """Round numbers, 1, 2 or 5 times a power of ten apart, that enclose the values -> {x: text}."""
+    low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = min(low, 0), max(high, 0) or 1
-    step = 10 ** math.floor(math.log10((high - low) / 4))
-    for times in (2, 2.5, 2):  # 1, 2, 5, 10
-        if high - low > 5 * step:
-            step *= times
+    step = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step *= next(times for times in (1, 2, 5, 10) if high - low <= 5 * times * step)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return {k * step: f"{k * step:.10g}" for k in range(first, last + 1)}
 
 
 def steps_of(folder):
-    """A run's metrics.jsonl -> [{figure: number}], with the "minutes" of training until then. A
-    line that can't be read is passed over: the last may be half written. No file: []."""
-    path, steps, seconds = os.path.join(folder, "metrics.jsonl"), [], 0.0
-    lines = Path(path).read_text(errors="replace").splitlines() if os.path.isfile(path) else []
-    for line in lines:
-        numbers = {}
-        with suppress(ValueError, AttributeError):
-            for key, x in json.loads(line).items():
-                if isinstance(x, (int, float)) and math.isfinite(x):
-                    numbers[key] = x
-        if "step" in numbers:
-            seconds += sum(numbers[key] for key in numbers if key.startswith("seconds"))
-            steps.append(numbers | dict(minutes=seconds / 60))
+    """A run's metrics.jsonl -> its lines, [{figure: number, or None for nan}]; none without the
+    file. One that is half written is passed over."""
+    path, steps = Path(folder, "metrics.jsonl"), []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            steps.append(json.loads(line))
     return steps
 
 
-def curve(key, over, logs):
-    """A figure of the runs [(name, k, steps)] over "step" or "minutes" -> Chart, None if none has
-    it. Of the losses SFT's is shown alone: Con-GRPO's tells little."""
-    lines, xs, ys = [], [0.0], []
-    for name, k, steps in logs:
-        points = [(x[over], x[key]) for x in steps if key in x]
-        if not points or (key == "loss" and "reward" in steps[0]):
-            continue
-        x, y = np.array(points, dtype=float).T                           # (n), (n)
-        some = np.linspace(0, len(x) - 1, min(len(x), POINTS)).astype(int)
-        raw = list(zip(x[some], y[some], strict=True))
-        window = np.ones(math.ceil(len(x) / 20))
-        mean = np.convolve(y, window)[:len(x)] / np.convolve(y**0, window)[:len(x)]
-        mean = list(zip(x[some], mean[some], strict=True))
-        lines.append((name, k, [("raw", raw), ("", mean)], raw if len(raw) <= 20 else []))
-        xs += [x.min(), x.max()]
-        ys += [y.min(), y.max()]
-    if lines:
-        return Chart(CURVES[key], lines, ticks(min(xs), max(xs)), ticks(min(ys), max(ys)), over)
+def curve(points):
+    """[(step, figure), ..] -> strokes and dots: faint, as logged, and strong, the mean over a
+    twentieth of the steps before."""
+    x, y = np.array(points, dtype=float).T                           # (n), (n)
+    window = np.ones(math.ceil(len(x) / 20))
+    mean = np.convolve(y, window)[:len(x)] / np.convolve(y**0, window)[:len(x)]
+    some = np.linspace(0, len(x) - 1, min(len(x), POINTS)).astype(int)
+    raw, mean = (np.stack([x, line], 1)[some].tolist() for line in (y, mean))
+    return [("raw", raw), ("", mean)], raw if len(raw) <= 20 else []
 
 
 def curves(runs):
-    """{name: folders of its runs} -> [("step" or "minutes", Chart)], every figure over both."""
-    logs = []
+    """{name: folders of its runs} -> a Chart for each of CURVES that some of them logged. Of the
+    losses SFT's is shown alone: Con-GRPO's tells little."""
+    logs, charts = [], []
     for k, (name, folders) in enumerate(runs.items()):
         logs += [(name, k, steps_of(folder)) for folder in folders]
-    pairs = product(CURVES, ("step", "minutes"))
-    charts = [(over, curve(key, over, logs)) for key, over in pairs]
-    return [(over, chart) for over, chart in charts if chart]
+    for key in CURVES:
+        lines, xs, ys = [], [0], []
+        for name, k, steps in logs:
+            points = [(x["step"], x[key]) for x in steps if x.get(key) is not None]
+            if points and (key != "loss" or "reward" not in steps[0]):
+                lines.append((name, k, *curve(points)))
+                xs += [x for x, _ in points]
+                ys += [y for _, y in points]
+        if lines:
+            charts.append(Chart(key.replace("_", " "), lines, ticks(xs), ticks(ys), "step"))
+    return charts
 
 
 def accuracy_chart(results):
@@ -686,107 +611,72 @@ def accuracy_chart(results):
         tasks |= entry["tasks"]
     tasks = ["overall", *reversed(tasks)]  # from below
     for k, (name, entry) in enumerate(results.items()):
-        strokes, dots = [], []
-        for place, task in enumerate(tasks):
-            figure = dict(entry["tasks"], overall=entry["overall"]).get(task)
-            if figure and figure["mean"] is not None:
+        bars, dots = [], []
+        for task, figure in {"overall": entry["overall"], **entry["tasks"]}.items():
+            if figure["mean"] is not None:
                 x, std = 100 * figure["mean"], 100 * figure["std"]
-                y = place + 0.35 - 0.7 * (k + 0.5) / len(results)
+                y = tasks.index(task) + 0.35 - 0.7 * (k + 0.5) / len(results)
+                bars.append(("", [(x - std, y), (x + std, y)]))
                 dots.append((x, y))
-                strokes.append(("", [(max(0, x - std), y), (min(100, x + std), y)]))
-        lines.append((name, k, strokes, dots))
+        lines.append((name, k, bars, dots))
     ys = {-0.5: "", **dict(enumerate(tasks)), len(tasks) - 0.5: ""}
     left, height = 12 + 6 * max(map(len, tasks)), 58 + len(tasks) * (12 + 9 * len(lines))
-    return Chart("Accuracy", lines, ticks(0, 100), ys, "%", left, height)
-
-
-def number(cell):
-    """The number with which a table's cell begins; None for others, and for signed differences."""
-    found = re.match(r"\d+(\.\d+)?", cell)
-    return float(found[0]) if found else None
-
-
-def best_of(table):
-    """A Table -> {column: its largest number}, but for counts and equal ones; {} if it is heat. The
-    paper's rows, which are of other questions, don't compete."""
-    best, lines = {}, [line for line in table.cells[1:] if not line[0].endswith("(paper)")]
-    for k, name in enumerate(table.cells[0]):
-        values = {number(line[k]) for line in lines} - {None}
-        counts = k == 0 or name == "n" or name.startswith("params")
-        if len(values) > 1 and not counts and not table.heat:
-            best[k] = max(values)
-    return best
+    return Chart("Accuracy", lines, ticks([0, 100]), ys, "%", left, height)
 
 
 def kinds_of(row):
     """Those of KINDS that a row is of: none without an accuracy."""
-    acc, con = row["acc"], row["con"]
-    true = (acc == 1, acc == 0, acc == 0 and con == 1, acc == 1 and con == 0)
-    return [kind for kind, is_so in zip(KINDS, true, strict=True) if is_so]
+    scores = row["acc"], row["con"]
+    return [kind for kind, expected in KINDS.items() if scores[:len(expected)] == expected]
 
 
-def examples(first):
-    """{name: {question: its row}} -> SHOWN questions at most, in turn one for each name, task and
-    kind, so that every choice on the page has some."""
-    pools = {}
-    for name, answers in reversed(first.items()):
-        for question in random.Random(0).sample(list(answers), len(answers)):
-            for kind in kinds_of(answers[question]):
-                pools.setdefault((name, answers[question]["task"], kind), []).append(question)
-    chosen = dict.fromkeys(chain.from_iterable(zip_longest(*pools.values())))  # each once
+def examples(rows):
+    """{name: its rows} -> SHOWN questions at most, each {name: its row}: in turn one for each name,
+    task and kind, so that every choice on the page has some. Of a name's several answers to a
+    question the first checkpoint's and seed's is shown."""
+    questions, pools = defaultdict(dict), defaultdict(list)
+    for name, answers in rows.items():
+        for row in answers:
+            questions[row["path"], row["id"]].setdefault(name, row)
+    for question in random.Random(0).sample(list(questions), len(questions)):
+        for name, row in questions[question].items():
+            for kind in kinds_of(row):
+                pools[name, row["task"], kind].append(question)
+    chosen = dict.fromkeys(chain(*zip_longest(*pools.values())))  # each once
     chosen.pop(None, None)  # which stands where a pool is empty
-    return list(chosen)[:SHOWN]
+    return [questions[question] for question in list(chosen)[:SHOWN]]
 
 
-def render(title, what, runs, **parts):
+def html(title, what, runs, charts, **parts):
     """The self-contained page -> str. Whatever a model or a file says is escaped."""
-    import jinja2  # comes with torch
-
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return template.from_string(PAGE).render(
-        title=title, what=what, runs=runs, curves=curves(runs), kinds=KINDS, letters=data.LETTERS,
-        number=number, best_of=best_of, kinds_of=kinds_of, given=given_option,
-        failed=rewards.failed, visible=rewards.visible_thought, **parts)
+    return TEMPLATES.get_template("page").render(
+        title=title, what=what, runs=runs, charts=charts + curves(runs), letters=data.LETTERS,
+        kinds_of=kinds_of, given=given_option,
+        image_of=partial(data_url, side=THUMBNAIL, kind="JPEG"), **parts)
 
 
 def page(results, rows, what):
-    """eval.html -> str. results: {name: entry}, rows: {name: its rows}. Of a name's several answers
-    to a question the first checkpoint's and seed's is shown."""
-    first, shown = {}, []
-    for name, answers in rows.items():  # backwards: the first of several answers is the one kept
-        first[name] = {(row["path"], row["id"]): row for row in reversed(answers)}
-    for question in examples(first):
-        answers = [(k, x[question]) for k, x in enumerate(first.values()) if question in x]
-        asked = answers[-1][1]
-        shown.append((data_url(asked, THUMBNAIL, kind="JPEG"), asked, answers))
+    """eval.html -> str. results: {name: entry}, rows: {name: its rows}."""
     runs = {name: entry["checkpoints"] for name, entry in results.items()}
-    tasks = grouped([asked for _, asked, _ in shown], "task", data.TASKS)
-    return render("Evaluation", what, runs, tables=tables(results), remarks=remarks(results, rows),
-                  accuracy=accuracy_chart(results), shown=shown, tasks=tasks, names=list(first))
+    tasks = {row["task"] for answers in rows.values() for row in answers}
+    return html("Evaluation", what, runs, [accuracy_chart(results)], tables=tables(results),
+                remarks=remarks(results, rows), shown=examples(rows),
+                filters={"task": sorted(tasks), "answer": KINDS, "model": rows})
 
 
 def watch(folders, out):
-    """--watch: write OUT/watch.html, the runs' curves, whenever a step was added; until Ctrl-C, or
-    until none was added for QUIET seconds. The page reloads itself as long."""
+    """--watch: write OUT/watch.html, the runs' curves, every RENEWED s until Ctrl-C. As often the
+    page reloads itself."""
     for folder in folders:
         expect(os.path.isdir(folder), f"--watch {folder}: no such folder, expected a run's")
-    path, before, since = os.path.join(out, "watch.html"), None, time.monotonic()
-
-    def write(again):
-        os.makedirs(out, exist_ok=True)
-        what = f"As of {time.strftime('%X')}, {'renewed while it goes on' if again else 'ended'}."
-        runs = {folder: [folder] for folder in folders}
-        data.write_text(path, render(", ".join(folders), what, runs, again=again))
-
-    print(f"{path}: open it in a browser; Ctrl-C ends this")
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{out / 'watch.html'}: open it in a browser; Ctrl-C ends this")
     with suppress(KeyboardInterrupt):
-        while time.monotonic() - since < QUIET:
-            steps = [len(steps_of(folder)) for folder in folders]
-            if steps != before:
-                before, since = steps, time.monotonic()
-                write(again=EVERY)
-            time.sleep(EVERY)
-    write(again=0)
+        while True:
+            what, runs = f"As of {time.strftime('%X')}.", {folder: [folder] for folder in folders}
+            text = html(", ".join(folders), what, runs, [], renewed=RENEWED)
+            data.write_text(out / "watch.html", text)
+            time.sleep(RENEWED)
 
 
 def write_report(out, results, rows, what):
@@ -794,23 +684,20 @@ def write_report(out, results, rows, what):
     lines = [f"{what}\n", *map(markdown, tables(results))]
     lines += [f"- {line}" for line in remarks(results, rows)]
     text = "\n".join(lines) + "\n"
-    data.write_text(os.path.join(out, "report.md"), text)
-    data.write_text(os.path.join(out, "eval.html"), page(results, rows, what))
+    data.write_text(out / "report.md", text)
+    data.write_text(out / "eval.html", page(results, rows, what))
     print(f"\n{text}\n{out}: results.json, report.md, eval.html, completions-*.jsonl")
 
 
 def json_object(path):
-    """What a JSON file holds, {} if there is none; DataError if it is no object."""
+    """What a JSON file holds, {} if there is none; DataError if it can't be read."""
     try:
-        with open(path, encoding="utf-8") as f:
-            results = json.load(f)
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError:
-        results = None
-    expect(isinstance(results, dict), f"{path}: not a JSON object, expected what an earlier run "
-                                      "left: remove it, or name another folder")
-    return results
+        raise data.DataError(f"{path}: not JSON, expected what an earlier run left: remove it, or "
+                             "name another folder") from None
 
 
 def without_nan(row):
@@ -831,8 +718,8 @@ def parse_args(argv):
         expect(least <= value < math.inf, f"--{name} {value}: expected at least {least}")
     expect(len(args.seeds) == 1 or args.temperature > 0,
            "--seeds needs a --temperature above 0: greedy answers are the same for each")
-    expect(len(set(args.seeds)) == len(args.seeds), "--seeds: expected different ones")
-    expect(0 <= min(args.seeds) and max(args.seeds) < 2**32, "--seeds: expected 0 to 2^32 - 1")
+    fine = len(set(args.seeds)) == len(args.seeds) and all(0 <= x < 2**32 for x in args.seeds)
+    expect(fine, "--seeds: expected different ones from 0 to 2^32 - 1")
     return args
 
 
@@ -840,16 +727,16 @@ def checkpoints_of(texts):
     """--ckpt's texts -> {name: its checkpoints}. "NAME=A,B" is one name of two."""
     checkpoints = {}
     for text in texts:
-        name, equals, several = text.partition("=")
-        paths = several.split(",")
-        if not equals or os.path.isdir(text):
+        name, equals, rest = text.partition("=")
+        paths = rest.split(",")
+        if not equals or text.startswith("openai:") or os.path.isdir(text):
             name, paths = text, [text]
-        server = re.fullmatch("(?:([^=]+)=)?(openai:.*)", text)
-        if server:  # its address and model may hold "=" and ","
-            name, paths = server[1] or text, [server[2]]
-            expect(SPEC.fullmatch(server[2]) and ",openai:" not in server[2],
-                   "--ckpt openai:..: expected one openai:BASE_URL#MODEL, as in "
-                   "openai:http://localhost:8000/v1#qwen, the key in OPENAI_API_KEY")
+        elif rest.startswith("openai:"):  # its address and model may hold "=" and ","
+            paths = [rest]
+        for path in paths:
+            served, known = path.startswith("openai:"), SPEC.fullmatch(path)
+            expect(not served or known and ",openai:" not in path, "--ckpt openai:..: expected one "
+                   "openai:BASE_URL#MODEL, the key in OPENAI_API_KEY")
         expect(name and all(paths), f"--ckpt {text}: expected a checkpoint, or NAME=A,B,..")
         expect(name not in checkpoints, f"--ckpt: {name} is there twice, expected it once")
         checkpoints[name] = paths
@@ -858,8 +745,8 @@ def checkpoints_of(texts):
 
 def folder_of(ckpt):
     """The folder in which a checkpoint lies; "out" for a name on the hub, which lies in none."""
-    parent = os.path.dirname(os.path.normpath(ckpt)) or "."
-    return parent if os.path.isdir(parent) else "out"
+    parent = Path(ckpt).parent
+    return parent if parent.is_dir() else Path("out")
 
 
 def file_names(names, out):
@@ -868,14 +755,14 @@ def file_names(names, out):
     for name in names:
         label = os.path.relpath(name, out) if os.path.isdir(name) else name
         label = re.sub(r"[^\w.]+", "-", label).strip("-.")
-        files[name] = os.path.join(out, f"completions-{label}.jsonl")
+        files[name] = out / f"completions-{label}.jsonl"
     expect(len(set(files.values())) == len(files), f"--ckpt {names}: expected different names")
     return files
 
 
 def thinking_of(ckpt, args):
     """--thinking, else what the checkpoint's knobs.json tells, else "before"."""
-    path = os.path.join(ckpt, "knobs.json")
+    path = Path(ckpt, "knobs.json")
     thinking = args.thinking or json_object(path).get("thinking", "before")
     expect(thinking in rewards.INSTRUCTIONS, f"{path}: thinking {thinking!r} is not known")
     return thinking
@@ -883,46 +770,52 @@ def thinking_of(ckpt, args):
 
 def questions_of(ckpt, args):
     """The records that a checkpoint answers: of --data, or of the phantoms beside it."""
-    phantoms = os.path.join(folder_of(ckpt), "phantoms", "phantoms.jsonl")
-    expect(args.data or os.path.isfile(phantoms),
+    phantoms = folder_of(ckpt) / "phantoms" / "phantoms.jsonl"
+    expect(args.data or phantoms.is_file(),
            f"{phantoms} is not there, expected the phantoms, or --data FILE")
-    records = data.read_records(args.data or phantoms, args.split, args.only,
-                                thinking_of(ckpt, args))
+    files, thinking = args.data or phantoms, thinking_of(ckpt, args)
+    records = data.read_records(files, args.split, args.only, thinking)
     records = subset(records, args.questions)
     data.check_images(records)
     return records
 
 
 def answer(ckpt, records, judge, args, replies):
-    """A checkpoint answers the records, with every seed -> rows, parameters of the network (None:
-    unknown). replies: those kept of chat servers."""
-    if ckpt.startswith("openai:"):
-        rows = ask_server(ckpt, records, judge, args, replies)
-        return [dict(ckpt=ckpt) | row for row in rows], None
+    """A checkpoint, or a server whose `replies` are kept, answers the records with every seed ->
+    rows, parameters of the network (None: unknown). No reply is nan for fmt, acc and con."""
     rank, _, device = M.setup_devices()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy, processor = M.load_unmerged(ckpt, dtype=dtype, device=device,
-                                        max_pixels=args.max_pixels)
-    limit = args.max_new_tokens or (80 if M.is_tiny(ckpt) else 512)
-    ours = any(os.path.isfile(os.path.join(ckpt, x)) for x in ("knobs.json", "base.json"))
+    score, params = rewards.score_leniently, None
+    if ckpt.startswith("openai:"):
+        server = Server(ckpt, replies, args.max_new_tokens or 512, TIMEOUT, args.batch)
+        ask = partial(server.answers, records, args.max_pixels)
+    else:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        policy, processor = M.load_unmerged(ckpt, dtype=dtype, device=device,
+                                            max_pixels=args.max_pixels)
+        M.check_texts(processor, records, rewards.question_text)
+        params = policy.num_parameters()
+        limit = args.max_new_tokens or (80 if M.is_tiny(ckpt) else 512)
+        ask = partial(completions, policy, processor, records, max_new_tokens=limit,
+                      batch=args.batch)
+        if any(Path(ckpt, file).is_file() for file in ("knobs.json", "base.json")):
+            score = rewards.score
     rows = []
     for seed in args.seeds:
-        answers = evaluate(policy, processor, records, judge, max_new_tokens=limit,
-                           temperature=args.temperature, seed=seed + 1_000_003 * rank,
-                           batch=args.batch, progress=rank == 0 and f"{ckpt}, seed {seed}",
-                           score=rewards.score if ours else rewards.score_leniently)
-        rows += [dict(ckpt=ckpt) | row | dict(seed=seed) for row in answers]
-    return rows, policy.num_parameters()
+        said = ask(temperature=args.temperature, seed=seed)
+        answers = scored(said, records, judge, score, rank == 0 and f"{ckpt}, seed {seed}")
+        rows += [dict(ckpt=ckpt, seed=seed) | row for row in answers]
+    if any(row.get("read_as") == "failed" for row in rows):  # a server's alone
+        print(f"{ckpt}: some questions got no reply: {failures(server.usage)}")
+    return rows, params
 
 
 def answer_one(checkpoints, args):
-    """--image, --question, --options: print each checkpoint's thought and answer."""
-    expect(args.image and args.question and 2 <= len(args.options) <= len(data.LETTERS),
-           f"one question needs --image, --question and 2 to {len(data.LETTERS)} --options")
+    """--image, --question, --options: print what each checkpoint says, and how it is read."""
+    expect(args.image and args.question, "one question needs --image, --question and --options")
     data.check_options(args.options)
-    item = vars(args) | dict(id="--image", path=args.image, task="", modality="", answer="",
-                             group="")
-    for ckpt in sum(checkpoints.values(), []):
+    item = dict(id="--image", path=args.image, question=args.question, options=args.options)
+    item |= dict.fromkeys(("task", "modality", "answer", "group"), "")
+    for ckpt in chain(*checkpoints.values()):
         item["thinking"] = thinking_of(ckpt, args)
         rows, _ = answer(ckpt, [item], make_judge(), args, Replies())
         for row in rows:
@@ -933,22 +826,22 @@ def main(argv=None):
     args = parse_args(argv)
     checkpoints = checkpoints_of(args.ckpt)
     if args.watch:
-        return watch(args.watch, args.out or args.watch[0])
+        return watch(args.watch, Path(args.out or args.watch[0]))
     if args.image or args.question or args.options:
         return answer_one(checkpoints, args)
-    ckpts = sum(checkpoints.values(), [])
-    out = args.out or folder_of(ckpts[0])
+    ckpts = list(chain(*checkpoints.values()))
+    out = Path(args.out or folder_of(ckpts[0]))
     files = file_names(list(checkpoints), out)
-    replies = Replies(os.path.join(out, "replies.jsonl"))
+    replies = Replies(out / "replies.jsonl")
     judge = make_judge(args.judge, args.judge_sees, cache=replies.file)
     questions = {ckpt: questions_of(ckpt, args) for ckpt in ckpts}
     if args.matrix:
         values = {record[args.matrix] for ckpt in ckpts for record in questions[ckpt]}
         expect(values & checkpoints.keys(), f"--matrix {args.matrix}: expected --ckpt NAME=A.., "
                                             f"NAME one of {', '.join(sorted(values))}")
-    os.makedirs(out, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     expect(os.access(out, os.W_OK), f"{out}: can't be written to, expected another --out")
-    path = os.path.join(out, "results.json")
+    path = out / "results.json"
     json_object(path)  # if it can't be read, say so now and not after an hour of sampling
 
     rank, world, _ = M.setup_devices()
@@ -957,8 +850,7 @@ def main(argv=None):
         rows[name] = []
         for ckpt in paths:
             answers, params = answer(ckpt, questions[ckpt][rank::world], judge, args, replies)
-            rows[name] += sorted(M.gather(answers),
-                                 key=lambda row: (row["seed"], row["path"], row["id"]))
+            rows[name] += sorted(M.gather(answers), key=itemgetter("seed", "path", "id"))
         results[name] = summary(rows[name]) | dict(params=params, knobs=vars(args),
                                                    paper=args.paper, matrix=args.matrix)
         if before:
@@ -978,4 +870,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    M.run(main)

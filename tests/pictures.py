@@ -19,12 +19,10 @@ task, with question, thoughts and answers. The phantoms lie beside the completio
 import html
 import itertools
 import json
-import math
 import re
 import sys
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -33,94 +31,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import eval as evaluation
 
-WIDTH, HEIGHT = 760, 380                    # px, of a chart
-LEFT, TOP, BOTTOM = 48, 40, 58              # px, its margins; the right one holds the names
-FONT, CHARACTER = 15, 9                     # px, height of the letters and their mean width
-STEPS = (0.5, 1, 2, 5, 10, 20, 50, 100)     # between ticks
-COLOURS = ("#1f5fc4", "#b8500a", "#2a7d3f", "#8e2f86", "#5a5a5a")
+HEIGHT, CHARACTER = 210, 5.4                # px, of a chart 360 wide; width of a name's letter
+STYLE = """
+  svg { font: 9px sans-serif }
+  .of { color: hsl(calc(215 + 137.5 * var(--k)) 70% 36%) } circle, .of text { fill: currentColor }
+  polyline { fill: none; stroke: currentColor; stroke-width: 1.4; stroke-linejoin: round }
+  .raw { opacity: .3; stroke-width: .7 } .grid { stroke: #ddd; stroke-width: .5 }
+"""
 TASKS = ("location", "pathology", "anomaly", "modality")
 PICTURE, COLUMN, LINE = 150, 330, 17        # px: a phantom, a checkpoint's column, a line of text
 
 # ---- charts --------------------------------------------------------------------------------------
 
-class Line(NamedTuple):
-    name: str
-    points: list  # of (x, y), the line itself
-    pale: list    # of lists of points: lines behind it, one per seed
-    bars: list    # of lists of two points: error bars, one per point, or none
-
-
-def step_for(extent):
-    """The distance between ticks that makes at most seven parts."""
-    return next(step for step in STEPS if extent / step <= 7 or step == STEPS[-1])
-
-
-def chart(file, lines, ticks, x_title, y_title):
-    """Lines -> an SVG with axes. ticks: {x: its text}, x goes at least from the first to the last.
-    The names stand on the right, at the height of their lines' ends."""
-    xs, ys = list(ticks), []
-    for line in lines:
-        for points in (line.points, *line.pale, *line.bars):
-            xs += [x for x, _ in points]
-            ys += [y for _, y in points]
-    step = step_for(max(ys) - min(ys))
-    low, high = math.floor(min(ys) / step) * step, math.ceil(max(ys) / step) * step
-    right = WIDTH - 24 - CHARACTER * max(len(line.name) for line in lines)
-    bottom = HEIGHT - BOTTOM
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-           f'font-family="sans-serif" font-size="{FONT}">',
-           '<rect width="100%" height="100%" fill="white"/>']
-
-    def across(x):
-        return LEFT + (x - min(xs)) / (max(xs) - min(xs) or 1) * (right - LEFT)
-
-    def down(y):
-        return bottom - (y - low) / (high - low or 1) * (bottom - TOP)
-
-    def draw(points, look):
-        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
-        svg.append(f'<polyline points="{path}" fill="none" {look}/>')
-
-    def write(x, y, text, look):
-        svg.append(f'<text x="{x:.1f}" y="{y:.1f}" {look}>{html.escape(text)}</text>')
-
-    for y in np.arange(low, high + step / 2, step):
-        draw([(min(xs), y), (max(xs), y)], 'stroke="#ddd"')
-        write(LEFT - 10, down(y) + 5, f"{y:g}", 'text-anchor="end"')
-    for x, text in ticks.items():
-        write(across(x), bottom + 22, text, 'text-anchor="middle"')
-    write((LEFT + right) / 2, HEIGHT - 12, x_title, 'text-anchor="middle"')
-    write(8, 20, y_title, 'text-anchor="start"')
-
-    ends = []
-    for line, colour in zip(lines, itertools.cycle(COLOURS), strict=False):
-        for points in line.pale:
-            draw(points, f'stroke="{colour}" stroke-opacity="0.3"')
-        for points in line.bars:
-            draw(points, f'stroke="{colour}" stroke-width="1.5"')
-        draw(line.points, f'stroke="{colour}" stroke-width="2.5" stroke-linejoin="round"')
-        if line.bars:
-            for x, y in line.points:
-                circle = f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="4"'
-                svg.append(f'{circle} fill="{colour}"/>')
-        ends.append((down(line.points[-1][1]), line.name, colour))
+def draw(file, chart):
+    """A Chart -> an SVG. The names stand on the right, at the height of their lines' ends."""
+    width = 360 + CHARACTER * max(len(name) for name, *_ in chart.lines)
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {chart.height}">',
+           f'<style>{STYLE}</style><rect width="100%" height="100%" fill="white"/>',
+           evaluation.TEMPLATES.get_template("chart").render(chart=chart)]
     place = 0
-    for height, name, colour in sorted(ends):
-        place = max(height + 5, place + FONT + 4)  # below the name above
-        write(right + 14, place, name, f'fill="{colour}"')
+    ends = [(chart.y(strokes[-1][1][-1][1]), name, k) for name, k, strokes, _ in chart.lines]
+    for height, name, k in sorted(ends):
+        place = max(height + 3, place + 12)  # below the name above
+        svg.append(f'<g class="of" style="--k: {k}"><text x="356" y="{place}">'
+                   f'{html.escape(name)}</text></g>')
     Path(file).write_text("\n".join([*svg, "</svg>\n"]))
 
 
 def points_of(folders):
     """[(minutes of training, held-out accuracy in %)] of runs that follow each other."""
-    points, before = [], 0.0
-    for folder in folders:
-        steps = evaluation.steps_of(folder)
-        for figures in steps:
-            if "held_out_accuracy" in figures:
-                minutes = before + figures["minutes"]
-                points.append((minutes, 100 * figures["held_out_accuracy"]))
-        before += steps[-1]["minutes"]
+    points, seconds = [], 0.0
+    for figures in itertools.chain(*map(evaluation.steps_of, folders)):
+        seconds += sum(x for key, x in figures.items() if key.startswith("seconds"))
+        if "held_out_accuracy" in figures:
+            points.append((seconds / 60, 100 * figures["held_out_accuracy"]))
     return points
 
 
@@ -136,14 +80,18 @@ def mean_line(seeds):
 
 def curve(file, arguments):
     """["NAME=A+B,C+D"] -> an SVG."""
-    lines, most = [], 0
-    for argument in arguments:
+    lines, xs, ys = [], [0], []
+    for k, argument in enumerate(arguments):
         name, _, runs = argument.rpartition("=")
         seeds = [points_of(run.split("+")) for run in runs.split(",")]
-        most = max(most, *(points[-1][0] for points in seeds))
-        lines.append(Line(name, mean_line(seeds), seeds if len(seeds) > 1 else [], []))
-    ticks = {x: f"{x:g}" for x in np.arange(0, most, max(1, step_for(most)))}
-    chart(file, lines, ticks, "minutes of training, one thread", "held-out accuracy, %")
+        for x, y in itertools.chain(*seeds):
+            xs.append(x)
+            ys.append(y)
+        pale = [("raw", points) for points in seeds if len(seeds) > 1]
+        lines.append((name, k, [*pale, ("", mean_line(seeds))], []))
+    draw(file, evaluation.Chart("held-out accuracy, %", lines, evaluation.ticks(xs),
+                                evaluation.ticks(ys), "minutes of training, one thread",
+                                height=HEIGHT))
 
 
 def lines_with_bars(file, x_title, arguments):
@@ -159,17 +107,19 @@ def lines_with_bars(file, x_title, arguments):
     texts = list(dict.fromkeys(itertools.chain(*figures.values())))
     if all(re.fullmatch(r"[\d.]+", text) for text in texts):
         texts.sort(key=float)
-    lines = []
+    lines, ys = [], []
     for k, (name, values) in enumerate(figures.items()):
         beside = 0.02 * (k - (len(figures) - 1) / 2)  # so that error bars don't hide each other
-        line = Line(name, [], [], [])
+        points, bars = [], []
         for x in sorted(values, key=texts.index):
             place, (y, deviation) = texts.index(x) + beside, values[x]
-            line.points.append((place, y))
-            line.bars.append([(place, y - deviation), (place, y + deviation)])
-        lines.append(line)
-    ticks = {-0.3: "", **dict(enumerate(texts)), len(texts) - 0.7: ""}  # a margin on both sides
-    chart(file, lines, ticks, x_title, "accuracy, %")
+            points.append((place, y))
+            bars.append(("", [(place, y - deviation), (place, y + deviation)]))
+            ys += [y - deviation, y + deviation]
+        lines.append((name, k, [*bars, ("", points)], points))
+    xs = {-0.3: "", **dict(enumerate(texts)), len(texts) - 0.7: ""}  # a margin on both sides
+    draw(file, evaluation.Chart("accuracy, %", lines, xs, evaluation.ticks(ys), x_title,
+                                height=HEIGHT))
 
 # ---- examples ------------------------------------------------------------------------------------
 

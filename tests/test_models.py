@@ -191,7 +191,7 @@ def test_ten_manners_through_the_command(chat, monkeypatch, tmp_path, capfd):
     assert entry["consistency"]["mean"] == 2 / 9 and entry["cut_off"] == 1 / 9
     report = (tmp_path / "out" / "report.md").read_text()
     assert re.search(r"^\| Chat \| - \|.* 55\.6 .*\| 10 \|$", report, re.M)
-    assert "answers read as: failed 1, last line 3, option text 1, tags 2, unreadable 3 (no reply: in no mean)" in report
+    assert "answers read as (failed: no reply, in no mean): failed 1, last line 3, option text 1, tags 2, unreadable 3" in report
     assert "modality, answers given: CT 50 %, unreadable 30 %" in report
     page = (tmp_path / "out" / "eval.html").read_text()
     assert page.count("<section ") == 9 and "broken" not in page
