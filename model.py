@@ -16,8 +16,8 @@ import re
 import shutil
 import time
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -29,6 +29,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -67,10 +68,12 @@ class NotFinite(DataError):
     """The weights have become useless."""
 
 
-class Processor(NamedTuple):
+@dataclass
+class Processor:
     """Questions to ids, images to patches; the stock AutoProcessor needs torchvision for it."""
     tokenizer: object
     image_processor: object
+    patches: dict = field(default_factory=dict)  # path -> what image_patches has made of it
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -84,22 +87,20 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
         net, info = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True,
             use_safetensors=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        # AutoImageProcessor may ask for torchvision.
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
         missing = sorted(info["missing_keys"])  # transformers would leave them random
         expect(not missing, f"{len(missing)} tensors are missing: {', '.join(missing[:3])}")
-        expect(tokenizer.convert_tokens_to_ids("<|image_pad|>") == config.image_token_id,
-               f"its tokenizer has no <|image_pad|> of id {config.image_token_id}")
-        longest = min(max_pixels, image_processor.size["longest_edge"])
-        shortest = min(image_processor.size["shortest_edge"], longest)
-        image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
-        processor, net = Processor(tokenizer, image_processor), net.to(device).eval()
-        image = torch.zeros(1), torch.tensor([[1, 1, image_processor.merge_size**2]])  # one token
-        prompt = tensors(processor, ["its text"], [image])["input_ids"][0]
-        shown = (prompt == config.image_token_id).sum() == 1 and "text" in tokenizer.decode(prompt)
-        expect(shown, "its chat template does not show an image and a text")
+        net = net.to(device).eval()
         expect(all_finite(net.parameters()), "some of its weights are not finite")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        images = Qwen2VLImageProcessorPil.from_pretrained(name)  # Auto.. may ask for torchvision
+        longest = min(max_pixels, images.size["longest_edge"])
+        shortest = min(images.size["shortest_edge"], longest)
+        images.size = {"shortest_edge": shortest, "longest_edge": longest}
+        processor = Processor(tokenizer, images)
+        one_token = torch.zeros(1), torch.tensor([[1, 1, images.merge_size**2]])
+        prompt = tensors(processor, ["its text"], [one_token])["input_ids"][0]
+        shown = (prompt == config.image_token_id).sum() == 1 and "text" in tokenizer.decode(prompt)
+        expect(shown, "its tokenizer and chat template do not show an image and a text")
     except Exception as e:  # transformers raises anything on a folder that isn't a checkpoint
         reason = (str(e) or type(e).__name__).splitlines()[0].split(". ")[0]
         raise DataError(f"{name}: the checkpoint can't be used: {reason}") from e
@@ -154,11 +155,11 @@ def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
 def save(model, processor, folder, keep_adapter=False):
     """Write a Hugging Face folder that stock AutoProcessor and AutoModelForImageTextToText load.
 
-    An adapter is merged into a copy first; with keep_adapter that is in fp32, and the adapter is
-    saved too, for load_unmerged. Files are renamed into place, so a crash never leaves half a
-    file. DataError where the weights can't be written."""
-    net = model
-    if isinstance(model, PeftModel):
+    An adapter is merged into a copy; with keep_adapter that is in fp32, and the adapter is saved
+    too, for load_unmerged. Files are renamed into place, so a crash never leaves half a file.
+    DataError where the weights can't be written."""
+    net, adapted = model, isinstance(model, PeftModel)
+    if adapted:
         device = network(model).device
         net = copy.deepcopy(model.cpu())  # a GPU may have no room for a second one
         model.to(device)
@@ -170,7 +171,7 @@ def save(model, processor, folder, keep_adapter=False):
     beside.mkdir(parents=True)
     try:
         net.save_pretrained(beside)
-        if keep_adapter and isinstance(model, PeftModel):
+        if keep_adapter and adapted:
             model.save_pretrained(beside / ADAPTER, save_embedding_layers=False)
     except SafetensorError as e:  # an OSError in disguise
         raise DataError(f"{beside}: the weights can't be written: {e}") from e
@@ -257,19 +258,16 @@ def lora_merged(model):
 
 # --- records -> tensors ---------------------------------------------------------------------------
 
-_patches = {}  # what image_patches has made: an image is decoded and cut once per run
-
-
 def image_patches(processor, record):
-    """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns."""
-    ip = processor.image_processor
-    key = (record["path"], ip.patch_size, ip.merge_size, str(ip.size))
-    if key in _patches:
-        return _patches[key]
-    out = ip(images=[load_image(record)], return_tensors="pt")
+    """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns. It
+    is decoded and cut once, while what is kept fits into PIXEL_CACHE."""
+    known, path = processor.patches, record["path"]
+    if path in known:
+        return known[path]
+    out = processor.image_processor(images=[load_image(record)], return_tensors="pt")
     patches, grid = out["pixel_values"], out["image_grid_thw"]
-    if patches.nbytes * (len(_patches) + 1) <= PIXEL_CACHE:
-        _patches[key] = patches, grid
+    if patches.nbytes * (len(known) + 1) <= PIXEL_CACHE:
+        known[path] = patches, grid
     return patches, grid
 
 
@@ -278,7 +276,8 @@ def tensors(processor, texts, images, device="cpu", openings=None):
     anything -> the batch that `sample` and `token_logprobs` take:
 
     input_ids, attention_mask (N, P)   left-padded
-    pixel_values (all patches, d), image_grid_thw (images, 3)
+    pixel_values                       a list, the patches of each image
+    image_grid_thw (images, 3)
     stop_ids, pad_id"""
     tokenizer = processor.tokenizer
     merge = processor.image_processor.merge_size
@@ -294,14 +293,15 @@ def tensors(processor, texts, images, device="cpu", openings=None):
         prompts.append(prompt + opening)
     ids = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
                     add_special_tokens=False)
-    stop_ids = torch.tensor(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
-    batch = dict(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"],
-                 stop_ids=stop_ids)
+    pad_id = tokenizer.pad_token_id
+    batch = dict(input_ids=ids["input_ids"].to(device), pad_id=pad_id,
+                 attention_mask=ids["attention_mask"].to(device),
+                 stop_ids=torch.tensor(sorted({tokenizer.eos_token_id, pad_id}), device=device))
     shown = [image for image in images if image is not None]
     if shown:
-        batch["pixel_values"] = torch.cat([patches for patches, _ in shown])
-        batch["image_grid_thw"] = torch.cat([grid for _, grid in shown])
-    return dict({k: v.to(device) for k, v in batch.items()}, pad_id=tokenizer.pad_token_id)
+        batch["pixel_values"] = [patches.to(device) for patches, _ in shown]
+        batch["image_grid_thw"] = torch.cat([grid for _, grid in shown]).to(device)
+    return batch
 
 
 def check_texts(processor, records, text_of):
@@ -321,7 +321,6 @@ def check_texts(processor, records, text_of):
 
 def encode(processor, records, device="cpu"):
     """Records -> batch (see `tensors`): question, options and instruction behind the image."""
-    check_texts(processor, records, question_text)
     texts = [question_text(r) for r in records]
     return tensors(processor, texts, [image_patches(processor, r) for r in records], device)
 
@@ -340,15 +339,10 @@ def rows_of(batch, rows):
     if isinstance(rows, slice):
         rows = list(range(len(batch["input_ids"])))[rows]
     out = dict(batch)
-    for name in ("input_ids", "attention_mask", "image_grid_thw"):
+    for name in ("input_ids", "attention_mask", "image_grid_thw", "pixel_values", "features"):
         if name in batch:
-            out[name] = batch[name][rows]
-    if "features" in batch:
-        out["features"] = [batch["features"][i] for i in rows]
-    if "pixel_values" in batch:
-        pixels = batch["pixel_values"]
-        images = pixels.split(batch["image_grid_thw"].prod(1).tolist())
-        out["pixel_values"] = torch.cat([pixels[:0], *(images[i] for i in rows)])
+            of_each = batch[name]
+            out[name] = of_each[rows] if torch.is_tensor(of_each) else [of_each[i] for i in rows]
     return out
 
 
@@ -360,17 +354,16 @@ def with_image_features(model, batch):
     Of a frozen tower one call serves sampling, reference and update."""
     if "pixel_values" not in batch:
         return batch
-    net = network(model).model
+    batch, net = dict(batch), network(model).model
     # Under checkpointing a frozen tower's features would have a gradient too.
     learns = any(p.requires_grad for p in net.visual.parameters())
     with torch.set_grad_enabled(learns and torch.is_grad_enabled()), autocast(model):
-        out = net.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
-    tokens = [len(x) for x in out.pooler_output]  # of each image
+        pixels = torch.cat(batch.pop("pixel_values"))                           # (patches, .)
+        out = net.get_image_features(pixels, batch["image_grid_thw"])
     levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
     # A level is a tensor for each image; transformers 5.17 has Qwen3-VL's deepstack in one piece.
     levels = torch.stack([x if torch.is_tensor(x) else torch.cat(x) for x in levels])
-    batch = dict(batch, features=levels.split(tokens, 1))
-    del batch["pixel_values"]
+    batch["features"] = levels.split([len(x) for x in out.pooler_output], 1)
     return batch
 
 
@@ -382,30 +375,21 @@ def prompt_positions(net, batch):
     positions, _ = net.model.get_rope_index(
         ids, mm_token_type_ids=(ids == net.config.image_token_id).int(), attention_mask=mask,
         image_grid_thw=batch.get("image_grid_thw"))
-    positions = positions.masked_fill(mask == 0, 0)
     return positions, positions.amax(dim=(0, 2)) + 1 + batch.get("skip", 0)
 
 
-def causal_mask(prompt_mask):
-    """(N, P) -> (N, 1, P, P) bool, True = attends. Every place sees itself, the padding too: a row
-    of nothing but False has no softmax."""
-    P = prompt_mask.shape[1]
-    earlier = prompt_mask.new_ones(P, P, dtype=torch.bool).tril()
-    itself = torch.eye(P, dtype=torch.bool, device=prompt_mask.device)
-    return (earlier & prompt_mask.bool()[:, None] | itself)[:, None]
+def causal_mask(real):
+    """real (N, S), 0 at padding -> (N, 1, S, S) bool: a place attends to (True) itself and what is
+    real before it. Padding too sees itself: a row of nothing but False has no softmax."""
+    S = real.shape[1]
+    earlier = torch.ones(S, S, dtype=torch.bool, device=real.device).tril()
+    itself = torch.eye(S, dtype=torch.bool, device=real.device)
+    return (earlier & real.bool()[:, None] | itself)[:, None]
 
 
-def completion_mask(prompt_mask, T):
-    """What a completion's T tokens see, the prompt and their own earlier ones: prompt_mask (N, P)
-    -> (N, 1, T, P+T) bool."""
-    N, P = prompt_mask.shape
-    own = torch.ones(T, T, dtype=torch.bool, device=prompt_mask.device).tril()
-    return torch.cat([prompt_mask.bool()[:, None].expand(N, T, P), own.expand(N, T, T)], 2)[:, None]
-
-
-def hidden_states(net, ids, mask, positions, batch=None, cache=None, prompt_mask=None):
+def hidden_states(net, ids, mask, positions, batch=None, cache=None, prompt_length=None):
     """Token ids (n, S), positions (3, n, S) -> last hidden states (n, S, d). `batch` holds the
-    ids' images, if any; the masks are grouped_attention's."""
+    ids' images, if any; mask and prompt_length are grouped_attention's."""
     language = net.model.language_model
     x, more = language.embed_tokens(ids), {}
     if batch and "features" in batch:
@@ -414,24 +398,24 @@ def hidden_states(net, ids, mask, positions, batch=None, cache=None, prompt_mask
         x = x.masked_scatter(places[..., None], embeddings.to(x.dtype))
         if deepstack:
             more = dict(visual_pos_masks=places, deepstack_visual_embeds=deepstack)
-    out = language(inputs_embeds=x, attention_mask=mask, prompt_mask=prompt_mask,
+    out = language(inputs_embeds=x, attention_mask=mask, prompt_length=prompt_length,
                    position_ids=positions, past_key_values=cache, use_cache=cache is not None,
                    **more)
     return out.last_hidden_state
 
 
-def grouped_attention(module, q, k, v, attention_mask, scaling=None, prompt_mask=None, **kwargs):
+def grouped_attention(module, q, k, v, attention_mask, scaling=None, prompt_length=None, **kwargs):
     """Attention for transformers' layers: q (N, H, S, d), k, v (N, h, keys, d) -> (N, S, H, d).
+    attention_mask (N, 1, S, keys) says what each place sees.
 
-    Without a prompt_mask, attention_mask (N, 1, S, keys) says what each place sees. With one, the
-    row is a group's, [prompt | completion 1 | ... | completion G]: prompt_mask (N, 1, P, P) is the
-    prompt's, attention_mask (N, 1, T, P+T) that of every completion."""
+    With prompt_length P a row is a group's, [prompt | completion 1 | ... | completion G], and
+    attention_mask (N, 1, P+T, P+T) that of the prompt and any one completion."""
     if attention_mask is None:  # a stock forward pass of the same network
         return sdpa_attention_forward(module, q, k, v, None, scaling=scaling, **kwargs)
-    if prompt_mask is None:
+    if prompt_length is None:
         out = attend(q, k, v, attention_mask, scaling)
     else:
-        out = attend_in_group(q, k, v, prompt_mask, attention_mask, scaling)
+        out = attend_in_group(q, k, v, attention_mask, scaling, prompt_length)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -439,23 +423,22 @@ transformers.AttentionInterface.register(GROUPED, grouped_attention)
 transformers.AttentionMaskInterface.register(GROUPED, sdpa_mask)  # in a stock forward pass
 
 
-def attend_in_group(q, k, v, prompt_mask, mask, scaling):
+def attend_in_group(q, k, v, mask, scaling, P):
     """The row is cut, because completions don't see each other: the prompt by itself, then G rows
     over [prompt, own], G*T*(P+T) scores and not (P+G*T)^2."""
-    N, P = len(q), prompt_mask.shape[-1]
     T = mask.shape[-1] - P
     G = (q.shape[2] - P) // T
 
-    def own(x):                                               # (N, ., P+G*T, d) -> (N*G, ., T, d)
-        return x[:, :, P:].unflatten(2, (G, T)).transpose(1, 2).flatten(0, 1)
+    def cut(x):  # (N, ., P+G*T, d) -> (N, ., P, d), (N*G, ., T, d)
+        return x[:, :, :P], x[:, :, P:].unflatten(2, (G, T)).transpose(1, 2).flatten(0, 1)
 
-    prompt_q, prompt_k, prompt_v = (x[:, :, :P] for x in (q, k, v))
-    keys = torch.cat([prompt_k.repeat_interleave(G, 0), own(k)], 2)             # (N*G, h, P+T, d)
-    values = torch.cat([prompt_v.repeat_interleave(G, 0), own(v)], 2)
-    prompt = attend(prompt_q, prompt_k, prompt_v, prompt_mask, scaling)         # (N, H, P, d)
-    out = attend(own(q), keys, values, mask.repeat_interleave(G, 0), scaling)
-    out = out.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)                # (N, H, G*T, d)
-    return torch.cat([prompt, out], 2)
+    (q, own_q), (k, own_k), (v, own_v) = cut(q), cut(k), cut(v)
+    keys = torch.cat([k.repeat_interleave(G, 0), own_k], 2)                     # (N*G, h, P+T, d)
+    values = torch.cat([v.repeat_interleave(G, 0), own_v], 2)
+    prompt = attend(q, k, v, mask[:, :, :P, :P], scaling)                       # (N, H, P, d)
+    own = attend(own_q, keys, values, mask[:, :, P:].repeat_interleave(G, 0), scaling)
+    own = own.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)               # (N, H, G*T, d)
+    return torch.cat([prompt, own], 2)
 
 
 def attend(q, k, v, mask, scaling):
@@ -555,13 +538,12 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
     model.eval()  # gradient checkpointing would silently switch the cache off
     N, G, device = len(batch["input_ids"]), group_size, batch["input_ids"].device
     tokens = torch.full((N * G, max_new_tokens), batch["pad_id"], device=device)
-    mask = torch.zeros(N * G, max_new_tokens, dtype=torch.bool, device=device)
     graphed = device.type in GRAPHED
     look_every = LOOK_EVERY if graphed else 1
 
     # The completions that have not left the batch, one row each.
     rows = torch.arange(N * G, device=device)                                   # (rows,)
-    alive = torch.ones(N * G, dtype=torch.bool, device=device)                  # (rows,)
+    alive = torch.ones_like(rows, dtype=torch.bool)                             # (rows,)
     positions, following = prompt_positions(net, batch)
     position = following.repeat_interleave(G)[:, None]                          # (rows, 1)
     cache = KVCache(batch["attention_mask"], G, max_new_tokens, fixed=graphed)
@@ -580,8 +562,8 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
         if not (logits < torch.inf).all():  # nan neither: the draw would fail, on CUDA for good
             raise NotFinite("the policy can't be sampled: its logits are not finite")
         for t in range(max_new_tokens):
-            y = torch.where(alive, draw(logits, temperature, top_p, generator), batch["pad_id"])
-            tokens[rows, t], mask[rows, t] = y, alive
+            y = draw(logits, temperature, top_p, generator)
+            tokens[rows, t] = y
             alive = alive & ~torch.isin(y, batch["stop_ids"])
             if t + 1 == max_new_tokens:
                 break
@@ -594,47 +576,47 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
                     rows, alive, y, position = (x[unfinished] for x in (rows, alive, y, position))
             logits = next_logits(y)
     model.train(training)
+    stops = torch.isin(tokens, batch["stop_ids"]).long()
+    mask = stops.cumsum(1) == stops  # 0 == 0 before the first stop token, 1 == 1 there
     T = int(mask.any(0).sum())
+    tokens = tokens.masked_fill(~mask, batch["pad_id"])
     return tokens[:, :T].view(N, G, T), mask[:, :T].view(N, G, T)
 
 
 class Graphed:
     """A step as one CUDA graph, because launching its thousand small kernels takes longer than
-    running them. Shapes in a graph are fixed: it is captured again when rows have left."""
+    running them; the step itself, with a warning, where that fails. Shapes in a graph are fixed: it
+    is captured again when rows have left."""
 
     def __init__(self, step):
-        self.step, self.replay, self.rows = step, None, 0
+        self.step, self.rows = step, 0
 
     def __call__(self, y):
-        if len(y) == self.rows:
-            return self.replay(y)
-        self.replay, self.rows = None, len(y)  # frees the last graph
-        logits = self.step(y)  # before the capture: kernels are set up when they first run
-        self.replay = captured(self.step, y)
-        return logits
+        if len(y) != self.rows:
+            self.graph = self.logits = None  # frees the last graph
+            self.rows, self.given = len(y), y.clone()
+            logits = self.step(y)  # before the capture: kernels are set up when they first run
+            self.capture()
+            return logits
+        if self.graph is None:
+            return self.step(y)
+        self.given.copy_(y)
+        self.graph.replay()
+        return self.logits
 
-
-def captured(step, y):
-    """`step` as one CUDA graph -> a function like it; `step`, with a warning, if it can't be."""
-    given = y.clone()
-    try:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(y.device)
-        # On torch's one stream for it: cuBLAS keeps a workspace for each that it has seen. Other
-        # threads may go on.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = step(given)  # recorded, not run
-    except (RuntimeError, ValueError) as e:  # ValueError: not a CUDA device
-        reason = str(e).splitlines()[0]
-        warnings.warn(f"sampling without a CUDA graph, so more slowly: {reason}", stacklevel=2)
-        if y.is_cuda:
-            torch.cuda.set_stream(stream)
-        return step
-
-    def replay(y):
-        given.copy_(y)
-        graph.replay()
-        return logits
-    return replay
+    def capture(self):
+        try:
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.given.device)
+            # On torch's one stream for it: cuBLAS keeps a workspace for each that it has seen.
+            # Other threads may go on.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self.step(self.given)  # recorded, not run
+            self.graph = graph
+        except (RuntimeError, ValueError) as e:  # ValueError: not a CUDA device
+            reason = str(e).splitlines()[0]
+            warnings.warn(f"sampling without a CUDA graph, so more slowly: {reason}", stacklevel=2)
+            if self.given.is_cuda:
+                torch.cuda.set_stream(stream)
 
 
 def draw(logits, temperature, top_p, generator):
@@ -660,11 +642,8 @@ def draw(logits, temperature, top_p, generator):
 
 def decode(processor, tokens, mask):
     """tokens, mask (N, G, T) -> N lists of G texts, without the stop token."""
-    texts = []
-    for group, masks in zip(tokens.cpu(), mask.cpu(), strict=True):
-        ids = [y[m] for y, m in zip(group, masks, strict=True)]
-        texts.append(processor.tokenizer.batch_decode(ids, skip_special_tokens=True))
-    return texts
+    tokens = tokens.where(mask, processor.tokenizer.pad_token_id).cpu()
+    return [processor.tokenizer.batch_decode(group, skip_special_tokens=True) for group in tokens]
 
 
 def finished(batch, tokens, mask):
@@ -680,15 +659,15 @@ def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
     group is one row, [image, prompt | completion 1 | ... | completion G]."""
     net = network(model)
     (N, G, T), P = tokens.shape, batch["input_ids"].shape[1]
-    prompt_mask = batch["attention_mask"]
     positions, following = prompt_positions(net, batch)
     own = (following[:, None] + torch.arange(T, device=tokens.device)).repeat(1, G)  # (N, G*T)
     positions = torch.cat([positions, own.expand(3, -1, -1)], 2)                # (3, N, P+G*T)
     ids = torch.cat([batch["input_ids"], tokens.reshape(N, G * T)], 1)          # (N, P+G*T)
+    real = batch["attention_mask"]
+    seen = causal_mask(torch.cat([real, real.new_ones(N, T)], 1))               # (N, 1, P+T, P+T)
     with autocast(model):
-        hidden = hidden_states(net, ids, completion_mask(prompt_mask, T), positions,
-                               with_image_features(model, batch),
-                               prompt_mask=causal_mask(prompt_mask))            # (N, P+G*T, d)
+        hidden = hidden_states(net, ids, seen, positions, with_image_features(model, batch),
+                               prompt_length=P)                                 # (N, P+G*T, d)
         # A token is predicted one place earlier, a completion's first by the prompt's last place.
         first = hidden[:, None, P - 1:P].expand(-1, G, -1, -1)                  # (N, G, 1, d)
         others = hidden[:, P:].view(N, G, T, -1)[:, :, :-1]                     # (N, G, T-1, d)
@@ -705,11 +684,10 @@ def chosen_logprobs(net, h, y, temperature):
         return logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1)
 
     size = max(1, LOGIT_FLOATS // net.lm_head.out_features)
-    if h.requires_grad and len(y) > size:
-        chunked = functools.partial(checkpoint, logprobs, use_reentrant=False)
-    else:
-        chunked = logprobs
-    return torch.cat([chunked(a, b) for a, b in zip(h.split(size), y.split(size), strict=True)])
+    if len(y) <= size:
+        return logprobs(h, y)
+    chunks = zip(h.split(size), y.split(size), strict=True)
+    return torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -801,16 +779,23 @@ def run(main):
     cli(named)
 
 
-def all_reduce(x):
-    """Sum a tensor over the processes, in place."""
+@contextlib.contextmanager
+def peers():
+    """Around what several processes do together: a DataError where another one has ended."""
     try:
-        dist.all_reduce(x)
+        yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as e:
         why = str(e).splitlines()[0]
         raise DataError("another process has ended, and its own sentence says why, or it can't be "
                         f"reached: {why}") from e
+
+
+def all_reduce(x):
+    """Sum a tensor over the processes, in place."""
+    with peers():
+        dist.all_reduce(x)
 
 
 def sum_over_ranks(x):
@@ -834,7 +819,8 @@ def gather(rows):
     if not dist.is_initialized():
         return rows
     lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, rows)
+    with peers():
+        dist.all_gather_object(lists, rows)
     return sum(lists, [])
 
 
@@ -846,19 +832,16 @@ def sum_gradients(parameters):
     passes: starting while the last one runs gained nothing measurable."""
     if not dist.is_initialized():
         return
-    piece, floats = [], 0
+    piece = []
     for p in parameters:
         if p.grad is None:  # a rank whose share did not touch this parameter must take part too
             p.grad = torch.zeros_like(p)
         piece.append(p.grad)
-        floats += p.numel()
-        if floats >= PIECE_FLOATS or p is parameters[-1]:
-            flat = torch.cat([grad.flatten() for grad in piece])
+        if sum(grad.numel() for grad in piece) >= PIECE_FLOATS or p is parameters[-1]:
+            flat = parameters_to_vector(piece)
             all_reduce(flat)
-            parts = flat.split([grad.numel() for grad in piece])
-            for grad, part in zip(piece, parts, strict=True):
-                grad.copy_(part.view_as(grad))
-            piece, floats = [], 0
+            vector_to_parameters(flat, piece)
+            piece = []
 
 
 def peak_memory(device):
