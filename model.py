@@ -12,7 +12,6 @@ import datetime
 import functools
 import json
 import os
-import re
 import shutil
 import time
 import warnings
@@ -28,7 +27,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
@@ -57,11 +56,10 @@ MAX_PIXELS = 512 * 28 * 28  # pixels: a larger image is shrunk to at most 512 im
 MAX_TEXT = 4096             # tokens of a question or an answer: attention's memory is their square
 PIXEL_CACHE = 2**29         # bytes of prepared image patches that are kept in memory
 LOGIT_FLOATS = 2**26        # floats: the most logits that exist at a time in token_logprobs
-GRAPHED = {"cuda"}          # devices on which a token's step is one graph
-LOOK_EVERY = 16             # tokens between looks at how many rows are unfinished, on those
-PIECE_FLOATS = 2**24        # floats: gradients that are added up over the processes at a time
-LONGEST_WAIT = datetime.timedelta(minutes=30)  # of a process for another; F may be slow
+GRAPHED = dict(cuda=16)     # devices on which a token's step is one graph: tokens between looks
 STAY = 0.8                  # share of unfinished rows at which the finished ones leave
+PIECE = 16                  # parameters whose gradients are summed over the processes at a time
+LONGEST_WAIT = datetime.timedelta(minutes=30)  # of a process for another; F may be slow
 
 
 class NotFinite(DataError):
@@ -76,7 +74,7 @@ class Processor:
     patches: dict = field(default_factory=dict)  # path -> what image_patches has made of it
 
 
-# --- the network ----------------------------------------------------------------------------------
+# ---- the network ----
 
 def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
     """A checkpoint (folder or hub name) -> (model in eval mode, Processor).
@@ -112,7 +110,7 @@ def config_of(name):
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         config.get_text_config()
-    except Exception as e:  # on another file than a configuration transformers raises anything
+    except Exception as e:  # as in load
         raise DataError(f"{name}: no such checkpoint, or one that needs code of its own: expected "
                         "a folder with a config.json, or a name on the hub that can be reached "
                         f"({type(e).__name__}); {OTHERS}") from e
@@ -120,6 +118,11 @@ def config_of(name):
            f"{name}: a checkpoint of another architecture ({config.model_type}); "
            f"expected one of {', '.join(FAMILIES)}; {OTHERS}")
     return config
+
+
+def is_tiny(name):
+    """Whether a checkpoint is as small as sft.build_tiny's."""
+    return config_of(name).get_text_config().hidden_size <= 256
 
 
 def all_finite(tensors):
@@ -171,7 +174,7 @@ def save(model, processor, folder, keep_adapter=False):
     beside.mkdir(parents=True)
     try:
         net.save_pretrained(beside)
-        if keep_adapter and adapted:
+        if adapted and keep_adapter:
             model.save_pretrained(beside / ADAPTER, save_embedding_layers=False)
     except SafetensorError as e:  # an OSError in disguise
         raise DataError(f"{beside}: the weights can't be written: {e}") from e
@@ -189,13 +192,6 @@ def save(model, processor, folder, keep_adapter=False):
     for path in beside.iterdir():
         os.replace(path, Path(folder, path.name))
     beside.rmdir()
-
-
-def is_tiny(name):
-    """Whether a checkpoint folder holds a network as small as sft.build_tiny's."""
-    if not os.path.exists(os.path.join(name, "config.json")):
-        return False
-    return config_of(name).get_text_config().hidden_size <= 256
 
 
 def network(model):
@@ -224,7 +220,7 @@ def enable_checkpointing(policy):
     policy.train()
 
 
-# --- LoRA -----------------------------------------------------------------------------------------
+# ---- LoRA ----
 
 def add_lora(net, rank, seed=0):
     """LoRA of `rank` on the language model's matrices, in fp32 whatever the base is in: at lr 1e-6
@@ -256,11 +252,11 @@ def lora_merged(model):
             m.merged_adapters.clear()
 
 
-# --- records -> tensors ---------------------------------------------------------------------------
+# ---- records -> tensors ----
 
 def image_patches(processor, record):
     """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns. It
-    is decoded and cut once, while what is kept fits into PIXEL_CACHE."""
+    is decoded and cut once, as long as what is kept fits into PIXEL_CACHE."""
     known, path = processor.patches, record["path"]
     if path in known:
         return known[path]
@@ -276,8 +272,7 @@ def tensors(processor, texts, images, device="cpu", openings=None):
     anything -> the batch that `sample` and `token_logprobs` take:
 
     input_ids, attention_mask (N, P)   left-padded
-    pixel_values                       a list, the patches of each image
-    image_grid_thw (images, 3)
+    pixel_values, image_grid_thw       a list of each image's patches, (images, 3)
     stop_ids, pad_id"""
     tokenizer = processor.tokenizer
     merge = processor.image_processor.merge_size
@@ -291,12 +286,11 @@ def tensors(processor, texts, images, device="cpu", openings=None):
                                                tokenize=False, add_generation_prompt=True)
         prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * image_tokens, 1)
         prompts.append(prompt + opening)
-    ids = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
-                    add_special_tokens=False)
-    pad_id = tokenizer.pad_token_id
-    batch = dict(input_ids=ids["input_ids"].to(device), pad_id=pad_id,
-                 attention_mask=ids["attention_mask"].to(device),
-                 stop_ids=torch.tensor(sorted({tokenizer.eos_token_id, pad_id}), device=device))
+    batch = dict(tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
+                           add_special_tokens=False).to(device))
+    batch["pad_id"] = tokenizer.pad_token_id
+    batch["stop_ids"] = torch.tensor(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}),
+                                     device=device)
     shown = [image for image in images if image is not None]
     if shown:
         batch["pixel_values"] = [patches.to(device) for patches, _ in shown]
@@ -320,7 +314,8 @@ def check_texts(processor, records, text_of):
 
 
 def encode(processor, records, device="cpu"):
-    """Records -> batch (see `tensors`): question, options and instruction behind the image."""
+    """Records (see check_texts) -> batch (see tensors): question, options and instruction behind
+    the image."""
     texts = [question_text(r) for r in records]
     return tensors(processor, texts, [image_patches(processor, r) for r in records], device)
 
@@ -330,8 +325,8 @@ def encode_completions(processor, texts, device="cpu"):
     token: groups of one for SFT."""
     tokenizer = processor.tokenizer
     ids = tokenizer([text + tokenizer.eos_token for text in texts], padding=True,
-                    padding_side="right", return_tensors="pt", add_special_tokens=False)
-    return ids["input_ids"][:, None].to(device), ids["attention_mask"][:, None].bool().to(device)
+                    padding_side="right", return_tensors="pt", add_special_tokens=False).to(device)
+    return ids["input_ids"][:, None], ids["attention_mask"][:, None].bool()
 
 
 def rows_of(batch, rows):
@@ -339,14 +334,14 @@ def rows_of(batch, rows):
     if isinstance(rows, slice):
         rows = list(range(len(batch["input_ids"])))[rows]
     out = dict(batch)
-    for name in ("input_ids", "attention_mask", "image_grid_thw", "pixel_values", "features"):
+    for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "features"):
         if name in batch:
             of_each = batch[name]
             out[name] = of_each[rows] if torch.is_tensor(of_each) else [of_each[i] for i in rows]
     return out
 
 
-# --- one pass of the network ----------------------------------------------------------------------
+# ---- one pass of the network ----
 
 def with_image_features(model, batch):
     """The batch with what the vision tower makes of its images in place of their pixels:
@@ -358,7 +353,7 @@ def with_image_features(model, batch):
     # Under checkpointing a frozen tower's features would have a gradient too.
     learns = any(p.requires_grad for p in net.visual.parameters())
     with torch.set_grad_enabled(learns and torch.is_grad_enabled()), autocast(model):
-        pixels = torch.cat(batch.pop("pixel_values"))                           # (patches, .)
+        pixels = torch.cat(batch.pop("pixel_values"))
         out = net.get_image_features(pixels, batch["image_grid_thw"])
     levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
     # A level is a tensor for each image; transformers 5.17 has Qwen3-VL's deepstack in one piece.
@@ -371,10 +366,10 @@ def prompt_positions(net, batch):
     """mRoPE positions of the prompt (3, N, P), and of each completion's first token (N,): an image
     takes as many positions as its longer side has tokens. A batch's "skip" (N,), from the tiny
     base's warm-up, leaves positions free between the two."""
-    ids, mask = batch["input_ids"], batch["attention_mask"]
+    ids = batch["input_ids"]
     positions, _ = net.model.get_rope_index(
-        ids, mm_token_type_ids=(ids == net.config.image_token_id).int(), attention_mask=mask,
-        image_grid_thw=batch.get("image_grid_thw"))
+        ids, mm_token_type_ids=(ids == net.config.image_token_id).int(),
+        attention_mask=batch["attention_mask"], image_grid_thw=batch.get("image_grid_thw"))
     return positions, positions.amax(dim=(0, 2)) + 1 + batch.get("skip", 0)
 
 
@@ -393,8 +388,8 @@ def hidden_states(net, ids, mask, positions, batch=None, cache=None, prompt_leng
     language = net.model.language_model
     x, more = language.embed_tokens(ids), {}
     if batch and "features" in batch:
-        embeddings, *deepstack = torch.cat(batch["features"], 1)                # (tokens, d)
-        places = ids == net.config.image_token_id                               # (n, S)
+        embeddings, *deepstack = torch.cat(batch["features"], 1)  # (tokens, d)
+        places = ids == net.config.image_token_id  # (n, S)
         x = x.masked_scatter(places[..., None], embeddings.to(x.dtype))
         if deepstack:
             more = dict(visual_pos_masks=places, deepstack_visual_embeds=deepstack)
@@ -413,32 +408,28 @@ def grouped_attention(module, q, k, v, attention_mask, scaling=None, prompt_leng
     if attention_mask is None:  # a stock forward pass of the same network
         return sdpa_attention_forward(module, q, k, v, None, scaling=scaling, **kwargs)
     if prompt_length is None:
-        out = attend(q, k, v, attention_mask, scaling)
-    else:
-        out = attend_in_group(q, k, v, attention_mask, scaling, prompt_length)
-    return out.transpose(1, 2).contiguous(), None
+        return attend(q, k, v, attention_mask, scaling).transpose(1, 2).contiguous(), None
+
+    # Completions don't see each other, so the row is cut: the prompt by itself, then G rows over
+    # [prompt, own], G*T*(P+T) scores and not (P+G*T)^2.
+    N, P, T = len(q), prompt_length, attention_mask.shape[-1] - prompt_length
+
+    def cut(x):  # (N, ., P+G*T, d) -> (N, ., P, d), (N*G, ., T, d)
+        return x[:, :, :P], x[:, :, P:].unflatten(2, (-1, T)).transpose(1, 2).flatten(0, 1)
+
+    (q, own_q), (k, own_k), (v, own_v) = cut(q), cut(k), cut(v)
+    G = len(own_q) // N
+    keys = torch.cat([k.repeat_interleave(G, 0), own_k], 2)  # (N*G, h, P+T, d)
+    values = torch.cat([v.repeat_interleave(G, 0), own_v], 2)
+    own_mask = attention_mask[:, :, P:].repeat_interleave(G, 0)  # (N*G, 1, T, P+T)
+    prompt = attend(q, k, v, attention_mask[:, :, :P, :P], scaling)  # (N, H, P, d)
+    own = attend(own_q, keys, values, own_mask, scaling)  # (N*G, H, T, d)
+    own = own.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)  # (N, H, G*T, d)
+    return torch.cat([prompt, own], 2).transpose(1, 2).contiguous(), None
 
 
 transformers.AttentionInterface.register(GROUPED, grouped_attention)
 transformers.AttentionMaskInterface.register(GROUPED, sdpa_mask)  # in a stock forward pass
-
-
-def attend_in_group(q, k, v, mask, scaling, P):
-    """The row is cut, because completions don't see each other: the prompt by itself, then G rows
-    over [prompt, own], G*T*(P+T) scores and not (P+G*T)^2."""
-    T = mask.shape[-1] - P
-    G = (q.shape[2] - P) // T
-
-    def cut(x):  # (N, ., P+G*T, d) -> (N, ., P, d), (N*G, ., T, d)
-        return x[:, :, :P], x[:, :, P:].unflatten(2, (G, T)).transpose(1, 2).flatten(0, 1)
-
-    (q, own_q), (k, own_k), (v, own_v) = cut(q), cut(k), cut(v)
-    keys = torch.cat([k.repeat_interleave(G, 0), own_k], 2)                     # (N*G, h, P+T, d)
-    values = torch.cat([v.repeat_interleave(G, 0), own_v], 2)
-    prompt = attend(q, k, v, mask[:, :, :P, :P], scaling)                       # (N, H, P, d)
-    own = attend(own_q, keys, values, mask[:, :, P:].repeat_interleave(G, 0), scaling)
-    own = own.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)               # (N, H, G*T, d)
-    return torch.cat([prompt, own], 2)
 
 
 def attend(q, k, v, mask, scaling):
@@ -478,7 +469,7 @@ def next_token_logits(net, hidden, temperature):
     return logits / temperature
 
 
-# --- sampling -------------------------------------------------------------------------------------
+# ---- sampling ----
 
 class KVCache:
     """Keys and values of the sampled rows, in buffers of their final length: a token is written
@@ -490,12 +481,11 @@ class KVCache:
 
     def __init__(self, prompt_mask, G, room, fixed):
         P = prompt_mask.shape[1]
+        self.G, self.room, self.fixed = G, room, fixed
         self.layers = []  # keys and values of each, (2, rows, h, P+room, d)
         self.at = torch.tensor([P - 1], device=prompt_mask.device)  # the last token's place
-        self.fixed = fixed
         self.end = P + room if fixed else P  # of what attention reads
-        seen = prompt_mask.bool().repeat_interleave(G, 0)
-        self.seen = torch.cat([seen, seen.new_zeros(len(seen), room)], 1)       # (rows, P+room)
+        self.seen = pad(prompt_mask.bool().repeat_interleave(G, 0), (0, room))  # (rows, P+room)
 
     def advance(self):
         """Turn to the next token's place -> the mask of what that token sees, (rows, 1, 1, end)."""
@@ -510,11 +500,8 @@ class KVCache:
         are repeated for G rows; then a token's (rows, h, 1, d), answered with all up to `end`."""
         k = k.to(v.dtype)  # under autocast rotary positions leave k in fp32 and v in bf16
         if layer == len(self.layers):
-            (N, h, P, d), (rows, length) = k.shape, self.seen.shape
-            buffer = k.new_zeros(2, rows, h, length, d)
-            buffer[0, :, :, :P] = k.repeat_interleave(rows // N, 0)
-            buffer[1, :, :, :P] = v.repeat_interleave(rows // N, 0)
-            self.layers.append(buffer)
+            both = torch.stack([k, v]).repeat_interleave(self.G, 1)  # (2, rows, h, P, d)
+            self.layers.append(pad(both, (0, 0, 0, self.room)))
             return k, v
         keys, values = self.layers[layer]
         keys.index_copy_(2, self.at, k)
@@ -532,21 +519,18 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
     """G completions for each of the batch's N questions -> tokens (N, G, T) int64, mask bool.
 
     The mask holds every token up to and with the first stop token; T is the longest completion's
-    length. temperature 0 is greedy. On CUDA, where a look at how many rows are unfinished waits for
-    the device, there is one only every LOOK_EVERY tokens."""
+    length. temperature 0 is greedy. To look at which rows have ended waits for the device: on CUDA
+    that is done now and then."""
     net, training = network(model), model.training
     model.eval()  # gradient checkpointing would silently switch the cache off
     N, G, device = len(batch["input_ids"]), group_size, batch["input_ids"].device
     tokens = torch.full((N * G, max_new_tokens), batch["pad_id"], device=device)
-    graphed = device.type in GRAPHED
-    look_every = LOOK_EVERY if graphed else 1
-
-    # The completions that have not left the batch, one row each.
-    rows = torch.arange(N * G, device=device)                                   # (rows,)
-    alive = torch.ones_like(rows, dtype=torch.bool)                             # (rows,)
+    graphed, look_every = device.type in GRAPHED, GRAPHED.get(device.type, 1)
     positions, following = prompt_positions(net, batch)
-    position = following.repeat_interleave(G)[:, None]                          # (rows, 1)
     cache = KVCache(batch["attention_mask"], G, max_new_tokens, fixed=graphed)
+    # One row for each completion that has not left: which it is, and its next token's position.
+    rows = torch.arange(N * G, device=device)  # (rows,)
+    position = following.repeat_interleave(G)[:, None]  # (rows, 1)
 
     def step(y):
         """The rows' last tokens (rows,) -> logits of their next ones (rows, V)."""
@@ -564,16 +548,16 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
         for t in range(max_new_tokens):
             y = draw(logits, temperature, top_p, generator)
             tokens[rows, t] = y
-            alive = alive & ~torch.isin(y, batch["stop_ids"])
             if t + 1 == max_new_tokens:
                 break
             if t % look_every == 0:
-                unfinished = alive.nonzero()[:, 0]
-                if len(unfinished) == 0:
+                ended = torch.isin(tokens[rows, :t + 1], batch["stop_ids"]).any(1)
+                going_on = (~ended).nonzero()[:, 0]
+                if len(going_on) == 0:
                     break
-                if len(unfinished) <= STAY * len(rows):  # not for every row: it copies the cache
-                    cache.keep(unfinished)
-                    rows, alive, y, position = (x[unfinished] for x in (rows, alive, y, position))
+                if len(going_on) <= STAY * len(rows):  # not for every row: it copies the cache
+                    cache.keep(going_on)
+                    rows, y, position = rows[going_on], y[going_on], position[going_on]
             logits = next_logits(y)
     model.train(training)
     stops = torch.isin(tokens, batch["stop_ids"]).long()
@@ -625,19 +609,17 @@ def draw(logits, temperature, top_p, generator):
     the whole vocabulary."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs, order = logits.softmax(-1), None
+    probs = logits.softmax(-1)
     if top_p < 1:
-        probs, order = probs.sort(-1, descending=True)
-        probs[probs.cumsum(-1) - probs >= top_p] = 0
+        likeliest, order = probs.sort(-1, descending=True)
+        beyond = likeliest.cumsum(-1) - likeliest >= top_p
+        probs = probs.scatter(-1, order, likeliest.masked_fill(beyond, 0))
     if probs.is_cuda:
-        y = torch.multinomial(probs, 1, generator=generator)                    # (rows, 1)
-    else:  # multinomial draws V numbers per row, a tenth of a CPU's rollout; this draws one
-        cumulative = probs.double().cumsum(-1)
-        u = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator)
-        y = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
-    if order is not None:
-        y = order.gather(-1, y)
-    return y[:, 0]
+        return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    # multinomial draws V numbers per row, a tenth of a CPU's rollout; this draws one
+    cumulative = probs.double().cumsum(-1)
+    u = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator)
+    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
 
 
 def decode(processor, tokens, mask):
@@ -651,7 +633,7 @@ def finished(batch, tokens, mask):
     return (torch.isin(tokens, batch["stop_ids"]) & mask).any(-1)
 
 
-# --- log-probabilities ----------------------------------------------------------------------------
+# ---- log-probabilities ----
 
 def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
     """log pi(y_t | I, Q, y_<t) of given completions (N, G, T) -> (N, G, T) float32, 0 outside
@@ -661,17 +643,16 @@ def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
     (N, G, T), P = tokens.shape, batch["input_ids"].shape[1]
     positions, following = prompt_positions(net, batch)
     own = (following[:, None] + torch.arange(T, device=tokens.device)).repeat(1, G)  # (N, G*T)
-    positions = torch.cat([positions, own.expand(3, -1, -1)], 2)                # (3, N, P+G*T)
-    ids = torch.cat([batch["input_ids"], tokens.reshape(N, G * T)], 1)          # (N, P+G*T)
-    real = batch["attention_mask"]
-    seen = causal_mask(torch.cat([real, real.new_ones(N, T)], 1))               # (N, 1, P+T, P+T)
+    positions = torch.cat([positions, own.expand(3, -1, -1)], 2)  # (3, N, P+G*T)
+    ids = torch.cat([batch["input_ids"], tokens.reshape(N, G * T)], 1)  # (N, P+G*T)
+    seen = causal_mask(pad(batch["attention_mask"], (0, T), value=1))  # (N, 1, P+T, P+T)
     with autocast(model):
         hidden = hidden_states(net, ids, seen, positions, with_image_features(model, batch),
-                               prompt_length=P)                                 # (N, P+G*T, d)
+                               prompt_length=P)  # (N, P+G*T, d)
         # A token is predicted one place earlier, a completion's first by the prompt's last place.
-        first = hidden[:, None, P - 1:P].expand(-1, G, -1, -1)                  # (N, G, 1, d)
-        others = hidden[:, P:].view(N, G, T, -1)[:, :, :-1]                     # (N, G, T-1, d)
-        h = torch.cat([first, others], 2)[mask]                                 # (tokens, d)
+        first = hidden[:, None, P - 1:P].expand(-1, G, -1, -1)  # (N, G, 1, d)
+        others = hidden[:, P:].view(N, G, T, -1)[:, :, :-1]  # (N, G, T-1, d)
+        h = torch.cat([first, others], 2)[mask]  # (tokens, d)
         logp = chosen_logprobs(net, h, tokens[mask], temperature)
     return torch.zeros(N, G, T, device=tokens.device).masked_scatter(mask, logp)
 
@@ -690,7 +671,7 @@ def chosen_logprobs(net, h, y, temperature):
     return torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# ---- memory ----
 
 def without_weights(config):
     """A network of sizes alone, which takes no memory."""
@@ -708,47 +689,48 @@ def memory(net, *, cuda, world, lora, checkpointing, sampled, micro, G, image, p
     L, D, I = text.num_hidden_layers, text.hidden_size, text.intermediate_size
     shared = text.num_attention_heads // text.num_key_value_heads
     K = net.model.language_model.layers[0].self_attn.k_proj.out_features  # a token's keys
-    patches = 4 * image * micro  # whose 2 x 2 become a token
     D_vision = vision[0].norm1.weight.numel()
-    sizes = [p.numel() for p in net.parameters()]
     matrices = sum(m.weight.numel() for m in matrices_of(net))
-    adapted = [m for name, m in net.named_modules() if re.fullmatch(LORA_TARGETS, name)]
-    learns = [lora * n for m in adapted for n in m.weight.shape] if lora else sizes
-    trained = sum(learns)
-    fp = 2 if cuda else 4                       # bytes of a number in a matrix product
+    policy = add_lora(copy.deepcopy(net), lora) if lora else net
+    learns = [p.numel() for p in policy.parameters() if p.requires_grad]
+    trained, all_of = sum(learns), sum(p.numel() for p in net.parameters())
+    fp = 2 if cuda else 4  # bytes of a number in a matrix product
 
-    out = dict(weights=4 * trained + fp * sum(sizes) if lora else 4 * trained)
-    out["reference"] = 0
-    if sampled and not lora:
-        out["reference"] = 4 * (sum(sizes) - matrices) + fp * matrices
-    out["rounded_weights"] = 0 if lora or not cuda else 2 * sum(sizes)  # autocast's
+    out = dict(weights=4 * trained, reference=0, rounded_weights=0)
+    if lora:
+        out["weights"] += fp * all_of
+    elif sampled:
+        out["reference"] = 4 * (all_of - matrices) + fp * matrices
+    if cuda and not lora:
+        out["rounded_weights"] = 2 * all_of  # autocast's
     out["gradients"] = 4 * trained
     out["moments"] = 8 * max(trained // world, max(learns))  # AdamW's
 
     # What a layer of a pass over t tokens keeps for the backward pass.
     t = micro * (prompt + G * T)
-    layer = t * D * (2 if lora else 4) * 4                          # norms, in fp32
-    layer += t * (5 * D + 4 * I + 7 * lora) * fp                    # inputs of products, SwiGLU
-    layer += 2 * K * micro * (prompt + G * (prompt + T)) * fp       # keys, values
+    layer = t * D * (2 if lora else 4) * 4  # norms, in fp32
+    layer += t * (5 * D + 4 * I + 7 * lora) * fp  # inputs of products, SwiGLU
+    layer += 2 * K * micro * (prompt + G * (prompt + T)) * fp  # keys, values
     layer += shared * micro * (prompt**2 + G * T * (prompt + T)) * fp  # masks
-    block = 0 if lora else patches * (16 * D_vision + 18 * D_vision * fp)
+    patches = 0 if lora else 4 * image * micro  # whose 2 x 2 become a token; a frozen tower's: none
+    block = patches * D_vision * (16 + 18 * fp)
     kept, again = L * layer + len(vision) * block, 0
-    if checkpointing:
-        inputs = t * D * (fp if lora else 4), patches * D_vision * (0 if lora else 4)
-        kept, again = L * inputs[0] + len(vision) * inputs[1], max(layer, block)
+    if checkpointing:  # a layer's input
+        kept = L * t * D * (fp if lora else 4) + len(vision) * patches * D_vision * 4
+        again = max(layer, block)
     logits = 4 * 4 * min(micro * G * T * text.vocab_size, LOGIT_FLOATS)
-    backward = again + t * (3 * I + 2 * D) * fp                     # and a layer's gradients
+    backward = again + t * (3 * I + 2 * D) * fp  # and a layer's gradients
     out["activations"] = kept + max(logits, backward)
 
     rows = sampled * G
-    out["cache"] = 2 * (L + 1) * K * rows * (prompt + T) * fp       # one layer is copied
-    out["sampling"] = 6 * 4 * rows * text.vocab_size                # logits and probabilities
+    out["cache"] = 2 * (L + 1) * K * rows * (prompt + T) * fp  # one layer is copied
+    out["sampling"] = 6 * 4 * rows * text.vocab_size  # logits and probabilities
     always = sum(out[k] for k in ("weights", "reference", "rounded_weights", "moments"))
     update = out["gradients"] + out["activations"]
     return dict(out, peak=always + max(update, out["cache"] + out["sampling"]))
 
 
-# --- devices --------------------------------------------------------------------------------------
+# ---- devices ----
 
 def setup_devices():
     """One process, or those that torchrun started on one machine or several -> (rank, world size,
@@ -781,7 +763,7 @@ def run(main):
 
 @contextlib.contextmanager
 def peers():
-    """Around what several processes do together: a DataError where another one has ended."""
+    """Around what the processes do together: a DataError where another one has ended."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -825,23 +807,19 @@ def gather(rows):
 
 
 def sum_gradients(parameters):
-    """Add up the processes' gradients, once per optimiser step. Each rank's loss is already
-    divided by global counts.
-
-    In few large pieces: one per parameter took seven times as long on gloo. After the backward
-    passes: starting while the last one runs gained nothing measurable."""
+    """Add up the processes' gradients, once per optimiser step; each rank's loss is already
+    divided by global counts. PIECE at a time: one by one took seven times as long on gloo. After
+    the backward passes: starting while the last one runs gained nothing measurable."""
     if not dist.is_initialized():
         return
-    piece = []
     for p in parameters:
         if p.grad is None:  # a rank whose share did not touch this parameter must take part too
             p.grad = torch.zeros_like(p)
-        piece.append(p.grad)
-        if sum(grad.numel() for grad in piece) >= PIECE_FLOATS or p is parameters[-1]:
-            flat = parameters_to_vector(piece)
-            all_reduce(flat)
-            vector_to_parameters(flat, piece)
-            piece = []
+    for i in range(0, len(parameters), PIECE):
+        piece = [p.grad for p in parameters[i:i + PIECE]]
+        flat = parameters_to_vector(piece)
+        all_reduce(flat)
+        vector_to_parameters(flat, piece)
 
 
 def peak_memory(device):

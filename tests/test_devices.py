@@ -111,7 +111,7 @@ def test_a_token_s_step_asks_the_device_nothing(half, world, monkeypatch):
                 return self.step(y)
         self.rows = len(y)
         return self.step(y)
-    monkeypatch.setattr(M, "GRAPHED", {"cpu"})
+    monkeypatch.setattr(M, "GRAPHED", {"cpu": 16})
     monkeypatch.setattr(M.Graphed, "__call__", watched)
     lora = M.add_lora(copy.deepcopy(world.net), 2)
     if half:
@@ -183,8 +183,8 @@ folder, jsonl, out = sys.argv[1:4]
 rank, world, device = M.setup_devices()
 M.close_devices = lambda: None  # not between runs
 
-# Gradients in pieces, of which a parameter may fill several; the second rank had no micro-batch.
-M.PIECE_FLOATS = 10
+# Gradients in pieces of two parameters; the second rank had no micro-batch.
+M.PIECE = 2
 torch.manual_seed(rank)
 parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 4, 25, 1, 9)]
 if rank == 0:

@@ -364,8 +364,7 @@ def test_fixed_shapes_draw_what_growing_ones_draw(temperature, world, monkeypatc
     free, _ = draw()
     batch["stop_ids"] = free[torch.arange(2), 0, torch.tensor([1, 6])]  # completions end at several lengths
     expected = draw()
-    monkeypatch.setattr(M, "GRAPHED", {"cpu"})
-    monkeypatch.setattr(M, "LOOK_EVERY", 4)
+    monkeypatch.setattr(M, "GRAPHED", {"cpu": 4})
     with pytest.warns(UserWarning, match="without a CUDA graph"):
         fallen_back = draw()
     assert all(torch.equal(a, b) for a, b in zip(fallen_back, expected, strict=True))
@@ -786,7 +785,7 @@ def test_cuda_graphs_draw_the_policy(lora, world, monkeypatch, recwarn):
     batch = M.encode(world.processor, world.mixed[:4], "cuda")
     batch["stop_ids"] = torch.arange(0, world.net.config.text_config.vocab_size, 12, device="cuda")
     captures, capture, drawn, draw = [], M.Graphed.capture, [], M.draw
-    monkeypatch.setattr(M, "LOOK_EVERY", 4)
+    monkeypatch.setattr(M, "GRAPHED", {"cuda": 4})
     monkeypatch.setattr(M.Graphed, "capture", lambda graphed: captures.append(graphed.rows) or capture(graphed))
     monkeypatch.setattr(M, "draw", lambda x, *rest: drawn.append(x.log_softmax(-1).max(-1).values) or draw(x, *rest))
     tokens, mask = M.sample(net, batch, group_size=8, max_new_tokens=40, generator=torch.Generator("cuda").manual_seed(0))
