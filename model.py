@@ -77,9 +77,8 @@ class Processor:
 # ---- the network ----
 
 def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
-    """A checkpoint (folder or hub name) -> (model in eval mode, Processor).
-
-    DataError where there is none, it is incomplete or not finite, or it is not one of FAMILIES."""
+    """A checkpoint (folder or hub name) -> (model in eval mode, Processor). DataError where there
+    is none of FAMILIES, or it is incomplete or not finite."""
     config = config_of(name)
     try:
         net, info = AutoModelForImageTextToText.from_pretrained(
@@ -114,9 +113,8 @@ def config_of(name):
         raise DataError(f"{name}: no such checkpoint, or one that needs code of its own: expected "
                         "a folder with a config.json, or a name on the hub that can be reached "
                         f"({type(e).__name__}); {OTHERS}") from e
-    expect(config.model_type in FAMILIES,
-           f"{name}: a checkpoint of another architecture ({config.model_type}); "
-           f"expected one of {', '.join(FAMILIES)}; {OTHERS}")
+    expect(config.model_type in FAMILIES, f"{name}: a checkpoint of another architecture "
+           f"({config.model_type}); expected one of {', '.join(FAMILIES)}; {OTHERS}")
     return config
 
 
@@ -140,10 +138,10 @@ def weights_digest(model):
 
 def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
     """As `load`, but a checkpoint of GRPO under LoRA comes as it was trained, pi_SFT in `dtype`
-    under its adapter in fp32: merged into bf16 weights an update of lr 1e-6 is rounded away. The
-    folder's fp32 weights less the adapter's part are pi_SFT's, bit for bit."""
-    adapter = os.path.join(name, ADAPTER)
-    if dtype == torch.float32 or not os.path.isdir(adapter):
+    under its adapter in fp32: see add_lora. The folder's fp32 weights less the adapter's part are
+    pi_SFT's, bit for bit."""
+    adapter = Path(name, ADAPTER)
+    if dtype == torch.float32 or not adapter.is_dir():
         return load(name, dtype=dtype, device=device, max_pixels=max_pixels)
     net, processor = load(name, max_pixels=max_pixels)
     policy = PeftModel.from_pretrained(net, adapter).eval()
@@ -159,8 +157,8 @@ def save(model, processor, folder, keep_adapter=False):
     """Write a Hugging Face folder that stock AutoProcessor and AutoModelForImageTextToText load.
 
     An adapter is merged into a copy; with keep_adapter that is in fp32, and the adapter is saved
-    too, for load_unmerged. Files are renamed into place, so a crash never leaves half a file.
-    DataError where the weights can't be written."""
+    too, for load_unmerged. A crash never leaves half a file. DataError where the weights can't be
+    written."""
     net, adapted = model, isinstance(model, PeftModel)
     if adapted:
         device = network(model).device
@@ -190,7 +188,7 @@ def save(model, processor, folder, keep_adapter=False):
 
     shutil.rmtree(Path(folder, ADAPTER), ignore_errors=True)  # a folder can't be renamed over
     for path in beside.iterdir():
-        os.replace(path, Path(folder, path.name))
+        path.replace(Path(folder, path.name))
     beside.rmdir()
 
 
@@ -208,14 +206,13 @@ def autocast(model):
 def matrices_of(net):
     """The layers whose weights autocast rounds to bf16 at each use: kept in bf16 they are the same.
     Not a head that is also the embedding, which is read as it is."""
-    embedding = net.get_input_embeddings().weight
-    return [m for m in net.modules()
-            if isinstance(m, torch.nn.Linear) and m.weight is not embedding]
+    linear = [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
+    return [m for m in linear if m.weight is not net.get_input_embeddings().weight]
 
 
 def enable_checkpointing(policy):
-    """Keep only each layer's input for the backward pass and compute the rest again: a third
-    slower, several times less memory. transformers does so in train mode; there is no dropout."""
+    """Compute each layer again in the backward pass: a third slower, several times less memory.
+    transformers does so in train mode alone; there is no dropout."""
     policy.gradient_checkpointing_enable(dict(use_reentrant=False))
     policy.train()
 
@@ -223,8 +220,8 @@ def enable_checkpointing(policy):
 # ---- LoRA ----
 
 def add_lora(net, rank, seed=0):
-    """LoRA of `rank` on the language model's matrices, in fp32 whatever the base is in: at lr 1e-6
-    an update is smaller than bf16's spacing."""
+    """LoRA of `rank` on the language model's matrices, in fp32 whatever the base is in: an update
+    of lr 1e-6 is smaller than bf16's spacing."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
     return get_peft_model(net, config).eval()
@@ -238,7 +235,7 @@ def lora_layers(model):
 @contextlib.contextmanager
 def lora_merged(model):
     """Inside, LoRA is part of an fp32 network's weights: one matrix product per token, not three.
-    In bf16 a small update would be rounded away, so not there."""
+    Not of a bf16 network's, which would round it away."""
     layers = [m for m in lora_layers(model)
               if not m.disable_adapters and m.base_layer.weight.dtype == torch.float32]
     weights = [m.base_layer.weight.data for m in layers]
@@ -269,11 +266,9 @@ def image_patches(processor, record):
 
 def tensors(processor, texts, images, device="cpu", openings=None):
     """N user messages, the image_patches of each (or None), and what the answers open with, if
-    anything -> the batch that `sample` and `token_logprobs` take:
-
-    input_ids, attention_mask (N, P)   left-padded
-    pixel_values, image_grid_thw       a list of each image's patches, (images, 3)
-    stop_ids, pad_id"""
+    anything -> the batch that `sample` and `token_logprobs` take: input_ids, attention_mask (N, P),
+    left-padded; pixel_values, a list of each image's patches; image_grid_thw (images, 3); stop_ids;
+    pad_id."""
     tokenizer = processor.tokenizer
     merge = processor.image_processor.merge_size
     prompts = []
@@ -306,23 +301,22 @@ def check_texts(processor, records, text_of):
         text = text_of(r)
         found = [t for t in special if t in text]
         expect(not found, f"record {r['id']!r}: its text holds the special token {found}, "
-                          "which only the program may set")
+               "which only the program may set")
         if len(text.encode()) > MAX_TEXT:  # a token has at least one byte
             n = len(processor.tokenizer(text)["input_ids"])
-            expect(n <= MAX_TEXT, f"record {r['id']!r}: its text has {n} tokens, expected at most "
-                                  f"{MAX_TEXT}")
+            expect(n <= MAX_TEXT,
+                   f"record {r['id']!r}: its text has {n} tokens, expected at most {MAX_TEXT}")
 
 
 def encode(processor, records, device="cpu"):
-    """Records (see check_texts) -> batch (see tensors): question, options and instruction behind
-    the image."""
+    """Records (that check_texts has seen) -> the batch of their questions, see `tensors`."""
     texts = [question_text(r) for r in records]
     return tensors(processor, texts, [image_patches(processor, r) for r in records], device)
 
 
 def encode_completions(processor, texts, device="cpu"):
     """N target texts -> tokens, mask (N, 1, T), right-padded, each closed by the end-of-turn
-    token: groups of one for SFT."""
+    token."""
     tokenizer = processor.tokenizer
     ids = tokenizer([text + tokenizer.eos_token for text in texts], padding=True,
                     padding_side="right", return_tensors="pt", add_special_tokens=False).to(device)
@@ -344,9 +338,9 @@ def rows_of(batch, rows):
 # ---- one pass of the network ----
 
 def with_image_features(model, batch):
-    """The batch with what the vision tower makes of its images in place of their pixels:
-    "features", for each image (levels, tokens, d): its embeddings and, in Qwen3-VL, the deepstack.
-    Of a frozen tower one call serves sampling, reference and update."""
+    """The batch with "features" in place of pixels: for each image what the vision tower makes of
+    it, (levels, tokens, d), its embeddings and, in Qwen3-VL, the deepstack. Of a frozen tower one
+    call serves sampling, reference and update."""
     if "pixel_values" not in batch:
         return batch
     batch, net = dict(batch), network(model).model
@@ -363,9 +357,8 @@ def with_image_features(model, batch):
 
 
 def prompt_positions(net, batch):
-    """mRoPE positions of the prompt (3, N, P), and of each completion's first token (N,): an image
-    takes as many positions as its longer side has tokens. A batch's "skip" (N,), from the tiny
-    base's warm-up, leaves positions free between the two."""
+    """mRoPE positions of the prompt (3, N, P), and of each completion's first token (N,). A batch's
+    "skip" (N,), from the tiny base's warm-up, leaves positions free between the two."""
     ids = batch["input_ids"]
     positions, _ = net.model.get_rope_index(
         ids, mm_token_type_ids=(ids == net.config.image_token_id).int(),
@@ -374,8 +367,8 @@ def prompt_positions(net, batch):
 
 
 def causal_mask(real):
-    """real (N, S), 0 at padding -> (N, 1, S, S) bool: a place attends to (True) itself and what is
-    real before it. Padding too sees itself: a row of nothing but False has no softmax."""
+    """real (N, S), 0 at padding -> (N, 1, S, S) bool: a place sees (True) what is real before it,
+    and itself, padding too: a row of nothing but False has no softmax."""
     S = real.shape[1]
     earlier = torch.ones(S, S, dtype=torch.bool, device=real.device).tril()
     itself = torch.eye(S, dtype=torch.bool, device=real.device)
@@ -434,8 +427,8 @@ transformers.AttentionMaskInterface.register(GROUPED, sdpa_mask)  # in a stock f
 
 def attend(q, k, v, mask, scaling):
     """softmax(q k^T * scaling) v: q (N, H, T, d), k, v (N, h, keys, d), mask (N, 1, T, keys) bool
-    -> (N, H, T, d). The H/h heads that share keys and values become more queries of one head:
-    what decoding mostly reads is not copied for each head."""
+    -> (N, H, T, d). The H/h heads that share keys and values become queries of one head: no copy of
+    those for each."""
     N, H, T, d = q.shape
     shared = H // k.shape[1]
     q = q.reshape(N, H // shared, shared * T, d)
@@ -472,9 +465,8 @@ def next_token_logits(net, hidden, temperature):
 # ---- sampling ----
 
 class KVCache:
-    """Keys and values of the sampled rows, in buffers of their final length: a token is written
-    where it belongs. transformers' DynamicCache copies all of them at every token, which was 43 %
-    of a rollout's time on the CPU.
+    """Keys and values of the sampled rows, in buffers of their final length: transformers'
+    DynamicCache copies all of them at every token, which was 43 % of a rollout's time on the CPU.
 
     prompt_mask (N, P); G rows per prompt; `room` places behind it. With `fixed` attention reads
     all places at every token, else those that have been written."""
@@ -496,8 +488,8 @@ class KVCache:
         return self.seen[:, None, None, :self.end]
 
     def update(self, k, v, layer, *_, **__):
-        """A layer's keys and values -> those to attend to. First the prompt's (N, h, P, d), which
-        are repeated for G rows; then a token's (rows, h, 1, d), answered with all up to `end`."""
+        """A layer's new keys and values -> those to attend to. First come the prompt's (N, h, P,
+        d), repeated for G rows; then a token's (rows, h, 1, d), answered with all up to `end`."""
         k = k.to(v.dtype)  # under autocast rotary positions leave k in fp32 and v in bf16
         if layer == len(self.layers):
             both = torch.stack([k, v]).repeat_interleave(self.G, 1)  # (2, rows, h, P, d)
@@ -569,8 +561,8 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
 
 class Graphed:
     """A step as one CUDA graph, because launching its thousand small kernels takes longer than
-    running them; the step itself, with a warning, where that fails. Shapes in a graph are fixed: it
-    is captured again when rows have left."""
+    running them. Shapes in a graph are fixed: it is captured again when rows have left. Where it
+    can't be, the step itself, with a warning."""
 
     def __init__(self, step):
         self.step, self.rows = step, 0
@@ -637,8 +629,8 @@ def finished(batch, tokens, mask):
 
 def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
     """log pi(y_t | I, Q, y_<t) of given completions (N, G, T) -> (N, G, T) float32, 0 outside
-    `mask`; with gradient if grad is enabled. The distribution is the one `sample` draws from. A
-    group is one row, [image, prompt | completion 1 | ... | completion G]."""
+    `mask`; with gradient if grad is enabled. The distribution is the one `sample` draws from. One
+    row per group, see grouped_attention."""
     net = network(model)
     (N, G, T), P = tokens.shape, batch["input_ids"].shape[1]
     positions, following = prompt_positions(net, batch)
@@ -733,8 +725,8 @@ def memory(net, *, cuda, world, lora, checkpointing, sampled, micro, G, image, p
 # ---- devices ----
 
 def setup_devices():
-    """One process, or those that torchrun started on one machine or several -> (rank, world size,
-    device). Numbers are summed up on the CPU by gloo, gradients on CUDA by NCCL."""
+    """-> (rank, world size, device) of one process, or of those that torchrun started. Numbers are
+    summed up on the CPU by gloo, gradients on CUDA by NCCL."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -750,8 +742,7 @@ def setup_devices():
 
 
 def run(main):
-    """data.cli, with a sentence for a full device, and with the name of the process. When one ends,
-    torchrun ends the others."""
+    """data.cli, with a sentence for a full device and the name of the process."""
     def named():
         try:
             main()
@@ -790,7 +781,7 @@ def sum_over_ranks(x):
 
 
 def meet():
-    """Wait for the other processes -> how long they waited here for the slowest, s, their mean."""
+    """Wait for the slowest process -> s, the mean of how long each waited here."""
     began = time.perf_counter()
     world = sum_over_ranks(1)
     return sum_over_ranks(time.perf_counter() - began) / world
