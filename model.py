@@ -521,7 +521,7 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
     positions, following = prompt_positions(net, batch)
     cache = KVCache(batch["attention_mask"], G, max_new_tokens, fixed=graphed)
     # One row for each completion that has not left: which it is, and its next token's position.
-    rows = torch.arange(N * G, device=device)  # (rows,)
+    rows = torch.arange(N * G, device=device)
     position = following.repeat_interleave(G)[:, None]  # (rows, 1)
 
     def step(y):
@@ -682,21 +682,19 @@ def memory(net, *, cuda, world, lora, checkpointing, sampled, micro, G, image, p
     shared = text.num_attention_heads // text.num_key_value_heads
     K = net.model.language_model.layers[0].self_attn.k_proj.out_features  # a token's keys
     D_vision = vision[0].norm1.weight.numel()
-    matrices = sum(m.weight.numel() for m in matrices_of(net))
-    policy = add_lora(copy.deepcopy(net), lora) if lora else net
-    learns = [p.numel() for p in policy.parameters() if p.requires_grad]
-    trained, all_of = sum(learns), sum(p.numel() for p in net.parameters())
     fp = 2 if cuda else 4  # bytes of a number in a matrix product
 
-    out = dict(weights=4 * trained, reference=0, rounded_weights=0)
-    if lora:
-        out["weights"] += fp * all_of
-    elif sampled:
-        out["reference"] = 4 * (all_of - matrices) + fp * matrices
+    policy = add_lora(copy.deepcopy(net), lora) if lora else net
+    sizes = [p.numel() for p in policy.parameters() if p.requires_grad]
+    trained = sum(sizes)
+    out = dict(weights=sum(p.numel() * (4 if p.requires_grad else fp) for p in policy.parameters()),
+               reference=0, rounded_weights=0, gradients=4 * trained,
+               moments=8 * max(trained // world, max(sizes)))  # AdamW's, shared out
+    if sampled and not lora:
+        matrices = sum(m.weight.numel() for m in matrices_of(net))
+        out["reference"] = 4 * (trained - matrices) + fp * matrices
     if cuda and not lora:
-        out["rounded_weights"] = 2 * all_of  # autocast's
-    out["gradients"] = 4 * trained
-    out["moments"] = 8 * max(trained // world, max(learns))  # AdamW's
+        out["rounded_weights"] = 2 * trained  # autocast's
 
     # What a layer of a pass over t tokens keeps for the backward pass.
     t = micro * (prompt + G * T)
@@ -704,10 +702,10 @@ def memory(net, *, cuda, world, lora, checkpointing, sampled, micro, G, image, p
     layer += t * (5 * D + 4 * I + 7 * lora) * fp  # inputs of products, SwiGLU
     layer += 2 * K * micro * (prompt + G * (prompt + T)) * fp  # keys, values
     layer += shared * micro * (prompt**2 + G * T * (prompt + T)) * fp  # masks
-    patches = 0 if lora else 4 * image * micro  # whose 2 x 2 become a token; a frozen tower's: none
+    patches = 0 if lora else 4 * image * micro  # 2 x 2 become a token; a frozen tower keeps none
     block = patches * D_vision * (16 + 18 * fp)
     kept, again = L * layer + len(vision) * block, 0
-    if checkpointing:  # a layer's input
+    if checkpointing:  # a layer's input alone
         kept = L * t * D * (fp if lora else 4) + len(vision) * patches * D_vision * 4
         again = max(layer, block)
     logits = 4 * 4 * min(micro * G * T * text.vocab_size, LOGIT_FLOATS)
@@ -717,7 +715,7 @@ def memory(net, *, cuda, world, lora, checkpointing, sampled, micro, G, image, p
     rows = sampled * G
     out["cache"] = 2 * (L + 1) * K * rows * (prompt + T) * fp  # one layer is copied
     out["sampling"] = 6 * 4 * rows * text.vocab_size  # logits and probabilities
-    always = sum(out[k] for k in ("weights", "reference", "rounded_weights", "moments"))
+    always = sum(out[part] for part in ("weights", "reference", "rounded_weights", "moments"))
     update = out["gradients"] + out["activations"]
     return dict(out, peak=always + max(update, out["cache"] + out["sampling"]))
 
@@ -771,22 +769,6 @@ def all_reduce(x):
         dist.all_reduce(x)
 
 
-def sum_over_ranks(x):
-    """Sum a tensor or a number over the processes, on all of them alike."""
-    if not dist.is_initialized():
-        return x
-    total = x.cpu() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
-    all_reduce(total)
-    return total if torch.is_tensor(x) else total.item()
-
-
-def meet():
-    """Wait for the slowest process -> s, the mean of how long each waited here."""
-    began = time.perf_counter()
-    world = sum_over_ranks(1)
-    return sum_over_ranks(time.perf_counter() - began) / world
-
-
 def gather(rows):
     """The lists of all processes as one, on all of them alike."""
     if not dist.is_initialized():
@@ -795,6 +777,18 @@ def gather(rows):
     with peers():
         dist.all_gather_object(lists, rows)
     return sum(lists, [])
+
+
+def sum_over_ranks(x):
+    """Sum a tensor of the CPU or a number over the processes, on all of them alike."""
+    return sum(gather([x]))
+
+
+def meet():
+    """Wait for the slowest process -> s, the mean of how long each waited here."""
+    began = time.perf_counter()
+    world = sum_over_ranks(1)
+    return sum_over_ranks(time.perf_counter() - began) / world
 
 
 def sum_gradients(parameters):
