@@ -427,8 +427,8 @@ transformers.AttentionMaskInterface.register(GROUPED, sdpa_mask)  # in a stock f
 
 def attend(q, k, v, mask, scaling):
     """softmax(q k^T * scaling) v: q (N, H, T, d), k, v (N, h, keys, d), mask (N, 1, T, keys) bool
-    -> (N, H, T, d). The H/h heads that share keys and values become queries of one head: no copy of
-    those for each."""
+    -> (N, H, T, d). The H/h heads that share keys and values become more queries of one head, so
+    that those are not copied for each."""
     N, H, T, d = q.shape
     shared = H // k.shape[1]
     q = q.reshape(N, H // shared, shared * T, d)

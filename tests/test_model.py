@@ -245,6 +245,8 @@ def test_chunked_logits_equal_whole_ones_and_are_never_all_there(world, monkeypa
         (logp * torch.arange(11)).sum().backward()
         results.append((logp.detach(), h.grad, net.lm_head.weight.grad.clone()))
         assert max(rows) <= max(1, limit // vocabulary) and sum(rows) >= 11
+        with torch.no_grad():
+            assert torch.equal(M.chosen_logprobs(net, h, y, 0.9), logp)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
