@@ -119,8 +119,9 @@ def config_of(name):
 
 
 def is_tiny(name):
-    """Whether a checkpoint is as small as sft.build_tiny's."""
-    return config_of(name).get_text_config().hidden_size <= 256
+    """Whether a folder holds a network as small as sft.build_tiny's. The hub isn't asked."""
+    here = Path(name, "config.json").exists()
+    return here and config_of(name).get_text_config().hidden_size <= 256
 
 
 def all_finite(tensors):
