@@ -42,11 +42,7 @@ transformers.logging.set_verbosity_error()
 # 5.17 does not have the names yet that later versions ask for.
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
 
-FAMILIES = dict(  # model type: its stock processor, which AutoProcessor builds
-    qwen2_vl="Qwen2VLProcessor",
-    qwen2_5_vl="Qwen2_5_VLProcessor",
-    qwen3_vl="Qwen3VLProcessor",
-)
+FAMILIES = "qwen2_vl", "qwen2_5_vl", "qwen3_vl"  # transformers' model types
 OTHERS = "for others eval.py --ckpt openai:BASE_URL#MODEL asks a chat server that runs them"
 GROUPED = "one_row_per_group"  # transformers' name for grouped_attention
 ATTENTION = dict(text_config=GROUPED, vision_config="sdpa")  # of every network here
@@ -180,11 +176,12 @@ def save(model, processor, folder, keep_adapter=False):
 
     processor.image_processor.save_pretrained(beside)
     processor.tokenizer.save_pretrained(beside)
+    stock = type(net).__name__.replace("ForConditionalGeneration", "Processor")
     for name in ("preprocessor_config.json", "tokenizer_config.json"):
         config = json.loads((beside / name).read_text())
-        config["processor_class"] = FAMILIES[net.config.model_type]
+        config["processor_class"] = stock  # what AutoProcessor builds
         if "image_processor_type" in config:
-            config["image_processor_type"] = "Qwen2VLImageProcessor"  # stock, not the PIL variant
+            config["image_processor_type"] = "Qwen2VLImageProcessor"  # not the PIL variant
         (beside / name).write_text(json.dumps(config, indent=2))
 
     shutil.rmtree(Path(folder, ADAPTER), ignore_errors=True)  # a folder can't be renamed over
