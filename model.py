@@ -12,12 +12,11 @@ import datetime
 import functools
 import json
 import os
-import re
 import shutil
 import time
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -28,7 +27,8 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -42,11 +42,7 @@ transformers.logging.set_verbosity_error()
 # 5.17 does not have the names yet that later versions ask for.
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
 
-FAMILIES = dict(  # model type: its stock processor, which AutoProcessor builds
-    qwen2_vl="Qwen2VLProcessor",
-    qwen2_5_vl="Qwen2_5_VLProcessor",
-    qwen3_vl="Qwen3VLProcessor",
-)
+FAMILIES = "qwen2_vl", "qwen2_5_vl", "qwen3_vl"  # transformers' model types
 OTHERS = "for others eval.py --ckpt openai:BASE_URL#MODEL asks a chat server that runs them"
 GROUPED = "one_row_per_group"  # transformers' name for grouped_attention
 ATTENTION = dict(text_config=GROUPED, vision_config="sdpa")  # of every network here
@@ -56,50 +52,48 @@ MAX_PIXELS = 512 * 28 * 28  # pixels: a larger image is shrunk to at most 512 im
 MAX_TEXT = 4096             # tokens of a question or an answer: attention's memory is their square
 PIXEL_CACHE = 2**29         # bytes of prepared image patches that are kept in memory
 LOGIT_FLOATS = 2**26        # floats: the most logits that exist at a time in token_logprobs
-GRAPHED = {"cuda"}          # devices on which a token's step is one graph
-LOOK_EVERY = 16             # tokens between looks at how many rows are unfinished, on those
-PIECE_FLOATS = 2**24        # floats: gradients that are added up over the processes at a time
-LONGEST_WAIT = datetime.timedelta(minutes=30)  # of a process for another; F may be slow
+GRAPHED = dict(cuda=16)     # devices on which a token's step is one graph: tokens between looks
 STAY = 0.8                  # share of unfinished rows at which the finished ones leave
+PIECE = 16                  # parameters whose gradients are summed over the processes at a time
+LONGEST_WAIT = datetime.timedelta(minutes=30)  # of a process for another; F may be slow
 
 
 class NotFinite(DataError):
     """The weights have become useless."""
 
 
-class Processor(NamedTuple):
+@dataclass
+class Processor:
     """Questions to ids, images to patches; the stock AutoProcessor needs torchvision for it."""
     tokenizer: object
     image_processor: object
+    patches: dict = field(default_factory=dict)  # path -> what image_patches has made of it
 
 
-# --- the network ----------------------------------------------------------------------------------
+# ---- the network ----
 
 def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
-    """A checkpoint (folder or hub name) -> (model in eval mode, Processor).
-
-    DataError where there is none, it is incomplete or not finite, or it is not one of FAMILIES."""
+    """A checkpoint (folder or hub name) -> (model in eval mode, Processor). DataError where there
+    is none of FAMILIES, or it is incomplete or not finite."""
     config = config_of(name)
     try:
         net, info = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True,
             use_safetensors=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        # AutoImageProcessor may ask for torchvision.
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
         missing = sorted(info["missing_keys"])  # transformers would leave them random
         expect(not missing, f"{len(missing)} tensors are missing: {', '.join(missing[:3])}")
-        expect(tokenizer.convert_tokens_to_ids("<|image_pad|>") == config.image_token_id,
-               f"its tokenizer has no <|image_pad|> of id {config.image_token_id}")
-        longest = min(max_pixels, image_processor.size["longest_edge"])
-        shortest = min(image_processor.size["shortest_edge"], longest)
-        image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
-        processor, net = Processor(tokenizer, image_processor), net.to(device).eval()
-        image = torch.zeros(1), torch.tensor([[1, 1, image_processor.merge_size**2]])  # one token
-        prompt = tensors(processor, ["its text"], [image])["input_ids"][0]
-        shown = (prompt == config.image_token_id).sum() == 1 and "text" in tokenizer.decode(prompt)
-        expect(shown, "its chat template does not show an image and a text")
+        net = net.to(device).eval()
         expect(all_finite(net.parameters()), "some of its weights are not finite")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        images = Qwen2VLImageProcessorPil.from_pretrained(name)  # Auto.. may ask for torchvision
+        longest = min(max_pixels, images.size["longest_edge"])
+        shortest = min(images.size["shortest_edge"], longest)
+        images.size = {"shortest_edge": shortest, "longest_edge": longest}
+        processor = Processor(tokenizer, images)
+        one_token = torch.zeros(1), torch.tensor([[1, 1, images.merge_size**2]])
+        prompt = tensors(processor, ["its text"], [one_token])["input_ids"][0]
+        shown = (prompt == config.image_token_id).sum() == 1 and "text" in tokenizer.decode(prompt)
+        expect(shown, "its tokenizer and chat template do not show an image and a text")
     except Exception as e:  # transformers raises anything on a folder that isn't a checkpoint
         reason = (str(e) or type(e).__name__).splitlines()[0].split(". ")[0]
         raise DataError(f"{name}: the checkpoint can't be used: {reason}") from e
@@ -111,14 +105,19 @@ def config_of(name):
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         config.get_text_config()
-    except Exception as e:  # on another file than a configuration transformers raises anything
+    except Exception as e:  # as in load
         raise DataError(f"{name}: no such checkpoint, or one that needs code of its own: expected "
                         "a folder with a config.json, or a name on the hub that can be reached "
                         f"({type(e).__name__}); {OTHERS}") from e
-    expect(config.model_type in FAMILIES,
-           f"{name}: a checkpoint of another architecture ({config.model_type}); "
-           f"expected one of {', '.join(FAMILIES)}; {OTHERS}")
+    expect(config.model_type in FAMILIES, f"{name}: a checkpoint of another architecture "
+           f"({config.model_type}); expected one of {', '.join(FAMILIES)}; {OTHERS}")
     return config
+
+
+def is_tiny(name):
+    """Whether a folder holds a network as small as sft.build_tiny's. The hub isn't asked."""
+    here = Path(name, "config.json").exists()
+    return here and config_of(name).get_text_config().hidden_size <= 256
 
 
 def all_finite(tensors):
@@ -136,10 +135,10 @@ def weights_digest(model):
 
 def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
     """As `load`, but a checkpoint of GRPO under LoRA comes as it was trained, pi_SFT in `dtype`
-    under its adapter in fp32: merged into bf16 weights an update of lr 1e-6 is rounded away. The
-    folder's fp32 weights less the adapter's part are pi_SFT's, bit for bit."""
-    adapter = os.path.join(name, ADAPTER)
-    if dtype == torch.float32 or not os.path.isdir(adapter):
+    under its adapter in fp32: see add_lora. The folder's fp32 weights less the adapter's part are
+    pi_SFT's, bit for bit."""
+    adapter = Path(name, ADAPTER)
+    if dtype == torch.float32 or not adapter.is_dir():
         return load(name, dtype=dtype, device=device, max_pixels=max_pixels)
     net, processor = load(name, max_pixels=max_pixels)
     policy = PeftModel.from_pretrained(net, adapter).eval()
@@ -154,11 +153,11 @@ def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
 def save(model, processor, folder, keep_adapter=False):
     """Write a Hugging Face folder that stock AutoProcessor and AutoModelForImageTextToText load.
 
-    An adapter is merged into a copy first; with keep_adapter that is in fp32, and the adapter is
-    saved too, for load_unmerged. Files are renamed into place, so a crash never leaves half a
-    file. DataError where the weights can't be written."""
-    net = model
-    if isinstance(model, PeftModel):
+    An adapter is merged into a copy; with keep_adapter that is in fp32, and the adapter is saved
+    too, for load_unmerged. A crash never leaves half a file. DataError where the weights can't be
+    written."""
+    net, adapted = model, isinstance(model, PeftModel)
+    if adapted:
         device = network(model).device
         net = copy.deepcopy(model.cpu())  # a GPU may have no room for a second one
         model.to(device)
@@ -170,31 +169,25 @@ def save(model, processor, folder, keep_adapter=False):
     beside.mkdir(parents=True)
     try:
         net.save_pretrained(beside)
-        if keep_adapter and isinstance(model, PeftModel):
+        if adapted and keep_adapter:
             model.save_pretrained(beside / ADAPTER, save_embedding_layers=False)
     except SafetensorError as e:  # an OSError in disguise
         raise DataError(f"{beside}: the weights can't be written: {e}") from e
 
     processor.image_processor.save_pretrained(beside)
     processor.tokenizer.save_pretrained(beside)
+    stock = type(net).__name__.replace("ForConditionalGeneration", "Processor")
     for name in ("preprocessor_config.json", "tokenizer_config.json"):
         config = json.loads((beside / name).read_text())
-        config["processor_class"] = FAMILIES[net.config.model_type]
+        config["processor_class"] = stock  # what AutoProcessor builds
         if "image_processor_type" in config:
-            config["image_processor_type"] = "Qwen2VLImageProcessor"  # stock, not the PIL variant
+            config["image_processor_type"] = "Qwen2VLImageProcessor"  # not the PIL variant
         (beside / name).write_text(json.dumps(config, indent=2))
 
     shutil.rmtree(Path(folder, ADAPTER), ignore_errors=True)  # a folder can't be renamed over
     for path in beside.iterdir():
-        os.replace(path, Path(folder, path.name))
+        path.replace(Path(folder, path.name))
     beside.rmdir()
-
-
-def is_tiny(name):
-    """Whether a checkpoint folder holds a network as small as sft.build_tiny's."""
-    if not os.path.exists(os.path.join(name, "config.json")):
-        return False
-    return config_of(name).get_text_config().hidden_size <= 256
 
 
 def network(model):
@@ -211,23 +204,22 @@ def autocast(model):
 def matrices_of(net):
     """The layers whose weights autocast rounds to bf16 at each use: kept in bf16 they are the same.
     Not a head that is also the embedding, which is read as it is."""
-    embedding = net.get_input_embeddings().weight
-    return [m for m in net.modules()
-            if isinstance(m, torch.nn.Linear) and m.weight is not embedding]
+    linear = [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
+    return [m for m in linear if m.weight is not net.get_input_embeddings().weight]
 
 
 def enable_checkpointing(policy):
-    """Keep only each layer's input for the backward pass and compute the rest again: a third
-    slower, several times less memory. transformers does so in train mode; there is no dropout."""
+    """Compute each layer again in the backward pass: a third slower, several times less memory.
+    transformers does so in train mode alone; there is no dropout."""
     policy.gradient_checkpointing_enable(dict(use_reentrant=False))
     policy.train()
 
 
-# --- LoRA -----------------------------------------------------------------------------------------
+# ---- LoRA ----
 
 def add_lora(net, rank, seed=0):
-    """LoRA of `rank` on the language model's matrices, in fp32 whatever the base is in: at lr 1e-6
-    an update is smaller than bf16's spacing."""
+    """LoRA of `rank` on the language model's matrices, in fp32 whatever the base is in: an update
+    of lr 1e-6 is smaller than bf16's spacing."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
     return get_peft_model(net, config).eval()
@@ -241,7 +233,7 @@ def lora_layers(model):
 @contextlib.contextmanager
 def lora_merged(model):
     """Inside, LoRA is part of an fp32 network's weights: one matrix product per token, not three.
-    In bf16 a small update would be rounded away, so not there."""
+    Not of a bf16 network's, which would round it away."""
     layers = [m for m in lora_layers(model)
               if not m.disable_adapters and m.base_layer.weight.dtype == torch.float32]
     weights = [m.base_layer.weight.data for m in layers]
@@ -255,31 +247,26 @@ def lora_merged(model):
             m.merged_adapters.clear()
 
 
-# --- records -> tensors ---------------------------------------------------------------------------
-
-_patches = {}  # what image_patches has made: an image is decoded and cut once per run
-
+# ---- records -> tensors ----
 
 def image_patches(processor, record):
-    """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns."""
-    ip = processor.image_processor
-    key = (record["path"], ip.patch_size, ip.merge_size, str(ip.size))
-    if key in _patches:
-        return _patches[key]
-    out = ip(images=[load_image(record)], return_tensors="pt")
+    """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns. It
+    is decoded and cut once, as long as what is kept fits into PIXEL_CACHE."""
+    known, path = processor.patches, record["path"]
+    if path in known:
+        return known[path]
+    out = processor.image_processor(images=[load_image(record)], return_tensors="pt")
     patches, grid = out["pixel_values"], out["image_grid_thw"]
-    if patches.nbytes * (len(_patches) + 1) <= PIXEL_CACHE:
-        _patches[key] = patches, grid
+    if patches.nbytes * (len(known) + 1) <= PIXEL_CACHE:
+        known[path] = patches, grid
     return patches, grid
 
 
 def tensors(processor, texts, images, device="cpu", openings=None):
     """N user messages, the image_patches of each (or None), and what the answers open with, if
-    anything -> the batch that `sample` and `token_logprobs` take:
-
-    input_ids, attention_mask (N, P)   left-padded
-    pixel_values (all patches, d), image_grid_thw (images, 3)
-    stop_ids, pad_id"""
+    anything -> the batch that `sample` and `token_logprobs` take: input_ids, attention_mask (N, P),
+    left-padded; pixel_values, a list of each image's patches; image_grid_thw (images, 3); stop_ids;
+    pad_id."""
     tokenizer = processor.tokenizer
     merge = processor.image_processor.merge_size
     prompts = []
@@ -292,16 +279,16 @@ def tensors(processor, texts, images, device="cpu", openings=None):
                                                tokenize=False, add_generation_prompt=True)
         prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * image_tokens, 1)
         prompts.append(prompt + opening)
-    ids = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
-                    add_special_tokens=False)
-    stop_ids = torch.tensor(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
-    batch = dict(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"],
-                 stop_ids=stop_ids)
+    batch = dict(tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
+                           add_special_tokens=False).to(device))
+    batch["pad_id"] = tokenizer.pad_token_id
+    batch["stop_ids"] = torch.tensor(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}),
+                                     device=device)
     shown = [image for image in images if image is not None]
     if shown:
-        batch["pixel_values"] = torch.cat([patches for patches, _ in shown])
-        batch["image_grid_thw"] = torch.cat([grid for _, grid in shown])
-    return dict({k: v.to(device) for k, v in batch.items()}, pad_id=tokenizer.pad_token_id)
+        batch["pixel_values"] = [patches.to(device) for patches, _ in shown]
+        batch["image_grid_thw"] = torch.cat([grid for _, grid in shown]).to(device)
+    return batch
 
 
 def check_texts(processor, records, text_of):
@@ -312,27 +299,26 @@ def check_texts(processor, records, text_of):
         text = text_of(r)
         found = [t for t in special if t in text]
         expect(not found, f"record {r['id']!r}: its text holds the special token {found}, "
-                          "which only the program may set")
+               "which only the program may set")
         if len(text.encode()) > MAX_TEXT:  # a token has at least one byte
             n = len(processor.tokenizer(text)["input_ids"])
-            expect(n <= MAX_TEXT, f"record {r['id']!r}: its text has {n} tokens, expected at most "
-                                  f"{MAX_TEXT}")
+            expect(n <= MAX_TEXT,
+                   f"record {r['id']!r}: its text has {n} tokens, expected at most {MAX_TEXT}")
 
 
 def encode(processor, records, device="cpu"):
-    """Records -> batch (see `tensors`): question, options and instruction behind the image."""
-    check_texts(processor, records, question_text)
+    """Records (that check_texts has seen) -> the batch of their questions, see `tensors`."""
     texts = [question_text(r) for r in records]
     return tensors(processor, texts, [image_patches(processor, r) for r in records], device)
 
 
 def encode_completions(processor, texts, device="cpu"):
     """N target texts -> tokens, mask (N, 1, T), right-padded, each closed by the end-of-turn
-    token: groups of one for SFT."""
+    token."""
     tokenizer = processor.tokenizer
     ids = tokenizer([text + tokenizer.eos_token for text in texts], padding=True,
-                    padding_side="right", return_tensors="pt", add_special_tokens=False)
-    return ids["input_ids"][:, None].to(device), ids["attention_mask"][:, None].bool().to(device)
+                    padding_side="right", return_tensors="pt", add_special_tokens=False).to(device)
+    return ids["input_ids"][:, None], ids["attention_mask"][:, None].bool()
 
 
 def rows_of(batch, rows):
@@ -340,128 +326,107 @@ def rows_of(batch, rows):
     if isinstance(rows, slice):
         rows = list(range(len(batch["input_ids"])))[rows]
     out = dict(batch)
-    for name in ("input_ids", "attention_mask", "image_grid_thw"):
+    for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "features"):
         if name in batch:
-            out[name] = batch[name][rows]
-    if "features" in batch:
-        out["features"] = [batch["features"][i] for i in rows]
-    if "pixel_values" in batch:
-        pixels = batch["pixel_values"]
-        images = pixels.split(batch["image_grid_thw"].prod(1).tolist())
-        out["pixel_values"] = torch.cat([pixels[:0], *(images[i] for i in rows)])
+            of_each = batch[name]
+            out[name] = of_each[rows] if torch.is_tensor(of_each) else [of_each[i] for i in rows]
     return out
 
 
-# --- one pass of the network ----------------------------------------------------------------------
+# ---- one pass of the network ----
 
 def with_image_features(model, batch):
-    """The batch with what the vision tower makes of its images in place of their pixels:
-    "features", for each image (levels, tokens, d): its embeddings and, in Qwen3-VL, the deepstack.
-    Of a frozen tower one call serves sampling, reference and update."""
+    """The batch with "features" in place of pixels: for each image what the vision tower makes of
+    it, (levels, tokens, d), its embeddings and, in Qwen3-VL, the deepstack. Of a frozen tower one
+    call serves sampling, reference and update."""
     if "pixel_values" not in batch:
         return batch
-    net = network(model).model
+    batch, net = dict(batch), network(model).model
     # Under checkpointing a frozen tower's features would have a gradient too.
     learns = any(p.requires_grad for p in net.visual.parameters())
     with torch.set_grad_enabled(learns and torch.is_grad_enabled()), autocast(model):
-        out = net.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
-    tokens = [len(x) for x in out.pooler_output]  # of each image
+        pixels = torch.cat(batch.pop("pixel_values"))
+        out = net.get_image_features(pixels, batch["image_grid_thw"])
     levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
     # A level is a tensor for each image; transformers 5.17 has Qwen3-VL's deepstack in one piece.
     levels = torch.stack([x if torch.is_tensor(x) else torch.cat(x) for x in levels])
-    batch = dict(batch, features=levels.split(tokens, 1))
-    del batch["pixel_values"]
+    batch["features"] = levels.split([len(x) for x in out.pooler_output], 1)
     return batch
 
 
 def prompt_positions(net, batch):
-    """mRoPE positions of the prompt (3, N, P), and of each completion's first token (N,): an image
-    takes as many positions as its longer side has tokens. A batch's "skip" (N,), from the tiny
-    base's warm-up, leaves positions free between the two."""
-    ids, mask = batch["input_ids"], batch["attention_mask"]
+    """mRoPE positions of the prompt (3, N, P), and of each completion's first token (N,). A batch's
+    "skip" (N,), from the tiny base's warm-up, leaves positions free between the two."""
+    ids = batch["input_ids"]
     positions, _ = net.model.get_rope_index(
-        ids, mm_token_type_ids=(ids == net.config.image_token_id).int(), attention_mask=mask,
-        image_grid_thw=batch.get("image_grid_thw"))
-    positions = positions.masked_fill(mask == 0, 0)
+        ids, mm_token_type_ids=(ids == net.config.image_token_id).int(),
+        attention_mask=batch["attention_mask"], image_grid_thw=batch.get("image_grid_thw"))
     return positions, positions.amax(dim=(0, 2)) + 1 + batch.get("skip", 0)
 
 
-def causal_mask(prompt_mask):
-    """(N, P) -> (N, 1, P, P) bool, True = attends. Every place sees itself, the padding too: a row
-    of nothing but False has no softmax."""
-    P = prompt_mask.shape[1]
-    earlier = prompt_mask.new_ones(P, P, dtype=torch.bool).tril()
-    itself = torch.eye(P, dtype=torch.bool, device=prompt_mask.device)
-    return (earlier & prompt_mask.bool()[:, None] | itself)[:, None]
+def causal_mask(real):
+    """real (N, S), 0 at padding -> (N, 1, S, S) bool: a place sees (True) what is real before it,
+    and itself, padding too: a row of nothing but False has no softmax."""
+    S = real.shape[1]
+    earlier = torch.ones(S, S, dtype=torch.bool, device=real.device).tril()
+    itself = torch.eye(S, dtype=torch.bool, device=real.device)
+    return (earlier & real.bool()[:, None] | itself)[:, None]
 
 
-def completion_mask(prompt_mask, T):
-    """What a completion's T tokens see, the prompt and their own earlier ones: prompt_mask (N, P)
-    -> (N, 1, T, P+T) bool."""
-    N, P = prompt_mask.shape
-    own = torch.ones(T, T, dtype=torch.bool, device=prompt_mask.device).tril()
-    return torch.cat([prompt_mask.bool()[:, None].expand(N, T, P), own.expand(N, T, T)], 2)[:, None]
-
-
-def hidden_states(net, ids, mask, positions, batch=None, cache=None, prompt_mask=None):
+def hidden_states(net, ids, mask, positions, batch=None, cache=None, prompt_length=None):
     """Token ids (n, S), positions (3, n, S) -> last hidden states (n, S, d). `batch` holds the
-    ids' images, if any; the masks are grouped_attention's."""
+    ids' images, if any; mask and prompt_length are grouped_attention's."""
     language = net.model.language_model
     x, more = language.embed_tokens(ids), {}
     if batch and "features" in batch:
-        embeddings, *deepstack = torch.cat(batch["features"], 1)                # (tokens, d)
-        places = ids == net.config.image_token_id                               # (n, S)
+        embeddings, *deepstack = torch.cat(batch["features"], 1)  # (tokens, d)
+        places = ids == net.config.image_token_id  # (n, S)
         x = x.masked_scatter(places[..., None], embeddings.to(x.dtype))
         if deepstack:
             more = dict(visual_pos_masks=places, deepstack_visual_embeds=deepstack)
-    out = language(inputs_embeds=x, attention_mask=mask, prompt_mask=prompt_mask,
+    out = language(inputs_embeds=x, attention_mask=mask, prompt_length=prompt_length,
                    position_ids=positions, past_key_values=cache, use_cache=cache is not None,
                    **more)
     return out.last_hidden_state
 
 
-def grouped_attention(module, q, k, v, attention_mask, scaling=None, prompt_mask=None, **kwargs):
+def grouped_attention(module, q, k, v, attention_mask, scaling=None, prompt_length=None, **kwargs):
     """Attention for transformers' layers: q (N, H, S, d), k, v (N, h, keys, d) -> (N, S, H, d).
+    attention_mask (N, 1, S, keys) says what each place sees.
 
-    Without a prompt_mask, attention_mask (N, 1, S, keys) says what each place sees. With one, the
-    row is a group's, [prompt | completion 1 | ... | completion G]: prompt_mask (N, 1, P, P) is the
-    prompt's, attention_mask (N, 1, T, P+T) that of every completion."""
+    With prompt_length P a row is a group's, [prompt | completion 1 | ... | completion G], and
+    attention_mask (N, 1, P+T, P+T) that of the prompt and any one completion."""
     if attention_mask is None:  # a stock forward pass of the same network
         return sdpa_attention_forward(module, q, k, v, None, scaling=scaling, **kwargs)
-    if prompt_mask is None:
-        out = attend(q, k, v, attention_mask, scaling)
-    else:
-        out = attend_in_group(q, k, v, prompt_mask, attention_mask, scaling)
-    return out.transpose(1, 2).contiguous(), None
+    if prompt_length is None:
+        return attend(q, k, v, attention_mask, scaling).transpose(1, 2).contiguous(), None
+
+    # Completions don't see each other, so the row is cut: the prompt by itself, then G rows over
+    # [prompt, own], G*T*(P+T) scores and not (P+G*T)^2.
+    N, P, T = len(q), prompt_length, attention_mask.shape[-1] - prompt_length
+
+    def cut(x):  # (N, ., P+G*T, d) -> (N, ., P, d), (N*G, ., T, d)
+        return x[:, :, :P], x[:, :, P:].unflatten(2, (-1, T)).transpose(1, 2).flatten(0, 1)
+
+    (q, own_q), (k, own_k), (v, own_v) = cut(q), cut(k), cut(v)
+    G = len(own_q) // N
+    keys = torch.cat([k.repeat_interleave(G, 0), own_k], 2)  # (N*G, h, P+T, d)
+    values = torch.cat([v.repeat_interleave(G, 0), own_v], 2)
+    own_mask = attention_mask[:, :, P:].repeat_interleave(G, 0)  # (N*G, 1, T, P+T)
+    prompt = attend(q, k, v, attention_mask[:, :, :P, :P], scaling)  # (N, H, P, d)
+    own = attend(own_q, keys, values, own_mask, scaling)  # (N*G, H, T, d)
+    own = own.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)  # (N, H, G*T, d)
+    return torch.cat([prompt, own], 2).transpose(1, 2).contiguous(), None
 
 
 transformers.AttentionInterface.register(GROUPED, grouped_attention)
 transformers.AttentionMaskInterface.register(GROUPED, sdpa_mask)  # in a stock forward pass
 
 
-def attend_in_group(q, k, v, prompt_mask, mask, scaling):
-    """The row is cut, because completions don't see each other: the prompt by itself, then G rows
-    over [prompt, own], G*T*(P+T) scores and not (P+G*T)^2."""
-    N, P = len(q), prompt_mask.shape[-1]
-    T = mask.shape[-1] - P
-    G = (q.shape[2] - P) // T
-
-    def own(x):                                               # (N, ., P+G*T, d) -> (N*G, ., T, d)
-        return x[:, :, P:].unflatten(2, (G, T)).transpose(1, 2).flatten(0, 1)
-
-    prompt_q, prompt_k, prompt_v = (x[:, :, :P] for x in (q, k, v))
-    keys = torch.cat([prompt_k.repeat_interleave(G, 0), own(k)], 2)             # (N*G, h, P+T, d)
-    values = torch.cat([prompt_v.repeat_interleave(G, 0), own(v)], 2)
-    prompt = attend(prompt_q, prompt_k, prompt_v, prompt_mask, scaling)         # (N, H, P, d)
-    out = attend(own(q), keys, values, mask.repeat_interleave(G, 0), scaling)
-    out = out.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)                # (N, H, G*T, d)
-    return torch.cat([prompt, out], 2)
-
-
 def attend(q, k, v, mask, scaling):
     """softmax(q k^T * scaling) v: q (N, H, T, d), k, v (N, h, keys, d), mask (N, 1, T, keys) bool
-    -> (N, H, T, d). The H/h heads that share keys and values become more queries of one head:
-    what decoding mostly reads is not copied for each head."""
+    -> (N, H, T, d). The H/h heads that share keys and values become more queries of one head, so
+    that those are not copied for each."""
     N, H, T, d = q.shape
     shared = H // k.shape[1]
     q = q.reshape(N, H // shared, shared * T, d)
@@ -495,24 +460,22 @@ def next_token_logits(net, hidden, temperature):
     return logits / temperature
 
 
-# --- sampling -------------------------------------------------------------------------------------
+# ---- sampling ----
 
 class KVCache:
-    """Keys and values of the sampled rows, in buffers of their final length: a token is written
-    where it belongs. transformers' DynamicCache copies all of them at every token, which was 43 %
-    of a rollout's time on the CPU.
+    """Keys and values of the sampled rows, in buffers of their final length: transformers'
+    DynamicCache copies all of them at every token, which was 43 % of a rollout's time on the CPU.
 
     prompt_mask (N, P); G rows per prompt; `room` places behind it. With `fixed` attention reads
     all places at every token, else those that have been written."""
 
     def __init__(self, prompt_mask, G, room, fixed):
         P = prompt_mask.shape[1]
+        self.G, self.room, self.fixed = G, room, fixed
         self.layers = []  # keys and values of each, (2, rows, h, P+room, d)
         self.at = torch.tensor([P - 1], device=prompt_mask.device)  # the last token's place
-        self.fixed = fixed
         self.end = P + room if fixed else P  # of what attention reads
-        seen = prompt_mask.bool().repeat_interleave(G, 0)
-        self.seen = torch.cat([seen, seen.new_zeros(len(seen), room)], 1)       # (rows, P+room)
+        self.seen = pad(prompt_mask.bool().repeat_interleave(G, 0), (0, room))  # (rows, P+room)
 
     def advance(self):
         """Turn to the next token's place -> the mask of what that token sees, (rows, 1, 1, end)."""
@@ -523,15 +486,12 @@ class KVCache:
         return self.seen[:, None, None, :self.end]
 
     def update(self, k, v, layer, *_, **__):
-        """A layer's keys and values -> those to attend to. First the prompt's (N, h, P, d), which
-        are repeated for G rows; then a token's (rows, h, 1, d), answered with all up to `end`."""
+        """A layer's new keys and values -> those to attend to. First come the prompt's (N, h, P,
+        d), repeated for G rows; then a token's (rows, h, 1, d), answered with all up to `end`."""
         k = k.to(v.dtype)  # under autocast rotary positions leave k in fp32 and v in bf16
         if layer == len(self.layers):
-            (N, h, P, d), (rows, length) = k.shape, self.seen.shape
-            buffer = k.new_zeros(2, rows, h, length, d)
-            buffer[0, :, :, :P] = k.repeat_interleave(rows // N, 0)
-            buffer[1, :, :, :P] = v.repeat_interleave(rows // N, 0)
-            self.layers.append(buffer)
+            both = torch.stack([k, v]).repeat_interleave(self.G, 1)  # (2, rows, h, P, d)
+            self.layers.append(pad(both, (0, 0, 0, self.room)))
             return k, v
         keys, values = self.layers[layer]
         keys.index_copy_(2, self.at, k)
@@ -549,22 +509,18 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
     """G completions for each of the batch's N questions -> tokens (N, G, T) int64, mask bool.
 
     The mask holds every token up to and with the first stop token; T is the longest completion's
-    length. temperature 0 is greedy. On CUDA, where a look at how many rows are unfinished waits for
-    the device, there is one only every LOOK_EVERY tokens."""
+    length. temperature 0 is greedy. To look at which rows have ended waits for the device: on CUDA
+    that is done now and then."""
     net, training = network(model), model.training
     model.eval()  # gradient checkpointing would silently switch the cache off
     N, G, device = len(batch["input_ids"]), group_size, batch["input_ids"].device
     tokens = torch.full((N * G, max_new_tokens), batch["pad_id"], device=device)
-    mask = torch.zeros(N * G, max_new_tokens, dtype=torch.bool, device=device)
-    graphed = device.type in GRAPHED
-    look_every = LOOK_EVERY if graphed else 1
-
-    # The completions that have not left the batch, one row each.
-    rows = torch.arange(N * G, device=device)                                   # (rows,)
-    alive = torch.ones(N * G, dtype=torch.bool, device=device)                  # (rows,)
+    graphed, look_every = device.type in GRAPHED, GRAPHED.get(device.type, 1)
     positions, following = prompt_positions(net, batch)
-    position = following.repeat_interleave(G)[:, None]                          # (rows, 1)
     cache = KVCache(batch["attention_mask"], G, max_new_tokens, fixed=graphed)
+    # One row for each completion that has not left: which it is, and its next token's position.
+    rows = torch.arange(N * G, device=device)
+    position = following.repeat_interleave(G)[:, None]  # (rows, 1)
 
     def step(y):
         """The rows' last tokens (rows,) -> logits of their next ones (rows, V)."""
@@ -580,61 +536,61 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
         if not (logits < torch.inf).all():  # nan neither: the draw would fail, on CUDA for good
             raise NotFinite("the policy can't be sampled: its logits are not finite")
         for t in range(max_new_tokens):
-            y = torch.where(alive, draw(logits, temperature, top_p, generator), batch["pad_id"])
-            tokens[rows, t], mask[rows, t] = y, alive
-            alive = alive & ~torch.isin(y, batch["stop_ids"])
+            y = draw(logits, temperature, top_p, generator)
+            tokens[rows, t] = y
             if t + 1 == max_new_tokens:
                 break
             if t % look_every == 0:
-                unfinished = alive.nonzero()[:, 0]
-                if len(unfinished) == 0:
+                ended = torch.isin(tokens[rows, :t + 1], batch["stop_ids"]).any(1)
+                going_on = (~ended).nonzero()[:, 0]
+                if len(going_on) == 0:
                     break
-                if len(unfinished) <= STAY * len(rows):  # not for every row: it copies the cache
-                    cache.keep(unfinished)
-                    rows, alive, y, position = (x[unfinished] for x in (rows, alive, y, position))
+                if len(going_on) <= STAY * len(rows):  # not for every row: it copies the cache
+                    cache.keep(going_on)
+                    rows, y, position = rows[going_on], y[going_on], position[going_on]
             logits = next_logits(y)
     model.train(training)
+    stops = torch.isin(tokens, batch["stop_ids"]).long()
+    mask = stops.cumsum(1) == stops  # 0 == 0 before the first stop token, 1 == 1 there
     T = int(mask.any(0).sum())
+    tokens = tokens.masked_fill(~mask, batch["pad_id"])
     return tokens[:, :T].view(N, G, T), mask[:, :T].view(N, G, T)
 
 
 class Graphed:
     """A step as one CUDA graph, because launching its thousand small kernels takes longer than
-    running them. Shapes in a graph are fixed: it is captured again when rows have left."""
+    running them. Shapes in a graph are fixed: it is captured again when rows have left. Where it
+    can't be, the step itself, with a warning."""
 
     def __init__(self, step):
-        self.step, self.replay, self.rows = step, None, 0
+        self.step, self.rows = step, 0
 
     def __call__(self, y):
-        if len(y) == self.rows:
-            return self.replay(y)
-        self.replay, self.rows = None, len(y)  # frees the last graph
-        logits = self.step(y)  # before the capture: kernels are set up when they first run
-        self.replay = captured(self.step, y)
-        return logits
+        if len(y) != self.rows:
+            self.graph = self.logits = None  # frees the last graph
+            self.rows, self.given = len(y), y.clone()
+            logits = self.step(y)  # before the capture: kernels are set up when they first run
+            self.capture()
+            return logits
+        if self.graph is None:
+            return self.step(y)
+        self.given.copy_(y)
+        self.graph.replay()
+        return self.logits
 
-
-def captured(step, y):
-    """`step` as one CUDA graph -> a function like it; `step`, with a warning, if it can't be."""
-    given = y.clone()
-    try:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(y.device)
-        # On torch's one stream for it: cuBLAS keeps a workspace for each that it has seen. Other
-        # threads may go on.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = step(given)  # recorded, not run
-    except (RuntimeError, ValueError) as e:  # ValueError: not a CUDA device
-        reason = str(e).splitlines()[0]
-        warnings.warn(f"sampling without a CUDA graph, so more slowly: {reason}", stacklevel=2)
-        if y.is_cuda:
-            torch.cuda.set_stream(stream)
-        return step
-
-    def replay(y):
-        given.copy_(y)
-        graph.replay()
-        return logits
-    return replay
+    def capture(self):
+        try:
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.given.device)
+            # On torch's one stream for it: cuBLAS keeps a workspace for each that it has seen.
+            # Other threads may go on.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self.step(self.given)  # recorded, not run
+            self.graph = graph
+        except (RuntimeError, ValueError) as e:  # ValueError: not a CUDA device
+            reason = str(e).splitlines()[0]
+            warnings.warn(f"sampling without a CUDA graph, so more slowly: {reason}", stacklevel=2)
+            if self.given.is_cuda:
+                torch.cuda.set_stream(stream)
 
 
 def draw(logits, temperature, top_p, generator):
@@ -643,28 +599,23 @@ def draw(logits, temperature, top_p, generator):
     the whole vocabulary."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs, order = logits.softmax(-1), None
+    probs = logits.softmax(-1)
     if top_p < 1:
-        probs, order = probs.sort(-1, descending=True)
-        probs[probs.cumsum(-1) - probs >= top_p] = 0
+        likeliest, order = probs.sort(-1, descending=True)
+        beyond = likeliest.cumsum(-1) - likeliest >= top_p
+        probs = probs.scatter(-1, order, likeliest.masked_fill(beyond, 0))
     if probs.is_cuda:
-        y = torch.multinomial(probs, 1, generator=generator)                    # (rows, 1)
-    else:  # multinomial draws V numbers per row, a tenth of a CPU's rollout; this draws one
-        cumulative = probs.double().cumsum(-1)
-        u = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator)
-        y = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
-    if order is not None:
-        y = order.gather(-1, y)
-    return y[:, 0]
+        return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    # multinomial draws V numbers per row, a tenth of a CPU's rollout; this draws one
+    cumulative = probs.double().cumsum(-1)
+    u = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator)
+    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
 
 
 def decode(processor, tokens, mask):
     """tokens, mask (N, G, T) -> N lists of G texts, without the stop token."""
-    texts = []
-    for group, masks in zip(tokens.cpu(), mask.cpu(), strict=True):
-        ids = [y[m] for y, m in zip(group, masks, strict=True)]
-        texts.append(processor.tokenizer.batch_decode(ids, skip_special_tokens=True))
-    return texts
+    tokens = tokens.where(mask, processor.tokenizer.pad_token_id).cpu()
+    return [processor.tokenizer.batch_decode(group, skip_special_tokens=True) for group in tokens]
 
 
 def finished(batch, tokens, mask):
@@ -672,27 +623,26 @@ def finished(batch, tokens, mask):
     return (torch.isin(tokens, batch["stop_ids"]) & mask).any(-1)
 
 
-# --- log-probabilities ----------------------------------------------------------------------------
+# ---- log-probabilities ----
 
 def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
     """log pi(y_t | I, Q, y_<t) of given completions (N, G, T) -> (N, G, T) float32, 0 outside
-    `mask`; with gradient if grad is enabled. The distribution is the one `sample` draws from. A
-    group is one row, [image, prompt | completion 1 | ... | completion G]."""
+    `mask`; with gradient if grad is enabled. The distribution is the one `sample` draws from. One
+    row per group, see grouped_attention."""
     net = network(model)
     (N, G, T), P = tokens.shape, batch["input_ids"].shape[1]
-    prompt_mask = batch["attention_mask"]
     positions, following = prompt_positions(net, batch)
     own = (following[:, None] + torch.arange(T, device=tokens.device)).repeat(1, G)  # (N, G*T)
-    positions = torch.cat([positions, own.expand(3, -1, -1)], 2)                # (3, N, P+G*T)
-    ids = torch.cat([batch["input_ids"], tokens.reshape(N, G * T)], 1)          # (N, P+G*T)
+    positions = torch.cat([positions, own.expand(3, -1, -1)], 2)  # (3, N, P+G*T)
+    ids = torch.cat([batch["input_ids"], tokens.reshape(N, G * T)], 1)  # (N, P+G*T)
+    seen = causal_mask(pad(batch["attention_mask"], (0, T), value=1))  # (N, 1, P+T, P+T)
     with autocast(model):
-        hidden = hidden_states(net, ids, completion_mask(prompt_mask, T), positions,
-                               with_image_features(model, batch),
-                               prompt_mask=causal_mask(prompt_mask))            # (N, P+G*T, d)
+        hidden = hidden_states(net, ids, seen, positions, with_image_features(model, batch),
+                               prompt_length=P)  # (N, P+G*T, d)
         # A token is predicted one place earlier, a completion's first by the prompt's last place.
-        first = hidden[:, None, P - 1:P].expand(-1, G, -1, -1)                  # (N, G, 1, d)
-        others = hidden[:, P:].view(N, G, T, -1)[:, :, :-1]                     # (N, G, T-1, d)
-        h = torch.cat([first, others], 2)[mask]                                 # (tokens, d)
+        first = hidden[:, None, P - 1:P].expand(-1, G, -1, -1)  # (N, G, 1, d)
+        others = hidden[:, P:].view(N, G, T, -1)[:, :, :-1]  # (N, G, T-1, d)
+        h = torch.cat([first, others], 2)[mask]  # (tokens, d)
         logp = chosen_logprobs(net, h, tokens[mask], temperature)
     return torch.zeros(N, G, T, device=tokens.device).masked_scatter(mask, logp)
 
@@ -705,14 +655,13 @@ def chosen_logprobs(net, h, y, temperature):
         return logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1)
 
     size = max(1, LOGIT_FLOATS // net.lm_head.out_features)
-    if h.requires_grad and len(y) > size:
-        chunked = functools.partial(checkpoint, logprobs, use_reentrant=False)
-    else:
-        chunked = logprobs
-    return torch.cat([chunked(a, b) for a, b in zip(h.split(size), y.split(size), strict=True)])
+    if len(y) <= size:
+        return logprobs(h, y)
+    chunks = zip(h.split(size), y.split(size), strict=True)
+    return torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# ---- memory ----
 
 def without_weights(config):
     """A network of sizes alone, which takes no memory."""
@@ -730,51 +679,50 @@ def memory(net, *, cuda, world, lora, checkpointing, sampled, micro, G, image, p
     L, D, I = text.num_hidden_layers, text.hidden_size, text.intermediate_size
     shared = text.num_attention_heads // text.num_key_value_heads
     K = net.model.language_model.layers[0].self_attn.k_proj.out_features  # a token's keys
-    patches = 4 * image * micro  # whose 2 x 2 become a token
     D_vision = vision[0].norm1.weight.numel()
-    sizes = [p.numel() for p in net.parameters()]
-    matrices = sum(m.weight.numel() for m in matrices_of(net))
-    adapted = [m for name, m in net.named_modules() if re.fullmatch(LORA_TARGETS, name)]
-    learns = [lora * n for m in adapted for n in m.weight.shape] if lora else sizes
-    trained = sum(learns)
-    fp = 2 if cuda else 4                       # bytes of a number in a matrix product
+    fp = 2 if cuda else 4  # bytes of a number in a matrix product
 
-    out = dict(weights=4 * trained + fp * sum(sizes) if lora else 4 * trained)
-    out["reference"] = 0
+    policy = add_lora(copy.deepcopy(net), lora) if lora else net
+    sizes = [p.numel() for p in policy.parameters() if p.requires_grad]
+    trained = sum(sizes)
+    out = dict(weights=sum(p.numel() * (4 if p.requires_grad else fp) for p in policy.parameters()),
+               reference=0, rounded_weights=0, gradients=4 * trained,
+               moments=8 * max(trained // world, max(sizes)))  # AdamW's, shared out
     if sampled and not lora:
-        out["reference"] = 4 * (sum(sizes) - matrices) + fp * matrices
-    out["rounded_weights"] = 0 if lora or not cuda else 2 * sum(sizes)  # autocast's
-    out["gradients"] = 4 * trained
-    out["moments"] = 8 * max(trained // world, max(learns))  # AdamW's
+        matrices = sum(m.weight.numel() for m in matrices_of(net))
+        out["reference"] = 4 * (trained - matrices) + fp * matrices
+    if cuda and not lora:
+        out["rounded_weights"] = 2 * trained  # autocast's
 
     # What a layer of a pass over t tokens keeps for the backward pass.
     t = micro * (prompt + G * T)
-    layer = t * D * (2 if lora else 4) * 4                          # norms, in fp32
-    layer += t * (5 * D + 4 * I + 7 * lora) * fp                    # inputs of products, SwiGLU
-    layer += 2 * K * micro * (prompt + G * (prompt + T)) * fp       # keys, values
+    layer = t * D * (2 if lora else 4) * 4  # norms, in fp32
+    layer += t * (5 * D + 4 * I + 7 * lora) * fp  # inputs of products, SwiGLU
+    layer += 2 * K * micro * (prompt + G * (prompt + T)) * fp  # keys, values
     layer += shared * micro * (prompt**2 + G * T * (prompt + T)) * fp  # masks
-    block = 0 if lora else patches * (16 * D_vision + 18 * D_vision * fp)
+    patches = 0 if lora else 4 * image * micro  # 2 x 2 become a token; a frozen tower keeps none
+    block = patches * D_vision * (16 + 18 * fp)
     kept, again = L * layer + len(vision) * block, 0
-    if checkpointing:
-        inputs = t * D * (fp if lora else 4), patches * D_vision * (0 if lora else 4)
-        kept, again = L * inputs[0] + len(vision) * inputs[1], max(layer, block)
+    if checkpointing:  # a layer's input alone
+        kept = L * t * D * (fp if lora else 4) + len(vision) * patches * D_vision * 4
+        again = max(layer, block)
     logits = 4 * 4 * min(micro * G * T * text.vocab_size, LOGIT_FLOATS)
-    backward = again + t * (3 * I + 2 * D) * fp                     # and a layer's gradients
+    backward = again + t * (3 * I + 2 * D) * fp  # and a layer's gradients
     out["activations"] = kept + max(logits, backward)
 
     rows = sampled * G
-    out["cache"] = 2 * (L + 1) * K * rows * (prompt + T) * fp       # one layer is copied
-    out["sampling"] = 6 * 4 * rows * text.vocab_size                # logits and probabilities
-    always = sum(out[k] for k in ("weights", "reference", "rounded_weights", "moments"))
+    out["cache"] = 2 * (L + 1) * K * rows * (prompt + T) * fp  # one layer is copied
+    out["sampling"] = 6 * 4 * rows * text.vocab_size  # logits and probabilities
+    always = sum(out[part] for part in ("weights", "reference", "rounded_weights", "moments"))
     update = out["gradients"] + out["activations"]
     return dict(out, peak=always + max(update, out["cache"] + out["sampling"]))
 
 
-# --- devices --------------------------------------------------------------------------------------
+# ---- devices ----
 
 def setup_devices():
-    """One process, or those that torchrun started on one machine or several -> (rank, world size,
-    device). Numbers are summed up on the CPU by gloo, gradients on CUDA by NCCL."""
+    """-> (rank, world size, device) of one process, or of those that torchrun started. Numbers are
+    summed up on the CPU by gloo, gradients on CUDA by NCCL."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -790,8 +738,7 @@ def setup_devices():
 
 
 def run(main):
-    """data.cli, with a sentence for a full device, and with the name of the process. When one ends,
-    torchrun ends the others."""
+    """data.cli, with a sentence for a full device and the name of the process."""
     def named():
         try:
             main()
@@ -801,10 +748,11 @@ def run(main):
     cli(named)
 
 
-def all_reduce(x):
-    """Sum a tensor over the processes, in place."""
+@contextlib.contextmanager
+def peers():
+    """Around what the processes do together: a DataError where another one has ended."""
     try:
-        dist.all_reduce(x)
+        yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as e:
@@ -813,20 +761,10 @@ def all_reduce(x):
                         f"reached: {why}") from e
 
 
-def sum_over_ranks(x):
-    """Sum a tensor or a number over the processes, on all of them alike."""
-    if not dist.is_initialized():
-        return x
-    total = x.cpu() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
-    all_reduce(total)
-    return total if torch.is_tensor(x) else total.item()
-
-
-def meet():
-    """Wait for the other processes -> how long they waited here for the slowest, s, their mean."""
-    began = time.perf_counter()
-    world = sum_over_ranks(1)
-    return sum_over_ranks(time.perf_counter() - began) / world
+def all_reduce(x):
+    """Sum a tensor over the processes, in place."""
+    with peers():
+        dist.all_reduce(x)
 
 
 def gather(rows):
@@ -834,31 +772,37 @@ def gather(rows):
     if not dist.is_initialized():
         return rows
     lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, rows)
+    with peers():
+        dist.all_gather_object(lists, rows)
     return sum(lists, [])
 
 
-def sum_gradients(parameters):
-    """Add up the processes' gradients, once per optimiser step. Each rank's loss is already
-    divided by global counts.
+def sum_over_ranks(x):
+    """Sum a tensor of the CPU or a number over the processes, on all of them alike."""
+    return sum(gather([x]))
 
-    In few large pieces: one per parameter took seven times as long on gloo. After the backward
-    passes: starting while the last one runs gained nothing measurable."""
+
+def meet():
+    """Wait for the slowest process -> s, the mean of how long each waited here."""
+    began = time.perf_counter()
+    world = sum_over_ranks(1)
+    return sum_over_ranks(time.perf_counter() - began) / world
+
+
+def sum_gradients(parameters):
+    """Add up the processes' gradients, once per optimiser step; each rank's loss is already
+    divided by global counts. PIECE at a time: one by one took seven times as long on gloo. After
+    the backward passes: starting while the last one runs gained nothing measurable."""
     if not dist.is_initialized():
         return
-    piece, floats = [], 0
     for p in parameters:
         if p.grad is None:  # a rank whose share did not touch this parameter must take part too
             p.grad = torch.zeros_like(p)
-        piece.append(p.grad)
-        floats += p.numel()
-        if floats >= PIECE_FLOATS or p is parameters[-1]:
-            flat = torch.cat([grad.flatten() for grad in piece])
-            all_reduce(flat)
-            parts = flat.split([grad.numel() for grad in piece])
-            for grad, part in zip(piece, parts, strict=True):
-                grad.copy_(part.view_as(grad))
-            piece, floats = [], 0
+    for i in range(0, len(parameters), PIECE):
+        piece = [p.grad for p in parameters[i:i + PIECE]]
+        flat = parameters_to_vector(piece)
+        all_reduce(flat)
+        vector_to_parameters(flat, piece)
 
 
 def peak_memory(device):

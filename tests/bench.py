@@ -300,7 +300,7 @@ def grow(a):
         alone = M.rows_of(batch, slice(0, 1))
         repeated = dict(alone, input_ids=torch.cat([b["input_ids"] for b, _ in single]),
                         attention_mask=torch.cat([b["attention_mask"] for b, _ in single]),
-                        pixel_values=torch.cat([b["pixel_values"] for b, _ in single]),
+                        pixel_values=torch.cat([b["pixel_values"][0] for b, _ in single]),
                         image_grid_thw=torch.cat([b["image_grid_thw"] for b, _ in single]))
         flat, whole = tokens.flatten(0, 1)[:, None], mask.flatten(0, 1)[:, None]
 

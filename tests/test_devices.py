@@ -111,7 +111,7 @@ def test_a_token_s_step_asks_the_device_nothing(half, world, monkeypatch):
                 return self.step(y)
         self.rows = len(y)
         return self.step(y)
-    monkeypatch.setattr(M, "GRAPHED", {"cpu"})
+    monkeypatch.setattr(M, "GRAPHED", {"cpu": 16})
     monkeypatch.setattr(M.Graphed, "__call__", watched)
     lora = M.add_lora(copy.deepcopy(world.net), 2)
     if half:
@@ -160,6 +160,23 @@ def test_an_error_names_its_process(error, monkeypatch, capsys):
     assert ended.value.code == 2 and capsys.readouterr().err == f"error: process 3: {error}\n"
 
 
+@pytest.mark.parametrize("call", [lambda: M.all_reduce(torch.zeros(1)), lambda: M.gather([1])], ids=["all_reduce", "gather"])
+def test_a_call_that_fails_says_that_another_process_has_ended(call, monkeypatch):
+    """What gloo and NCCL raise when another process dies is a sentence; a full device is not mistaken for it."""
+    def fails(*args):
+        raise error
+    monkeypatch.setattr(M.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(M.dist, "get_world_size", lambda: 2)
+    for name in ("all_reduce", "all_gather_object"):
+        monkeypatch.setattr(M.dist, name, fails)
+    error = RuntimeError("Connection closed by peer [127.0.0.1]\nat pair.cc")
+    with pytest.raises(data.DataError, match=r"another process has ended.*: Connection closed by peer \[127.0.0.1\]$"):
+        call()
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        call()
+
+
 WORKER = """
 import os, sys
 import torch
@@ -170,8 +187,8 @@ folder, jsonl, out = sys.argv[1:4]
 rank, world, device = M.setup_devices()
 M.close_devices = lambda: None  # not between runs
 
-# Gradients in pieces, of which a parameter may fill several; the second rank had no micro-batch.
-M.PIECE_FLOATS = 10
+# Gradients in pieces of two parameters; the second rank had no micro-batch.
+M.PIECE = 2
 torch.manual_seed(rank)
 parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 4, 25, 1, 9)]
 if rank == 0:

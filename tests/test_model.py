@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ import rewards
 import sft
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # files that no clone holds; a test that needs them is skipped
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+PROCESSORS = dict(qwen2_vl="Qwen2VLProcessor", qwen2_5_vl="Qwen2_5_VLProcessor", qwen3_vl="Qwen3VLProcessor")
+FAMILIES = tuple(PROCESSORS)
 
 
 # ------------------------------------------------------------------------------------------------------- models and references
@@ -72,12 +74,11 @@ def plain_logprobs(net, batch, tokens, mask, temperature=1.0):
     """What token_logprobs should give, the slow way: every completion is a row of its own behind its own prompt and image, no
     padding, and transformers finds the positions. Nothing is shared, chunked or masked by hand."""
     out = torch.zeros(tokens.shape)
-    pixels = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
     for n, g in np.ndindex(*tokens.shape[:2]):
         prompt = batch["input_ids"][n][batch["attention_mask"][n].bool()]
         y = tokens[n, g][mask[n, g]]
         ids = torch.cat([prompt, y])[None]
-        logits = net(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels[n],
+        logits = net(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=batch["pixel_values"][n],
                      image_grid_thw=batch["image_grid_thw"][n:n + 1],
                      mm_token_type_ids=(ids == net.config.image_token_id).int()).logits[0, len(prompt) - 1:-1]
         banned = torch.zeros(logits.shape[-1], dtype=torch.bool)
@@ -185,12 +186,11 @@ def test_no_completion_sees_another(world):
     assert ((a[:, 1] - b[:, 1]).abs() > 1e-3)[mask[:, 1]].all()
 
 
-def test_masks_by_hand():
-    """Two questions, the first with one place of padding: what two tokens of a completion see, and what the prompt sees."""
-    got = M.completion_mask(torch.tensor([[0, 1], [1, 1]]), 2)
-    assert got.shape == (2, 1, 2, 4) and got.dtype == torch.bool
-    assert got[:, 0].int().tolist() == [[[0, 1, 1, 0], [0, 1, 1, 1]], [[1, 1, 1, 0], [1, 1, 1, 1]]]
-    assert M.causal_mask(torch.tensor([[0, 1, 1]]))[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+def test_mask_by_hand():
+    """Two questions, the first with one place of padding: what each place sees."""
+    got = M.causal_mask(torch.tensor([[0, 1, 1], [1, 1, 1]]))
+    assert got.shape == (2, 1, 3, 3) and got.dtype == torch.bool
+    assert got[:, 0].int().tolist() == [[[1, 0, 0], [0, 1, 0], [0, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
 
 
 @pytest.mark.parametrize("G", [1, 3])
@@ -202,13 +202,13 @@ def test_grouped_attention_equals_one_row_under_a_dense_mask(G):
     q, k, v = (torch.randn(N, heads, S, d, generator=generator).requires_grad_() for heads in (H, h, h))
     real = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     dense = torch.zeros(N, S, S, dtype=torch.bool)
-    dense[:, :P, :P] = M.causal_mask(real)[:, 0]
+    dense[:, :P, :P] = torch.ones(P, P).bool().tril() & real.bool()[:, None] | torch.eye(P).bool()
     for g in range(G):
         own = slice(P + g * T, P + g * T + T)
         dense[:, own, :P] = real.bool()[:, None]
         dense[:, own, own] = torch.ones(T, T).bool().tril()
-    fast, _ = M.grouped_attention(None, q, k, v, M.completion_mask(real, T), scaling=0.3,
-                                  prompt_mask=M.causal_mask(real))
+    mask = M.causal_mask(torch.cat([real, torch.ones(N, T)], 1))
+    fast, _ = M.grouped_attention(None, q, k, v, mask, scaling=0.3, prompt_length=P)
     scores = (q @ k.repeat_interleave(H // h, 1).transpose(2, 3) * 0.3).masked_fill(~dense[:, None], -torch.inf)
     slow = (scores.softmax(-1) @ v.repeat_interleave(H // h, 1)).transpose(1, 2)
     weight = torch.randn(fast.shape)
@@ -247,6 +247,8 @@ def test_chunked_logits_equal_whole_ones_and_are_never_all_there(world, monkeypa
         (logp * torch.arange(11)).sum().backward()
         results.append((logp.detach(), h.grad, net.lm_head.weight.grad.clone()))
         assert max(rows) <= max(1, limit // vocabulary) and sum(rows) >= 11
+        with torch.no_grad():
+            assert torch.equal(M.chosen_logprobs(net, h, y, 0.9), logp)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -272,23 +274,24 @@ def test_rows_of_takes_each_question_with_its_own_pixels(world):
         part = M.rows_of(batch, rows)
         chosen = world.mixed[rows] if isinstance(rows, slice) else [world.mixed[i] for i in rows]
         alone = M.encode(world.processor, chosen)
-        assert torch.equal(part["pixel_values"], alone["pixel_values"])
+        assert all(torch.equal(a, b) for a, b in zip(part["pixel_values"], alone["pixel_values"], strict=True))
         assert torch.equal(part["image_grid_thw"], alone["image_grid_thw"])
         with torch.no_grad():
             logp = M.token_logprobs(world.net, part, tokens[rows], mask[rows])
         torch.testing.assert_close(logp, whole[rows], rtol=0, atol=1e-5)
 
 
-def test_two_processors_do_not_share_remembered_patches(world):
-    """Images are remembered by path; a processor with other patches or other limits must not be handed another's, also where
-    that one is gone and its address in memory is used again (eval.py loads one checkpoint after another)."""
-    for k in range(12):
-        patch, limit = (14, 16)[k % 2], (112 * 112, 64 * 64)[k // 2 % 2]
-        images = Qwen2VLImageProcessorPil(patch_size=patch, min_pixels=4 * patch**2, max_pixels=limit)
-        got, grid = M.image_patches(M.Processor(None, images), world.mixed[1])
+def test_an_image_is_cut_once_within_the_limit(world, monkeypatch):
+    """Patches are remembered by path, for each processor by itself, up to PIXEL_CACHE bytes."""
+    for limit in (112 * 112, 64 * 64):
+        images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=limit)
+        processor = M.Processor(None, images)
+        got, grid = M.image_patches(processor, world.mixed[1])
         expected = images(images=[data.load_image(world.mixed[1])], return_tensors="pt")
         assert torch.equal(grid, expected["image_grid_thw"]) and torch.equal(got, expected["pixel_values"])
-        del images
+        assert M.image_patches(processor, world.mixed[1])[0] is got
+    monkeypatch.setattr(M, "PIXEL_CACHE", 0)
+    assert M.image_patches(processor, world.mixed[0])[0] is not M.image_patches(processor, world.mixed[0])[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------- sample
@@ -365,14 +368,19 @@ def test_fixed_shapes_draw_what_growing_ones_draw(temperature, world, monkeypatc
     free, _ = draw()
     batch["stop_ids"] = free[torch.arange(2), 0, torch.tensor([1, 6])]  # completions end at several lengths
     expected = draw()
-    monkeypatch.setattr(M, "GRAPHED", {"cpu"})
-    monkeypatch.setattr(M, "LOOK_EVERY", 4)
+    monkeypatch.setattr(M, "GRAPHED", {"cpu": 4})
     with pytest.warns(UserWarning, match="without a CUDA graph"):
         fallen_back = draw()
-    monkeypatch.setattr(M, "captured", lambda step, y: lambda y: step(y))
-    got = draw()
-    assert all(torch.equal(a, b) for a, b in zip(fallen_back, expected, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)) and len(expected[1].sum(-1).unique()) > 1
+
+    def emulated(graphed):
+        """As if captured: a replay runs the step on the graph's own buffers."""
+        graphed.logits = torch.empty(graphed.rows, world.net.lm_head.out_features)
+        graphed.graph = SimpleNamespace(replay=lambda: graphed.logits.copy_(graphed.step(graphed.given)))
+    monkeypatch.setattr(M.Graphed, "capture", emulated)
+    replayed = draw()
+    for got in (fallen_back, replayed):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert len(expected[1].sum(-1).unique()) > 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -624,6 +632,7 @@ def test_saved_folder_is_a_plain_hugging_face_folder(world):
 
     again = M.encode(processor, world.mixed[:3])
     assert all(torch.equal(again[k], v) for k, v in batch.items() if torch.is_tensor(v)) and again["pad_id"] == batch["pad_id"]
+    assert all(torch.equal(a, b) for a, b in zip(again["pixel_values"], batch["pixel_values"], strict=True))
     for name in ("tokenizer_config.json", "preprocessor_config.json"):
         config = json.loads(Path(world.folder, name).read_text())
         assert config["processor_class"] == "Qwen2_5_VLProcessor"
@@ -662,8 +671,8 @@ def test_every_family_is_saved_and_loaded(name, world, tmp_path):
     M.save(net, processor, folder)
     again, loaded = M.load(folder)
     assert torch.equal(stock_logits(again, batch), stock_logits(net, batch))
-    assert torch.equal(M.encode(loaded, world.mixed[:3])["pixel_values"], batch["pixel_values"])
-    assert json.loads(Path(folder, "preprocessor_config.json").read_text())["processor_class"] == M.FAMILIES[name]
+    assert torch.equal(*(torch.cat(b["pixel_values"]) for b in (M.encode(loaded, world.mixed[:3]), batch)))
+    assert json.loads(Path(folder, "preprocessor_config.json").read_text())["processor_class"] == PROCESSORS[name]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="stock AutoProcessor needs torchvision")
@@ -673,14 +682,14 @@ def test_stock_auto_processor_loads_the_folder(name, world, tmp_path):
     net, processor = family(name, world)
     M.save(net, processor, make(tmp_path / name))
     stock = transformers.AutoProcessor.from_pretrained(tmp_path / name)
-    assert type(stock).__name__ == M.FAMILIES[name]
+    assert type(stock).__name__ == PROCESSORS[name]
     record = world.mixed[1] if name != "qwen3_vl" else world.mixed[1] | dict(path=world.records[0]["path"])
     content = [{"type": "image"}, {"type": "text", "text": rewards.question_text(record)}]
     text = stock.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
     theirs, ours = stock(text=[text], images=[data.load_image(record)], return_tensors="pt"), M.encode(processor, [record])
     assert torch.equal(theirs["input_ids"], ours["input_ids"])
     assert torch.equal(theirs["image_grid_thw"], ours["image_grid_thw"])
-    torch.testing.assert_close(theirs["pixel_values"], ours["pixel_values"], rtol=0, atol=0.03)  # two grey levels if resized
+    torch.testing.assert_close(theirs["pixel_values"], ours["pixel_values"][0], rtol=0, atol=0.03)  # two grey levels if resized
 
 
 def test_saving_again_replaces(world, tmp_path):
@@ -768,7 +777,7 @@ def test_bf16_on_cuda_agrees_with_fp32_and_lora_learns_at_1e_6(world):
     tokens, mask = M.sample(net, batch, group_size=4, max_new_tokens=10, generator=generator)
     with torch.no_grad():
         half = M.token_logprobs(net, batch, tokens, mask)
-        cpu = {k: v.cpu() if torch.is_tensor(v) else v for k, v in batch.items()}
+        cpu = M.encode(world.processor, world.mixed[:3])
         whole = M.token_logprobs(world.net, cpu, tokens.cpu(), mask.cpu())
     torch.testing.assert_close(half.cpu(), whole, rtol=0, atol=5e-2)
     policy = with_lora(copy.deepcopy(world.net).to("cuda", torch.bfloat16))
@@ -787,9 +796,9 @@ def test_cuda_graphs_draw_the_policy(lora, world, monkeypatch, recwarn):
     net = with_lora(copy.deepcopy(world.net).to("cuda", torch.bfloat16)) if lora else copy.deepcopy(world.net).cuda()
     batch = M.encode(world.processor, world.mixed[:4], "cuda")
     batch["stop_ids"] = torch.arange(0, world.net.config.text_config.vocab_size, 12, device="cuda")
-    captures, capture, drawn, draw = [], M.captured, [], M.draw
-    monkeypatch.setattr(M, "LOOK_EVERY", 4)
-    monkeypatch.setattr(M, "captured", lambda step, y: captures.append(len(y)) or capture(step, y))
+    captures, capture, drawn, draw = [], M.Graphed.capture, [], M.draw
+    monkeypatch.setattr(M, "GRAPHED", {"cuda": 4})
+    monkeypatch.setattr(M.Graphed, "capture", lambda graphed: captures.append(graphed.rows) or capture(graphed))
     monkeypatch.setattr(M, "draw", lambda x, *rest: drawn.append(x.log_softmax(-1).max(-1).values) or draw(x, *rest))
     tokens, mask = M.sample(net, batch, group_size=8, max_new_tokens=40, generator=torch.Generator("cuda").manual_seed(0))
     assert not [w for w in recwarn if "cuda graph" in str(w.message).lower()]
