@@ -32,7 +32,7 @@ import time
 from collections import Counter, defaultdict
 from contextlib import suppress
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import chain, product, zip_longest
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, stdev
@@ -91,6 +91,11 @@ RENEWED = 5       # s after which the page of a run that is watched is written a
 TIMEOUT = 300.0   # s that a chat server may take for an answer
 RESAMPLES = 2000  # of an interval
 
+PAPER_OVERALL = {  # Tables 2 and 3, by the name that a row has here
+    "RL-only": "73.22 ± 2.58", "SFT": "75.41 ± 1.19", "Acc-only": "78.85 ± 1.08",
+    "Con-only": "81.73 ± 1.12", "Con-GRPO": "85.15 ± 0.95", "Format-focused": "77.13 ± 1.35",
+    "Accuracy-focused": "82.54 ± 1.02", "Consistency-focused": "84.21 ± 0.98",
+    "Balanced": "85.15 ± 0.95"}
 # Table 1: parameters in M; mean and deviation over three runs, of data.TASKS and overall
 PAPER = """
 Qwen2.5-VL-3B      3000  93.20 0.34  51.27 0.74  24.57 6.82  91.78 0.39  65.30 1.94  71.41 1.19
@@ -259,10 +264,21 @@ def bootstrap(sets):
 # ---- the report ----------------------------------------------------------------------------------
 
 class Table(NamedTuple):
-    """square: of its cells those are marked whose line and column have the same name."""
+    """square: a map in colours, with its diagonal where a line and a column have the same name."""
     title: str
     cells: list  # [header, line, ...] of texts
+    numbers: list = []  # of the lines: what each cell is compared by, or None
     square: bool = False
+
+    def best(self):
+        """The places (line, column) of each column's largest number, if any is smaller."""
+        places = set()
+        for j in range(len(self.cells[0])):
+            column = [line[j] for line in self.numbers]
+            known = {x for x in column if x is not None}
+            if len(known) > 1:
+                places |= {(i, j) for i, x in enumerate(column) if x == max(known)}
+        return places
 
 
 def percent(figure):
@@ -285,10 +301,19 @@ def grid(title, lines, square=False):
     columns = {}  # a dict keeps the order in which they came
     for figures in lines.values():
         columns |= figures
-    cells = [["model", *columns]]
+    cells, numbers = [["model", *columns]], []
     for name, figures in lines.items():
-        cells.append([name, *[percent(figures.get(column)) for column in columns]])
-    return Table(title, cells, square)
+        figures = [figures.get(column) for column in columns]
+        cells.append([name, *map(percent, figures)])
+        numbers.append([None, *map(number, figures)])
+    return Table(title, cells, numbers, square)
+
+
+def number(figure):
+    """What a figure is compared by, None for texts and differences."""
+    if isinstance(figure, dict) and "runs" in figure and figure["mean"] is not None:
+        return round(100 * figure["mean"], 1)
+    return None
 
 
 def tables(results):
@@ -303,6 +328,8 @@ def tables(results):
         for rate in ("overall", "format", "consistency", "grounding"):
             lines[name][rate] = entry[rate]
         lines[name]["n"] = str(entry["overall"]["n"])
+        if entry.get("paper"):
+            lines[name]["overall in the paper"] = PAPER_OVERALL.get(name, "-")
     if entry.get("paper"):
         lines |= paper_lines()
 
@@ -322,7 +349,8 @@ def square(key, lines):
     """Med-R1's matrix, {name: {value: figure}}: a line for each checkpoint, a column for each value
     of `key` that was asked. A column's mean is over the checkpoints named after a value."""
     def mean_of(figures):
-        return {"mean": fmean(figure["mean"] for figure in figures if figure), "runs": 1}
+        means = [x["mean"] for x in figures if x and x["mean"] is not None]
+        return {"mean": fmean(means) if means else None, "runs": 1}
 
     lines = {name: figures | {"mean": mean_of(figures.values())} for name, figures in lines.items()}
     own = [figures for name, figures in lines.items() if name in figures]
@@ -383,9 +411,15 @@ def remarks(results, rows):
 
 KINDS = {  # of answers: their accuracy, or accuracy and consistency
     "right": (1,), "wrong": (0,), "consistent-but-wrong": (0, 1), "right-but-inconsistent": (1, 0)}
-CURVES = ("reward", "format", "accuracy", "consistency", "held_out_accuracy", "loss", "kl",
-          "sampled_nll", "length", "no_spread", "seconds", "seconds_rollout", "seconds_reference",
-          "seconds_judge", "seconds_update", "seconds_waiting")  # of metrics.jsonl
+CURVES = dict(  # figures of metrics.jsonl, and their charts' titles
+    reward="reward, Eq. (3)", format="format reward, Eq. (4)",
+    accuracy="accuracy reward, Eq. (5)", consistency="consistency reward, Eq. (6)",
+    held_out_accuracy="held-out accuracy", loss="loss, Eq. (1)", kl="KL divergence per token",
+    sampled_nll="-log probability per sampled token", length="tokens per completion",
+    no_spread="share of groups without spread", seconds="seconds per step",
+    seconds_rollout="seconds of sampling", seconds_reference="seconds of the reference",
+    seconds_judge="seconds of F", seconds_waiting="seconds waited for the slowest process",
+    seconds_update="seconds of the update")
 CHART = """\
 <text x="4" y="12" font-weight="bold">{{ chart.title }}</text>
 {% for x, text in chart.xs.items() %}
@@ -420,8 +454,11 @@ PAGE = """<!doctype html>
   p { margin: .3em 0 } .what { font-size: 13px; opacity: .75 }
   .yes { color: hsl(140 65% var(--light)) } .no { color: hsl(0 65% var(--light)) }
   caption, th, td { padding: 2px 9px; text-align: right; white-space: nowrap }
-  caption, th:first-child { text-align: left } caption, .own { font-weight: bold }
+  caption, th:first-child { text-align: left } caption, .best { font-weight: bold }
+  td[style] { background: hsl(200 70% 45% / calc(.75 * var(--share))) }
+  .own { outline: 2px solid; outline-offset: -3px }
   .scroll { overflow: auto; margin: 1em 0 } th[scope=row] { font-weight: normal }
+  #minutes:checked ~ .charts .step, #step:checked ~ .charts .minutes { display: none }
   .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21em, 100%), 1fr)) }
   figure { margin: .6em; max-width: 32em; font-size: 13px }
   svg { width: 100%; overflow: visible; font-size: 11px; fill: currentColor }
@@ -443,11 +480,14 @@ PAGE = """<!doctype html>
 {% for table in tables %}
   <div class="scroll" tabindex="0"><table><caption>{{ table.title }}</caption>
     <tr>{% for cell in table.cells[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr>
-    {% for cells in table.cells[1:] %}
+    {% set best = [] if table.square else table.best() %}
+    {% for cells in table.cells[1:] %}{% set i = loop.index0 %}
       <tr><th scope="row">{{ cells[0] }}</th>
-      {% for cell in cells[1:] %}
-        {% set own = table.square and table.cells[0][loop.index] == cells[0] and not loop.last %}
-        <td{% if own %} class="own"{% endif %}>{{ cell }}</td>
+      {% for cell in cells[1:] %}{% set j = loop.index %}
+        {% set own = table.square and table.cells[0][j] == cells[0] and not loop.last %}
+        {% set x = table.numbers[i][j] if table.square else none %}
+        <td class="{{ "best" if (i, j) in best }}{{ "own" if own }}"
+          {%- if x is not none %} style="--share: {{ x / 100 }}"{% endif %}>{{ cell }}</td>
       {% endfor %}</tr>
     {% endfor %}
   </table></div>
@@ -458,9 +498,11 @@ PAGE = """<!doctype html>
 {% endif %}
 <p class="what">Training, of runs whose log is there: faint as logged, strong the mean over a
   twentieth of the steps before.</p>
+<input type="radio" name="over" id="step" checked><label for="step">over steps</label>
+<input type="radio" name="over" id="minutes"><label for="minutes">over minutes of training</label>
 <div class="charts">
 {% for chart in charts %}
-  <figure><svg viewBox="0 0 360 {{ chart.height }}" role="img">
+  <figure class="{{ chart.unit }}"><svg viewBox="0 0 360 {{ chart.height }}" role="img">
     <title>{{ chart.title }}</title>
     {% include "chart" %}
   </svg><figcaption>
@@ -500,6 +542,11 @@ PAGE = """<!doctype html>
         <p class="{{ "yes" if row.acc == 1 else "no" }}">{{ given(row) }}</p>
         <p class="what">accuracy {{ row.acc }}, format {{ row.fmt }}, consistency {{ row.con }};
           F: {{ "failed" if row.verdict != row.verdict else row.verdict or "undecided" }}</p>
+        {% set seen, was_cut = visible(row.thought or "") %}
+        {% if was_cut %}
+          <details class="what"><summary>without letters and answer statements, as F sees it
+            (unless --judge_sees raw)</summary><p class="said" dir="auto">{{ seen }}</p></details>
+        {% endif %}
         {% for sentence in row.false_statements %}
           <p class="no">Not so in the image: {{ sentence }}</p>
         {% endfor %}
@@ -564,12 +611,14 @@ def ticks(values):
 
 
 def steps_of(folder):
-    """A run's metrics.jsonl -> its lines, [{figure: number, or None for nan}]; none without the
-    file. One that is half written is passed over."""
-    path, steps = Path(folder, "metrics.jsonl"), []
+    """A run's metrics.jsonl -> its lines, [{figure: number, or None for nan}], with the "minutes"
+    of training until then; none without the file. One that is half written is passed over."""
+    path, steps, seconds = Path(folder, "metrics.jsonl"), [], 0.0
     for line in path.read_text().splitlines() if path.is_file() else []:
         with suppress(ValueError):
             steps.append(json.loads(line))
+            seconds += sum(x for key, x in steps[-1].items() if key.startswith("seconds"))
+            steps[-1]["minutes"] = seconds / 60
     return steps
 
 
@@ -585,21 +634,21 @@ def curve(points):
 
 
 def curves(runs):
-    """{name: folders of its runs} -> a Chart for each of CURVES that some of them logged. Of the
-    losses SFT's is shown alone: Con-GRPO's tells little."""
+    """{name: folders of its runs} -> Charts over steps and over minutes for each of CURVES that
+    some of them logged. Of the losses SFT's is shown alone: Con-GRPO's tells little."""
     logs, charts = [], []
     for k, (name, folders) in enumerate(runs.items()):
         logs += [(name, k, steps_of(folder)) for folder in folders]
-    for key in CURVES:
+    for key, over in product(CURVES, ("step", "minutes")):
         lines, xs, ys = [], [0], []
         for name, k, steps in logs:
-            points = [(x["step"], x[key]) for x in steps if x.get(key) is not None]
+            points = [(x[over], x[key]) for x in steps if x.get(key) is not None]
             if points and (key != "loss" or "reward" not in steps[0]):
                 lines.append((name, k, *curve(points)))
                 xs += [x for x, _ in points]
                 ys += [y for _, y in points]
         if lines:
-            charts.append(Chart(key.replace("_", " "), lines, ticks(xs), ticks(ys), "step"))
+            charts.append(Chart(CURVES[key], lines, ticks(xs), ticks(ys), over))
     return charts
 
 
@@ -651,7 +700,7 @@ def html(title, what, runs, charts, **parts):
     """The self-contained page -> str. Whatever a model or a file says is escaped."""
     return TEMPLATES.get_template("page").render(
         title=title, what=what, runs=runs, charts=charts + curves(runs), letters=data.LETTERS,
-        kinds_of=kinds_of, given=given_option,
+        kinds_of=kinds_of, given=given_option, visible=rewards.visible_thought,
         image_of=partial(data_url, side=THUMBNAIL, kind="JPEG"), **parts)
 
 
@@ -690,14 +739,16 @@ def write_report(out, results, rows, what):
 
 
 def json_object(path):
-    """What a JSON file holds, {} if there is none; DataError if it can't be read."""
+    """What a JSON file holds, {} if there is none; DataError if it is no object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise data.DataError(f"{path}: not JSON, expected what an earlier run left: remove it, or "
-                             "name another folder") from None
+        found = None
+    expect(isinstance(found, dict), f"{path}: not a JSON object, expected what an earlier run "
+                                    "left: remove it, or name another folder")
+    return found
 
 
 def without_nan(row):

@@ -217,13 +217,14 @@ def test_table_1s_columns():
 
 
 def test_the_papers_figures_stand_beside(world):
-    """--paper: Table 1's seventeen rows (cells read off the paper again here), under our columns. Tasks that the paper has not
-    are "-"."""
+    """--paper: Table 1's seventeen rows (cells read off the paper again here), under our columns, and beside a row the overall
+    accuracy of Tables 2 and 3, where they have its name. Tasks that the paper has not are "-"."""
     ours = evaluation.summary(ROWS) | {"params": 1e6, "paper": True}
     other = evaluation.summary([row("lesion grading", "CT", 1)]) | {"params": 1e6, "paper": True}
     table, _ = cells_of({"Acc-only": ours, "mine": other})
     header, first, second, *paper = table
     assert header[2:8] == [*data.TASKS, "lesion grading"] and (first[0], second[0]) == ("Acc-only", "mine")
+    assert header[-1] == "overall in the paper" and (first[-1], second[-1]) == ("78.85 ± 1.08", "-")
     assert all(len(line) == len(header) for line in table)
     rows = {line[0]: dict(zip(header, line, strict=True)) for line in paper}
     assert len(rows) == 17 and {x["lesion grading"] for x in rows.values()} == {x["n"] for x in rows.values()} == {"-"}
@@ -582,7 +583,7 @@ def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
         ([*ok, "--beam", 4], "unrecognized arguments"),
         ([*ok, "--matrix", "task"], "--matrix task: expected --ckpt NAME=A.., NAME one of anatomy, anomaly"),
         (["--ckpt", tmp_path / "odd"], "thinking 'aloud' is not known"),
-        ([*ok, "--out", tmp_path / "broken"], "not JSON, expected what an earlier run left"),
+        ([*ok, "--out", tmp_path / "broken"], "not a JSON object, expected what an earlier run left"),
         ([*ok, "--image", picture], "one question needs"),
         ([*ok, "--image", picture, "--question", "Q?", "--options", "MRI"], "number of options is 1, expected 2 to 6"),
         ([*ok, "--image", tmp_path / "no.png", "--question", "Q?", "--options", "MRI", "CT"], "is missing")]

@@ -85,8 +85,8 @@ def test_a_chart_places_its_points():
 def test_a_curve_is_the_log_and_its_running_mean(tmp_path):
     """40 steps are averaged by twos, each with the one before it; the first stands alone."""
     folder = metrics(tmp_path / "a", 40, reward=lambda s: s % 2)
-    [chart] = evaluation.curves({"a": [folder]})
-    assert (chart.title, chart.unit) == ("reward", "step")
+    chart, minutes = evaluation.curves({"a": [folder]})
+    assert (chart.title, chart.unit, minutes.unit) == ("reward, Eq. (3)", "step", "minutes")
     [(name, k, [(_, raw), (_, mean)], dots)] = chart.lines
     assert (name, k, dots) == ("a", 0, [])
     assert raw == [[s, s % 2] for s in range(1, 41)]
@@ -96,7 +96,7 @@ def test_a_curve_is_the_log_and_its_running_mean(tmp_path):
 def test_a_long_run_is_thinned(tmp_path):
     """Of 5,000 steps POINTS are drawn, the first and the last among them; a short one has its points marked."""
     folders = [metrics(tmp_path / "long", 5000, kl=lambda s: s / 1000), metrics(tmp_path / "short", 3, kl=lambda s: 1.0)]
-    [chart] = evaluation.curves({"a": folders})
+    chart, _ = evaluation.curves({"a": folders})
     long, short = chart.lines
     assert [len(points) for _, points in long[2]] == [evaluation.POINTS] * 2
     assert long[2][0][1][0] == [1, 0.001] and long[2][0][1][-1] == [5000, 5]
@@ -109,16 +109,20 @@ def test_which_curves_there_are(tmp_path):
             "grpo": [metrics(tmp_path / "grpo", 5, loss=float, reward=float, seconds_rollout=lambda s: 30.0,
                              seconds_waiting=lambda s: 30.0, peak_mb_update=float, consistency=lambda s: None)],
             "base": [str(tmp_path / "nothing")]}
-    titles = {chart.title: [name for name, *_ in chart.lines] for chart in evaluation.curves(runs)}
-    assert titles == {"reward": ["grpo"], "loss": ["sft"], "seconds": ["sft"], "seconds rollout": ["grpo"],
-                      "seconds waiting": ["grpo"]}
+    charts = evaluation.curves(runs)
+    titles = {chart.title: [name for name, *_ in chart.lines] for chart in charts}
+    assert titles == {"reward, Eq. (3)": ["grpo"], "loss, Eq. (1)": ["sft"], "seconds per step": ["sft"], "seconds of sampling": ["grpo"],
+                      "seconds waited for the slowest process": ["grpo"]}
+    assert [chart.unit for chart in charts] == ["step", "minutes"] * 5
+    ends = {chart.title: chart.lines[0][3][-1][0] for chart in charts if chart.unit == "minutes"}
+    assert ends["loss, Eq. (1)"] == pytest.approx(0.5) and ends["reward, Eq. (3)"] == pytest.approx(5)
     assert evaluation.curves({"base": [str(tmp_path / "nothing")]}) == []
 
 
 def test_a_half_written_line_of_a_log_is_passed_over(tmp_path):
     """The others are read; nan was written as null."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kl": 0.5}\n{"step": 2, "kl": null}\n{"step": 3, "kl": 0.')
-    assert evaluation.steps_of(str(tmp_path)) == [dict(step=1, kl=0.5), dict(step=2, kl=None)]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kl": 0.5, "seconds": 60}\n{"step": 2, "kl": null}\n{"step": 3, "kl": 0.')
+    assert evaluation.steps_of(str(tmp_path)) == [dict(step=1, kl=0.5, seconds=60, minutes=1), dict(step=2, kl=None, minutes=1)]
 
 
 def test_accuracy_chart():
@@ -143,7 +147,7 @@ def test_the_pages_charts_have_the_right_points(world, tmp_path):
     rows = {"first": answers(world, folders[0]), "second": answers(world, folders[1])}
     page = evaluation.page(entries(rows), rows, "what")
     charts = charts_of(page)
-    assert [title for title, _ in charts] == ["Accuracy", "reward", "held out accuracy"]
+    assert [title for title, _ in charts] == ["Accuracy"] + ["reward, Eq. (3)"] * 2 + ["held-out accuracy"] * 2
     tasks = {r["task"] for r in rows["first"]}
     assert len(list(charts[0][1].iter("circle"))) == 2 * (1 + len(tasks))
     for _, svg in charts[1:]:
@@ -152,21 +156,30 @@ def test_the_pages_charts_have_the_right_points(world, tmp_path):
             assert [len(points) for points in lines] == [30, 30]
             assert all(40 <= x <= 348 and 24 <= y <= 166 for points in lines for x, y in points)
         assert [x.find("title").text for x in svg.iter("g")] == ["first", "second"]
-    assert page.count("&#9679; first") == page.count("&#9679; second") == 3
+    assert page.count("&#9679; first") == page.count("&#9679; second") == 5
 
 
 # ------------------------------------------------------------------------------------------------------------------ tables
 
-def test_a_square_has_its_diagonal_marked(world, monkeypatch):
-    """The cells whose line and column have the same name, but not the mean of the means; other tables are plain."""
-    square = evaluation.Table("Map", [["model", "CT", "MRI", "mean"], ["CT", "90.0", "-", "90.0"], ["MRI", "20.0", "80.5", "50.2"],
-                                      ["mean", "55.0", "80.5", "67.8"]], square=True)
-    plain = evaluation.Table("Plain", [["model", "CT"], ["CT", "90.0"], ["b", "70.0"]])
+def test_the_best_of_each_column_and_the_map_are_marked(world, monkeypatch):
+    """The largest number of a column is bold, ties too; none where all are equal, nor counts, differences, or the paper's rows,
+    which are of other questions. A square's cells are coloured by their number, and its diagonal is marked."""
+    def of(mean, **more):
+        return dict(mean=mean, runs=1) | more
+    plain = evaluation.grid("Plain", {
+        "x": {"params": "3.0", "a": of(0.095, runs=3, std=0.01), "c": of(1.0), "n": "7"},
+        "y": {"params": "1.0", "a": of(0.10501), "b": of(0.05), "c": of(1.0), "n": "9"},
+        "z": {"a": of(0.10499), "b": dict(mean=0.06, low=0.01, high=0.09), "c": of(1.0)},
+        "MedAD-R1 (paper)": {"a": "98.87 ± 0.35"}})
+    assert plain.best() == {(1, 2), (2, 2)}
+    square = evaluation.square("modality", {"CT": {"CT": of(0.9), "MRI": None}, "MRI": {"CT": of(0.2), "MRI": of(0.8)}})
     monkeypatch.setattr(evaluation, "tables", lambda results: [square, plain])
     rows = {"a": answers(world, "a", 3)}
     page = evaluation.page(entries(rows), rows, "what")
-    cells = re.findall(r'<td( class="own")?>([^<]*)</td>', page)
-    assert [text for look, text in cells if look] == ["90.0", "80.5"] and len(cells) == 11
+    cells = re.findall(r'<td class="([^"]*)"(?: style="--share: ([\d.]+)")?>([^<]*)</td>', page)
+    assert cells[:9] == [("own", "0.9", "90.0"), ("", "", "-"), ("", "0.9", "90.0"), ("", "0.2", "20.0"), ("own", "0.8", "80.0"),
+                         ("", "0.5", "50.0"), ("", "0.55", "55.0"), ("", "0.8", "80.0"), ("", "0.7", "70.0")]
+    assert [text for look, _, text in cells[9:] if look == "best"] == ["10.5", "10.5"] and not any(share for _, share, _ in cells[9:])
 
 
 # ---------------------------------------------------------------------------------------------------------------- examples
@@ -197,16 +210,18 @@ def test_every_filter_finds_an_example(world):
 
 
 def test_what_an_example_tells(world):
-    """What F said, its failure, a completion that was cut off, and sentences that are false."""
+    """What F said, what it saw where letters were cut, its failure, a completion that was cut off, and false sentences."""
     rows = answers(world, "a", 3)
-    rows[0] |= dict(verdict="B", false_statements=["There is <a> rim."])
+    thought = "A bright rim. So the answer is B."
+    rows[0] |= dict(thought=thought, verdict="B", false_statements=["There is <a> rim."])
     rows[1] |= dict(verdict=NAN, acc=1.0)
     rows[2] |= dict(thought=None, verdict=None, cut_off=True, given=None)
     page = evaluation.page(entries({"a": rows}), {"a": rows}, "what")
     parts = {i: part for i, part in re.findall(r'<section.*?<p class="what">(phantom-[\w-]+), (.*?)</section>', page, re.S)}
     told = [parts[r["id"]] for r in rows]
     assert "F: B" in told[0] and "Not so in the image: There is &lt;a&gt; rim." in told[0]
-    assert "F: failed" in told[1] and "cut off" not in told[1]
+    assert re.search(r'raw\)</summary><p class="said" dir="auto">A bright rim.</p>', told[0])
+    assert "F: failed" in told[1] and "<details" not in told[1] and "cut off" not in told[1]
     assert "F: undecided" in told[2] and "cut off at the limit" in told[2] and "unreadable" in told[2]
 
 
