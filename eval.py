@@ -496,8 +496,8 @@ PAGE = """<!doctype html>
   <details class="what"><summary>Answers given, and what was left out</summary>
     {% for line in remarks %}<p>{{ line }}</p>{% endfor %}</details>
 {% endif %}
-<p class="what">Training, of runs whose log is there: faint as logged, strong the mean over a
-  twentieth of the steps before.</p>
+<p class="what">Accuracy, with bars of one deviation. Training, of runs whose log is there: faint as
+  logged, strong the mean over a twentieth of the steps before.</p>
 <input type="radio" name="over" id="step" checked><label for="step">over steps</label>
 <input type="radio" name="over" id="minutes"><label for="minutes">over minutes of training</label>
 <div class="charts">
