@@ -54,7 +54,7 @@ PIXEL_CACHE = 2**29         # bytes of prepared image patches that are kept in m
 LOGIT_FLOATS = 2**26        # floats: the most logits that exist at a time in token_logprobs
 GRAPHED = dict(cuda=16)     # devices on which a token's step is one graph: tokens between looks
 STAY = 0.8                  # share of unfinished rows at which the finished ones leave
-PIECE = 16                  # parameters whose gradients are summed over the processes at a time
+PIECE_FLOATS = 2**24        # floats: gradients that are summed over the processes at a time
 LONGEST_WAIT = datetime.timedelta(minutes=30)  # of a process for another; F may be slow
 
 
@@ -70,7 +70,7 @@ class Processor:
     patches: dict = field(default_factory=dict)  # path -> what image_patches has made of it
 
 
-# ---- the network ----
+# ---- the network ---------------------------------------------------------------------------------
 
 def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
     """A checkpoint (folder or hub name) -> (model in eval mode, Processor). DataError where there
@@ -215,7 +215,7 @@ def enable_checkpointing(policy):
     policy.train()
 
 
-# ---- LoRA ----
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 def add_lora(net, rank, seed=0):
     """LoRA of `rank` on the language model's matrices, in fp32 whatever the base is in: an update
@@ -247,7 +247,7 @@ def lora_merged(model):
             m.merged_adapters.clear()
 
 
-# ---- records -> tensors ----
+# ---- records -> tensors --------------------------------------------------------------------------
 
 def image_patches(processor, record):
     """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns. It
@@ -333,7 +333,7 @@ def rows_of(batch, rows):
     return out
 
 
-# ---- one pass of the network ----
+# ---- one pass of the network ---------------------------------------------------------------------
 
 def with_image_features(model, batch):
     """The batch with "features" in place of pixels: for each image what the vision tower makes of
@@ -460,7 +460,7 @@ def next_token_logits(net, hidden, temperature):
     return logits / temperature
 
 
-# ---- sampling ----
+# ---- sampling ------------------------------------------------------------------------------------
 
 class KVCache:
     """Keys and values of the sampled rows, in buffers of their final length: transformers'
@@ -623,7 +623,7 @@ def finished(batch, tokens, mask):
     return (torch.isin(tokens, batch["stop_ids"]) & mask).any(-1)
 
 
-# ---- log-probabilities ----
+# ---- log-probabilities ---------------------------------------------------------------------------
 
 def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
     """log pi(y_t | I, Q, y_<t) of given completions (N, G, T) -> (N, G, T) float32, 0 outside
@@ -661,7 +661,7 @@ def chosen_logprobs(net, h, y, temperature):
     return torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-# ---- memory ----
+# ---- memory --------------------------------------------------------------------------------------
 
 def without_weights(config):
     """A network of sizes alone, which takes no memory."""
@@ -718,7 +718,7 @@ def memory(net, *, cuda, world, lora, checkpointing, sampled, micro, G, image, p
     return dict(out, peak=always + max(update, out["cache"] + out["sampling"]))
 
 
-# ---- devices ----
+# ---- devices -------------------------------------------------------------------------------------
 
 def setup_devices():
     """-> (rank, world size, device) of one process, or of those that torchrun started. Numbers are
@@ -753,9 +753,9 @@ def peers():
     """Around what the processes do together: a DataError where another one has ended."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError) or not dist.is_initialized():
+            raise
         why = str(e).splitlines()[0]
         raise DataError("another process has ended, and its own sentence says why, or it can't be "
                         f"reached: {why}") from e
@@ -791,18 +791,20 @@ def meet():
 
 def sum_gradients(parameters):
     """Add up the processes' gradients, once per optimiser step; each rank's loss is already
-    divided by global counts. PIECE at a time: one by one took seven times as long on gloo. After
-    the backward passes: starting while the last one runs gained nothing measurable."""
+    divided by global counts. In few large pieces: one by one took seven times as long on gloo.
+    After the backward passes: starting while the last one runs gained nothing measurable."""
     if not dist.is_initialized():
         return
+    piece = []
     for p in parameters:
         if p.grad is None:  # a rank whose share did not touch this parameter must take part too
             p.grad = torch.zeros_like(p)
-    for i in range(0, len(parameters), PIECE):
-        piece = [p.grad for p in parameters[i:i + PIECE]]
-        flat = parameters_to_vector(piece)
-        all_reduce(flat)
-        vector_to_parameters(flat, piece)
+        piece.append(p.grad)
+        if sum(map(torch.numel, piece)) >= PIECE_FLOATS or p is parameters[-1]:
+            flat = parameters_to_vector(piece)
+            all_reduce(flat)
+            vector_to_parameters(flat, piece)
+            piece = []
 
 
 def peak_memory(device):

@@ -215,7 +215,8 @@ class Run(contextlib.AbstractContextManager):
             self.skipped += 1
             return 1
         self.skipped, self.done = 0, None
-        self.optimizer.step()
+        with M.peers():  # the sharded optimiser sends parameters round
+            self.optimizer.step()
         return 0
 
     def after(self, end, due, why=None):
@@ -403,7 +404,8 @@ def collect(optimizer):
     own["state"] = {k: {name: x.cpu() for name, x in state.items()}
                     for k, state in own["state"].items()}
     shards = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(own, shards)
+    with M.peers():
+        dist.gather_object(own, shards)
     optimizer._all_state_dicts = shards or []
 
 

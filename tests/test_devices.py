@@ -187,8 +187,8 @@ folder, jsonl, out = sys.argv[1:4]
 rank, world, device = M.setup_devices()
 M.close_devices = lambda: None  # not between runs
 
-# Gradients in pieces of two parameters; the second rank had no micro-batch.
-M.PIECE = 2
+# Gradients in pieces, of which a parameter may fill several; the second rank had no micro-batch.
+M.PIECE_FLOATS = 10
 torch.manual_seed(rank)
 parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 4, 25, 1, 9)]
 if rank == 0:
