@@ -885,7 +885,7 @@ SOURCES = (
     Source("isic2018", "Dermoscopy", "Skin", "*_Input/{id}.jpg", "{id}_segmentation.png", tells=[
         ("kinds", "*Task3_*_GroundTruth.csv", table("image", skin_kinds)),
         ("group", "*LesionGroupings.csv", table("image", lambda row: row["lesion_id"]))]),
-    Source("mosmed", "CT", "Lung", "{kind=CT-#}/{id}.nii*", "{id}_mask.nii*",
+    Source("mosmed", "CT", "Lung", "{kind=CT-#}/{id=study_####}.nii*", "{id}_mask.nii*",
            {"ct-0": [], **{f"ct-{k}": ["COVID-19 pneumonia"] for k in (1, 2, 3, 4)}},
            window=(-1000, 400)),
     Source("atlas", "CE-MRI", "Liver", "imagesTr/{id}(_0000)?.nii*", "labelsTr/{id}.nii*",
@@ -971,7 +971,7 @@ def find(key, folder):
         if images:
             read_tables(s, folder, files, told)
         for file, name, named in images:
-            group = re.match(s.group, named["id"])
+            group = re.match(s.group, named["id"], re.I)
             job = {"form": form, "n": len(jobs), "file": file, "path": str(folder / file),
                    "kinds": s.kinds.get(named["kind"].lower()),
                    "group": group[1] if group else name, **told[name]}
