@@ -804,7 +804,7 @@ def test_cuda_graphs_draw_the_policy(lora, world, monkeypatch, recwarn):
     monkeypatch.setattr(M, "draw", lambda x, *rest: drawn.append(x.log_softmax(-1).max(-1).values) or draw(x, *rest))
     tokens, mask = M.sample(net, batch, group_size=8, max_new_tokens=40, generator=torch.Generator("cuda").manual_seed(0))
     assert not [w for w in recwarn if "cuda graph" in str(w.message).lower()]
-    assert captures[0] == 32 and len(captures) > 1 and captures == sorted(set(captures), reverse=True)
+    assert captures[0] <= 32 and len(captures) > 1 and captures == sorted(set(captures), reverse=True)
     first, before = drawn[0], len(drawn)
     greedy = M.sample(net, batch, group_size=1, max_new_tokens=40, temperature=0)
     with torch.no_grad():
