@@ -884,6 +884,7 @@ def main(argv=None):
     out = Path(args.out or folder_of(ckpts[0]))
     files = file_names(list(checkpoints), out)
     replies = Replies(out / "replies.jsonl")
+    rank, world, _ = M.setup_devices()  # before a judge is loaded: each process has its own GPU
     judge = make_judge(args.judge, args.judge_sees, cache=replies.file)
     questions = {ckpt: questions_of(ckpt, args) for ckpt in ckpts}
     if args.matrix:
@@ -895,7 +896,6 @@ def main(argv=None):
     path = out / "results.json"
     json_object(path)  # if it can't be read, say so now and not after an hour of sampling
 
-    rank, world, _ = M.setup_devices()
     results, rows, before = {}, {}, None
     for name, paths in checkpoints.items():
         rows[name] = []

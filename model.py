@@ -141,13 +141,13 @@ def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
     if dtype == torch.float32 or not adapter.is_dir():
         return load(name, dtype=dtype, device=device, max_pixels=max_pixels)
     net, processor = load(name, max_pixels=max_pixels)
-    policy = PeftModel.from_pretrained(net, adapter).eval()
+    policy = PeftModel.from_pretrained(net, adapter, torch_device="cpu").eval()  # else cuda:0
     for layer in lora_layers(policy):
         layer.base_layer.weight.data -= layer.get_delta_weight("default")
     for key, p in policy.named_parameters():
         if "lora_" not in key:
             p.data = p.data.to(dtype)
-    return policy.to(device), processor
+    return cast_once(policy.to(device)), processor
 
 
 def save(model, processor, folder, keep_adapter=False):
@@ -222,12 +222,20 @@ def add_lora(net, rank, seed=0):
     of lr 1e-6 is smaller than bf16's spacing."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
-    return get_peft_model(net, config).eval()
+    return cast_once(get_peft_model(net, config).eval())
 
 
 def lora_layers(model):
     """The matrices that have an adapter; none in a model without."""
     return [m for m in model.modules() if isinstance(m, LoraLayer)]
+
+
+def cast_once(policy):
+    """On CUDA autocast rounds what goes into an adapter to bf16. peft would lift it to fp32 before:
+    the same bits, for two more passes over it and a copy kept for the backward pass."""
+    for m in lora_layers(policy):
+        m.cast_input_dtype_enabled = m.base_layer.weight.device.type != "cuda"
+    return policy
 
 
 @contextlib.contextmanager
@@ -605,8 +613,9 @@ def draw(logits, temperature, top_p, generator):
         beyond = likeliest.cumsum(-1) - likeliest >= top_p
         probs = probs.scatter(-1, order, likeliest.masked_fill(beyond, 0))
     if probs.is_cuda:
-        return torch.multinomial(probs, 1, generator=generator)[:, 0]
-    # multinomial draws V numbers per row, a tenth of a CPU's rollout; this draws one
+        # What multinomial does without its checks: some versions wait there for the device.
+        return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+    # That draws V numbers per row, a tenth of a CPU's rollout; this draws one.
     cumulative = probs.double().cumsum(-1)
     u = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator)
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
@@ -731,6 +740,8 @@ def setup_devices():
         expect(device.index < torch.cuda.device_count(), "--nproc_per_node: expected at most this "
                f"machine's number of GPUs, {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
+        # It plans its attention anew for each shape, and of those every batch has new ones.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=LONGEST_WAIT)

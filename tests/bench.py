@@ -93,6 +93,8 @@ def make_work(a, folder):
     torch.set_default_dtype(torch.float32)
     net.generation_config.eos_token_id = net.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     M.save(net, processor, folder)
+    del net
+    torch.cuda.empty_cache()  # this process has no more use for it, those that are measured have
     Path(folder, "chat_template.jinja").write_text(sft.CHAT_TEMPLATE)
 
 # --------------------------------------------------------------------------------------------------- a process of either side

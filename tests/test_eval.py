@@ -71,6 +71,20 @@ def out(world, tmp_path):
     return tmp_path
 
 
+def test_a_process_has_its_device_before_a_judge_is_loaded(out, world, monkeypatch):
+    """A local F goes to the process's own GPU: under torchrun not all of them to the first."""
+    called = []
+
+    def load(*args, **kwargs):
+        called.append("judge")
+        raise data.DataError("enough")
+    monkeypatch.setattr(evaluation, "make_judge", load)
+    monkeypatch.setattr(M, "setup_devices", lambda: called.append("device") or (0, 1, torch.device("cpu")))
+    with pytest.raises(data.DataError, match="enough"):
+        evaluation.main(["--ckpt", str(out / "sft"), "--judge", "hf:someone/else"])
+    assert called == ["device", "judge"]
+
+
 # ---------------------------------------------------------------------------------------------------------------- the figures
 
 def test_accuracy_is_section_41s():
