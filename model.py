@@ -147,7 +147,7 @@ def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
     for key, p in policy.named_parameters():
         if "lora_" not in key:
             p.data = p.data.to(dtype)
-    return cast_once(policy.to(device)), processor
+    return policy.to(device), processor
 
 
 def save(model, processor, folder, keep_adapter=False):
@@ -222,20 +222,12 @@ def add_lora(net, rank, seed=0):
     of lr 1e-6 is smaller than bf16's spacing."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
-    return cast_once(get_peft_model(net, config).eval())
+    return get_peft_model(net, config).eval()
 
 
 def lora_layers(model):
     """The matrices that have an adapter; none in a model without."""
     return [m for m in model.modules() if isinstance(m, LoraLayer)]
-
-
-def cast_once(policy):
-    """On CUDA autocast rounds what goes into an adapter to bf16. peft would lift it to fp32 before:
-    the same bits, for two more passes over it and a copy kept for the backward pass."""
-    for m in lora_layers(policy):
-        m.cast_input_dtype_enabled = m.base_layer.weight.device.type != "cuda"
-    return policy
 
 
 @contextlib.contextmanager
@@ -740,8 +732,6 @@ def setup_devices():
         expect(device.index < torch.cuda.device_count(), "--nproc_per_node: expected at most this "
                f"machine's number of GPUs, {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
-        # It plans its attention anew for each shape, and of those every batch has new ones.
-        torch.backends.cuda.enable_cudnn_sdp(False)
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=LONGEST_WAIT)

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,43 +150,6 @@ def test_cuda_s_draw_asks_the_device_nothing_and_follows_the_softmax():
         counts = torch.bincount(drawn, minlength=7)
         assert (counts[expected == 0] == 0).all() and (counts / 20000 - expected).abs().max() < 0.015
     assert "exponential_" in seen and not seen & {"multinomial", "_local_scalar_dense", "nonzero", "_assert_async"}
-
-
-def test_an_adapter_s_inputs_are_cast_once_on_cuda(world, monkeypatch):
-    """Under bf16 autocast peft's cast of an adapter's inputs to fp32 changes no bit of values or gradients: on CUDA it is left
-    out. On the CPU nothing else lifts bf16 to the adapter's fp32, and it stays."""
-    layers = [SimpleNamespace(base_layer=SimpleNamespace(weight=SimpleNamespace(device=torch.device(x)))) for x in ("cuda:1", "cpu")]
-    with monkeypatch.context() as patch:
-        patch.setattr(M, "lora_layers", lambda policy: layers)
-        M.cast_once(None)
-    assert [m.cast_input_dtype_enabled for m in layers] == [False, True]
-    monkeypatch.setattr(M, "autocast", lambda model: torch.autocast("cpu", torch.bfloat16))
-    policy = M.add_lora(copy.deepcopy(world.net).to(torch.bfloat16), 2)
-    for name, p in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.05)
-    batch, tokens, results = M.encode(world.processor, world.mixed[:2]), torch.randint(0, 256, (2, 3, 7)), []
-    for device in ("cpu", "cuda"):  # as on the one, as on the other
-        for m in M.lora_layers(policy):
-            assert m.cast_input_dtype_enabled == (device == "cpu")
-        logp = M.token_logprobs(policy, batch, tokens, torch.ones_like(tokens, dtype=torch.bool))
-        policy.zero_grad()
-        logp.sum().backward()
-        results.append([logp.detach(), *[p.grad for p in policy.parameters() if p.requires_grad]])
-        for m in M.lora_layers(policy):
-            m.cast_input_dtype_enabled = False
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_cudnn_s_attention_is_left_out(monkeypatch):
-    """It makes a plan for each shape that it has not seen; shapes here are new with every batch."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    try:
-        assert M.setup_devices()[2] == torch.device("cuda", 0) and not torch.backends.cuda.cudnn_sdp_enabled()
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 # ----------------------------------------------------------------------------------------------------------- several processes
