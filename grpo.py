@@ -59,7 +59,7 @@ KNOBS = dict(
     temperature=Knob(float, 1.0, 1.0, "of the sampling; log-probabilities are those of the same "
                      "distribution", positive=True),
     top_p=Knob(float, 1.0, 1.0, "sample from the most likely tokens that hold this much "
-               "probability; under 1 biases the ratio", positive=True),
+               "probability; under 1 biases the ratio", positive=True, most=1),
     lr=Knob(float, 1e-3, 1e-6, "peak learning rate of AdamW (paper: 1e-6)", positive=True),
     schedule=Knob(str, "linear", "constant", "the learning rate after the warm-up: constant, or "
                   "falling to 0", choices=("constant", "linear")),
@@ -301,6 +301,8 @@ def questions(args, world):
     parse_spec(args.judge)  # before a model is loaded
     expect(args.G >= 2, f"--G {args.G}: a group of one has no advantage over its own mean; "
                         "expected at least 2")
+    expect(0 < sum(args.weights) < math.inf, f"--weights {' '.join(map(str, args.weights))}: "
+           "expected three numbers, not all of them 0")
     expect(args.thinking != "none" or any(args.weights[:2]),
            "--thinking none --weights 0 0 1: without a thought there is no consistency to reward")
     expect(args.oversample >= 1, f"--oversample {args.oversample}: expected at least 1")
@@ -415,7 +417,7 @@ def passes(step, mu, every):
 # ---- the loop ------------------------------------------------------------------------------------
 
 def main(argv=None):
-    with sft.Run(keep_adapter=True) as run:
+    with sft.Run() as run:
         train(run, argv)
 
 
@@ -440,7 +442,7 @@ def train(run, argv):
     wanted = args.batch // args.G                  # questions to train on, over all processes
     sampled = round(wanted * args.oversample)      # questions to sample for them
     steps = max(1, round(args.epochs * max(1, len(records) // sampled))) * args.mu
-    start = run.open(args, policy, processor, optimizer, records, rank)
+    start = run.open(args, policy, processor, optimizer, records, rank, keep_adapter=True)
     end = math.ceil(min(steps, args.max_steps or steps) / args.mu) * args.mu  # whole rollouts
     generator = torch.Generator(device)
 

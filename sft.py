@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import data
@@ -50,7 +51,19 @@ class Knob(NamedTuple):
     meaning: str              # and unit
     choices: tuple = None
     positive: bool = False    # 0 is refused
+    most: float = math.inf
     may_change: bool = False  # when a run is resumed
+
+    def check(self, name, value):
+        """DataError for a value that is out of range."""
+        if isinstance(value, str):
+            data.expect(value, f"--{name} '': expected a name, or leave the flag out")
+        elif value is not None:
+            expected = "more than 0" if self.positive else "of at least 0"
+            if self.most < math.inf:
+                expected += f", at most {self.most}"
+            fine = 0 <= value < math.inf and value <= self.most and (value or not self.positive)
+            data.expect(fine, f"--{name} {value}: expected a number {expected}")
 
 
 TEXT_TOKENS, TARGET_TOKENS = 200, 256  # of a prompt and a target, where memory is estimated
@@ -63,7 +76,8 @@ SHARED = dict(
     thinking=Knob(str, "before", "before", "where the thought is, before or after the answer, "
                   "or none (Med-R1)", choices=tuple(rewards.INSTRUCTIONS)),
     root=Knob(str, "out", "out", "folder under which everything is written", may_change=True),
-    seed=Knob(int, 0, 0, "of phantoms, base, LoRA, the order of the questions and the sampling"),
+    seed=Knob(int, 0, 0, "of phantoms, base, LoRA, the order of the questions and the sampling",
+              most=2**32 - 1),
     weight_decay=Knob(float, 0.0, 0.0, "AdamW's decoupled weight decay"),
     clip=Knob(float, 1.0, 1.0, "gradient norm above which the gradient is scaled down"),
     checkpointing=Knob(bool, False, True, "compute layers again in the backward pass; less "
@@ -98,22 +112,6 @@ KNOBS = dict(
 
 # ---- knobs and runs, for both stages -------------------------------------------------------------
 
-def check_knob(name, value, knob):
-    """DataError for a number or numbers out of range."""
-    if isinstance(value, int | float):
-        least = "more than" if knob.positive else "of at least"
-        fine = 0 <= value < math.inf and not (knob.positive and value == 0)
-        data.expect(fine, f"--{name} {value}: expected a number {least} 0")
-    data.expect(value != "", f"--{name} '': expected a name, or leave the flag out")
-    data.expect(name != "seed" or value < 2**32, f"--seed {value}: expected less than 2^32")
-    if name == "top_p":
-        data.expect(value <= 1, "--top_p: expected more than 0, at most 1")
-    if name == "weights":
-        fine = len(value) == 3 and min(value) >= 0 and 0 < sum(value) < math.inf
-        data.expect(fine, f"--weights {' '.join(map(str, value))}: expected three numbers of at "
-                          "least 0, not all of them 0")
-
-
 def knobs(table, doc, argv=None):
     """The command line of a stage -> Namespace: each knob's value, the preset, and `fixed`, the
     values that a resumed run must have had. DataError for bad values."""
@@ -123,7 +121,7 @@ def knobs(table, doc, argv=None):
         if knob.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(knob.tiny, tuple):
-            kind["nargs"] = "+"
+            kind["nargs"] = len(knob.tiny) or "+"
         default = knob.tiny
         if knob.tiny != knob.paper:
             default = f"tiny {knob.tiny}, paper {knob.paper}"
@@ -139,7 +137,9 @@ def knobs(table, doc, argv=None):
     for name, knob in table.items():
         if getattr(args, name) is None:
             setattr(args, name, getattr(knob, args.preset))
-        check_knob(name, getattr(args, name), knob)
+        value = getattr(args, name)
+        for x in value if isinstance(value, tuple | list) else [value]:
+            knob.check(name, x)
     if args.print:
         print(json.dumps(vars(args) | memory_of(args), indent=2))
         raise SystemExit(0)
@@ -176,30 +176,73 @@ def memory_of(args):
     return dict(memory_gb=memory_gb(net, args, world), peak_gb_with=peaks)
 
 
-class Run(contextlib.AbstractContextManager):
+class Run(contextlib.ExitStack):
     """A run in its folder, --out, locked while the run is at work: opened or resumed, and saved now
     and then, at its end, and where it ends early by an error, Ctrl-C or SIGTERM."""
+    skipped = 0     # steps skipped in a row
+    told = None     # the signal that asked to stop
+    agreed = False  # whether all processes end early, and at the same step
 
-    def __init__(self, keep_adapter=False):
-        self.keep_adapter = keep_adapter
-        self.done = self.saved = 0  # optimiser steps behind the policy (None inside one), the saved
-        self.skipped = 0            # steps skipped in a row
-        self.told = None            # the signal that asked to stop
-        self.agreed = False         # whether all processes end early, and at the same step
-        self.held = contextlib.ExitStack()  # lock and signals
+    def open(self, args, policy, processor, optimizer, records, rank, keep_adapter=False):
+        """Prepare --out and heed signals -> the number of steps that are done.
 
-    def open(self, args, policy, processor, optimizer, records, rank):
-        """Prepare --out and heed signals -> the number of steps that are done."""
+        With --resume the checkpoint's weights and optimiser state are put back. Without, an earlier
+        run is moved aside."""
         self.args, self.policy, self.processor, self.optimizer = args, policy, processor, optimizer
-        self.rank = rank
+        self.rank, self.keep_adapter = rank, keep_adapter
         texts = [{k: v for k, v in r.items() if k != "path"} for r in records]
         args.fixed["data (digest of its records)"] = data.digest(json.dumps(texts).encode())
         if rank == 0:
-            self.held.enter_context(data.locked(args.out))
-        self.done = self.saved = open_run(args, policy, optimizer, rank)
+            self.enter_context(data.locked(args.out))
+        # Optimiser steps behind the policy (None inside one), and behind what is saved.
+        self.done = self.saved = self.resume() if args.resume else 0
+        seen = M.gather([(self.done, args.fixed)])
+        data.expect(seen.count(seen[0]) == len(seen),
+                    f"{args.out}: the processes see different models, questions or checkpoints; "
+                    "machines that share no folder need copies of the same")
+        if rank == 0:
+            self.prepare_folder()
         for number in (signal.SIGINT, signal.SIGTERM):
-            self.held.callback(signal.signal, number, signal.signal(number, self.stop))
+            self.callback(signal.signal, number, signal.signal(number, self.stop))
+        self.push(self.end)
         return self.done
+
+    def resume(self):
+        """Put back what --out's state.pt holds -> steps that are done. DataError where that can't
+        be read, or is of another run."""
+        out, path = self.args.out, Path(self.args.out, "state.pt")
+        data.expect(path.exists(), f"{out}: nothing to resume: there is no state.pt")
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            for name, value in state["knobs"].items():
+                given = self.args.fixed.get(name)
+                data.expect(given == value,
+                            f"{out}: the run to resume had --{name} {value}, not {given}")
+            data.expect(trained_in(self.policy).keys() == state["trained"].keys(),
+                        f"{path}: the state of another network")
+            self.policy.load_state_dict(state["trained"], strict=False)
+            self.optimizer.load_state_dict(state["optimizer"])
+            if dist.is_initialized():
+                self.optimizer.state.clear()  # a second copy, which nothing reads
+            return int(state["step"])
+        except data.DataError:
+            raise
+        except Exception as e:  # torch raises anything on what it hasn't written
+            why = type(e).__name__
+            raise data.DataError(f"{path}: not the state of such a run ({why})") from e
+
+    def prepare_folder(self):
+        """Write knobs.json. The lines of a resumed run's logs behind its checkpoint are dropped:
+        they will be written again."""
+        out = Path(self.args.out)
+        logs = out / "metrics.jsonl", out / "completions.jsonl"
+        if not self.args.resume and logs[0].exists():
+            print(f"{out} held an earlier run: moved to {data.move_aside(out)}")
+        out.mkdir(parents=True, exist_ok=True)
+        data.write_text(out / "knobs.json", json.dumps(vars(self.args), indent=2))
+        for path in logs:
+            if self.args.resume and path.exists():
+                data.write_text(path, lines_until(path, self.done))
 
     def stop(self, number, frame):
         """What a signal does: the run stops when its step is done, at a second Ctrl-C at once."""
@@ -226,103 +269,96 @@ class Run(contextlib.AbstractContextManager):
         ended = self.done >= end
         if ended or (due and not self.skipped):
             self.save()
-        told = [self.told == number for number in (signal.SIGINT, signal.SIGTERM)]
-        interrupted, terminated = M.sum_over_ranks(torch.tensor(told).double()).tolist()
+        told = M.gather([self.told])
         if self.skipped >= SKIPPED:
             why = M.NotFinite(f"loss or gradient was not finite in {self.skipped} steps in a row")
-        elif interrupted:
+        elif signal.SIGINT in told:
             why = KeyboardInterrupt()
-        elif terminated:
+        elif signal.SIGTERM in told:
             why = SystemExit(0)
         if why and not ended:
             self.agreed = True
             raise why
 
     def save(self):
-        """Write state and checkpoint; NotFinite, and nothing is written, where a weight isn't."""
+        """Write state and checkpoint, a work of all processes; NotFinite, and nothing is written,
+        where a weight isn't. There is no random state: the order of the questions and the sampling
+        are functions of seed and step."""
         done, self.done = self.done, None  # not tried again where it fails
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
-        if not M.all_finite(trained):
+        trained = trained_in(self.policy)
+        if not M.all_finite(trained.values()):
             raise M.NotFinite("the weights are no longer finite")
-        with data.naming(self.args.out):
-            save_state(self.args, self.policy, self.optimizer, done)
-            if self.rank == 0:
+        moments = whole_state(self.optimizer)
+        if self.rank == 0:
+            state = dict(trained=trained, optimizer=moments, step=done, knobs=self.args.fixed)
+            with data.naming(self.args.out):
+                write_state(state, Path(self.args.out, "state.pt"))
                 M.save(self.policy, self.processor, self.args.out, keep_adapter=self.keep_adapter)
         self.done = self.saved = done
 
-    def __exit__(self, kind, error, trace):
+    def end(self, kind, error, trace):
         """Where the run ends early, save what is done: but useless weights replace no others, and
         one of several processes that fails alone can't, the optimiser's state is shared out."""
-        with self.held:  # given back behind this
-            spoilt = self.saved and isinstance(error, M.NotFinite)
-            alone = dist.is_initialized() and not self.agreed
-            if error and not spoilt and not alone and self.done not in (None, self.saved):
-                self.save()
-            if error and self.saved and self.rank == 0:
-                tqdm.write(f"{self.args.out}: saved after step {self.saved}, --resume goes on",
-                           file=sys.stderr)
-            if self.agreed:
-                M.sum_over_ranks(0)  # the other processes wait until it is saved
-                M.close_devices()
+        if error is None:
+            return
+        spoilt = self.saved and isinstance(error, M.NotFinite)
+        alone = dist.is_initialized() and not self.agreed
+        if not spoilt and not alone and self.done not in (None, self.saved):
+            self.save()
+        if self.saved and self.rank == 0:
+            tqdm.write(f"{self.args.out}: saved after step {self.saved}, --resume goes on",
+                       file=sys.stderr)
+        if self.agreed:
+            M.meet()  # the other processes wait until it is saved
+            M.close_devices()
 
 
-def resume(args, policy, optimizer):
-    """Put back what --out's state.pt holds -> steps that are done. DataError where that can't be
-    read, or is of another run."""
-    path = os.path.join(args.out, "state.pt")
-    data.expect(os.path.exists(path), f"{args.out}: nothing to resume: there is no state.pt")
+def trained_in(policy):
+    """Name -> parameter, of those that are trained."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def whole_state(optimizer):
+    """The optimiser's state_dict(); where it is shared out, on the first process alone.
+
+    ZeroRedundancyOptimizer.consolidate_state_dict would send it byte by byte, some 13 MB per
+    second: minutes for a 3B model's LoRA, an hour for all of a 7B."""
+    if not dist.is_initialized():
+        return optimizer.state_dict()
+    optimizer._sync_param_groups(optimizer.param_groups, optimizer.optim.param_groups)
+    own = tree_map_only(torch.Tensor, torch.Tensor.cpu, optimizer.optim.state_dict())
+    first = dist.get_rank() == 0
+    optimizer._all_state_dicts = [None] * dist.get_world_size() if first else []
+    with M.peers():
+        dist.gather_object(own, optimizer._all_state_dicts or None)
+    whole = optimizer.state_dict() if first else None
+    optimizer._all_state_dicts = []  # not kept in memory until the next time
+    return whole
+
+
+def write_state(state, path):
+    """torch.save, beside and renamed into place."""
+    beside = Path(f"{path}.writing")
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        for name, value in state["knobs"].items():
-            given = args.fixed.get(name)
-            data.expect(given == value,
-                        f"{args.out}: the run to resume had --{name} {value}, not {given}")
-        trained = {name for name, p in policy.named_parameters() if p.requires_grad}
-        data.expect(trained == state["trained"].keys(), f"{path}: the state of another network")
-        policy.load_state_dict(state["trained"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        if dist.is_initialized():
-            optimizer.state.clear()  # a second copy, which nothing reads
-        return int(state["step"])
-    except data.DataError:
-        raise
-    except Exception as e:  # torch raises anything on what it hasn't written
-        raise data.DataError(f"{path}: not the state of such a run ({type(e).__name__})") from e
+        with open(beside, "wb") as f:  # given a name, torch hides that the disk is full
+            torch.save(state, f)
+        os.replace(beside, path)
+    except RuntimeError as e:  # torch's own, behind the OSError that says why
+        raise data.DataError(f"{path} can't be written: {e.__context__ or e}") from e
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def lines_until(path, done):
     """A log's lines up to step `done`. The last may have been cut short by a kill."""
     kept = []
-    for k, line in enumerate(Path(path).read_text(errors="replace").split("\n")[:-1], 1):
+    for k, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], 1):
         try:
             if json.loads(line)["step"] <= done:
                 kept.append(line + "\n")
         except (ValueError, TypeError, LookupError):
             raise data.DataError(f"{path}, line {k}: expected JSON with a step") from None
     return "".join(kept)
-
-
-def open_run(args, policy, optimizer, rank):
-    """Prepare --out -> the number of steps that are done.
-
-    With --resume the checkpoint's weights and optimiser state are put back, and the logs' later
-    lines dropped: they will be written again. Without, an earlier run is moved aside."""
-    done = resume(args, policy, optimizer) if args.resume else 0
-    seen = M.gather([(done, args.fixed)])  # of all processes
-    data.expect(seen.count(seen[0]) == len(seen),
-                f"{args.out}: the processes see different models, questions or checkpoints; "
-                "machines that share no folder need copies of the same")
-    if rank > 0:
-        return done
-    logs = [os.path.join(args.out, name) for name in ("metrics.jsonl", "completions.jsonl")]
-    if not args.resume and os.path.exists(logs[0]):
-        print(f"{args.out} held an earlier run: moved to {data.move_aside(args.out)}")
-    os.makedirs(args.out, exist_ok=True)
-    data.write_text(os.path.join(args.out, "knobs.json"), json.dumps(vars(args), indent=2))
-    for path in logs:
-        if args.resume and os.path.exists(path):
-            data.write_text(path, lines_until(path, done))
-    return done
 
 
 def log(folder, **figures):
@@ -333,29 +369,6 @@ def log(folder, **figures):
     path = os.path.join(folder, "metrics.jsonl")
     with data.naming(path), open(path, "a") as f:
         f.write(json.dumps(figures) + "\n")
-
-
-def save_state(args, policy, optimizer, step):
-    """Write what a resumed run needs; all processes call it, the first writes. There is no random
-    state: the order of the questions and the sampling are functions of seed and step."""
-    if dist.is_initialized():
-        collect(optimizer)
-        if dist.get_rank() > 0:
-            return
-    path = Path(args.out, "state.pt")
-    beside = Path(f"{path}.writing")
-    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    state = dict(trained=trained, optimizer=optimizer.state_dict(), step=step, knobs=args.fixed)
-    if dist.is_initialized():
-        optimizer._all_state_dicts = []  # of `collect`: not kept in memory until the next time
-    try:
-        with open(beside, "wb") as f:  # given a name, torch hides that the disk is full
-            torch.save(state, f)
-        os.replace(beside, path)
-    except RuntimeError as e:  # torch's own, behind the OSError that says why
-        raise data.DataError(f"{path} can't be written: {e.__context__ or e}") from e
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def policy_of(args, records, device, rank):
@@ -373,7 +386,10 @@ def policy_of(args, records, device, rank):
 
 
 def trainable(policy, args):
-    """Make LoRA of rank --lora, or every parameter, trainable -> policy, those, AdamW."""
+    """Make LoRA of rank --lora, or every parameter, trainable -> policy, those, AdamW.
+
+    Of several processes each keeps AdamW's moments of its share of the parameters, updates these
+    and sends them to the others (ZeRO, stage 1; README, Devices, says why not FSDP)."""
     args.fixed["model (digest of its weights)"] = M.weights_digest(policy)
     if args.lora:
         policy = M.add_lora(policy, args.lora, args.seed)
@@ -381,32 +397,12 @@ def trainable(policy, args):
         policy.requires_grad_(True)
     if args.checkpointing:
         M.enable_checkpointing(policy)
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = sharded_adamw(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    return policy, parameters, optimizer
-
-
-def sharded_adamw(parameters, **knobs):
-    """AdamW. Of several processes each keeps the moments of its share of the parameters, updates
-    them and sends them to the others (ZeRO, stage 1; README, Devices, says why not FSDP)."""
-    if not dist.is_initialized():
-        return AdamW(parameters, **knobs)
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # a second to import
-    return ZeroRedundancyOptimizer(parameters, AdamW, **knobs)
-
-
-def collect(optimizer):
-    """What ZeroRedundancyOptimizer.consolidate_state_dict does, after which the first process's
-    state_dict() is whole. That one sends byte by byte, some 13 MB per second: minutes for a 3B
-    model's LoRA, an hour for all of a 7B."""
-    optimizer._sync_param_groups(optimizer.param_groups, optimizer.optim.param_groups)
-    own = optimizer.optim.state_dict()
-    own["state"] = {k: {name: x.cpu() for name, x in state.items()}
-                    for k, state in own["state"].items()}
-    shards = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    with M.peers():
-        dist.gather_object(own, shards)
-    optimizer._all_state_dicts = shards or []
+    parameters = list(trained_in(policy).values())
+    adamw = AdamW
+    if dist.is_initialized():
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # a second to import
+        adamw = functools.partial(ZeroRedundancyOptimizer, optimizer_class=AdamW)
+    return policy, parameters, adamw(parameters, lr=args.lr, weight_decay=args.weight_decay)
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -468,13 +464,15 @@ BASE_LR = 1e-3
 LIKENESS = 1.5           # factor on the first keys and queries, see attend_to_the_same
 
 
-def groups_of_four(processor, texts, letter):
-    """4n texts -> tokens, mask (n, 4, T), mask of each text's `letter`-th token from its end."""
-    tokens, mask = M.encode_completions(processor, texts)                # (4n, 1, T)
-    shape = -1, 4, tokens.shape[-1]
-    tokens, mask = tokens.view(shape), mask.view(shape)
-    place = mask.sum(-1, keepdim=True) - letter                          # (n, 4, 1)
-    return tokens, mask, torch.zeros_like(mask).scatter(-1, place, True)
+def lesson_batch(processor, lessons, images, place):
+    """n lessons, each a prompt, what its answers open with, and four answers; the image of each or
+    None -> batch, tokens, mask (n, 4, T), mask of the letters alone, each answer's `place`-th token
+    from its end. A prompt's answers don't see each other: none is guessed by elimination."""
+    prompts, openings, answers = zip(*lessons, strict=True)
+    tokens, mask = M.encode_completions(processor, sum(answers, []))     # (4n, 1, T)
+    tokens, mask = tokens.unflatten(0, (-1, 4))[:, :, 0], mask.unflatten(0, (-1, 4))[:, :, 0]
+    letters = torch.zeros_like(mask).scatter(-1, mask.sum(-1, keepdim=True) - place, True)
+    return M.tensors(processor, prompts, images, openings=openings), tokens, mask, letters
 
 
 def letter_question(names, records, full, rng):
@@ -500,51 +498,40 @@ def letter_question(names, records, full, rng):
     return prompt, opening, answers
 
 
-def letter_batch(processor, names, skip, records, full, rng, n):
-    """n such prompts with their answers -> batch, tokens (n, 4, T), mask of the letters alone.
-
-    A prompt's answers don't see each other, so no letter is guessed by elimination. Up to `skip`
-    positions before them are left free, so that the distance doesn't matter."""
+def letter_batch(processor, names, skip, records, full, rng, n=LETTER_BATCH):
+    """n letter_questions -> see lesson_batch. Up to `skip` positions before the answers are left
+    free, so that the distance doesn't matter."""
     lessons = [letter_question(names, records, full, rng) for _ in range(n)]
-    prompts, openings, answers = zip(*lessons, strict=True)
-    tokens, _, letters = groups_of_four(processor, sum(answers, []), 2)  # letter, stop token
-    batch = M.tensors(processor, prompts, [None] * n, openings=openings)
+    batch, *rest = lesson_batch(processor, lessons, [None] * n, place=2)  # letter, stop token
     batch["skip"] = torch.from_numpy(rng.integers(0, skip + 1, n))
-    return batch, tokens, letters
+    return batch, *rest
 
 
-def blind_batch(processor, records, images, rng, n=8):
+def wording_batch(processor, records, images, rng, n=8):
     """n records behind any of the images, each with four gold completions, one for each option:
     they teach how thoughts are worded and which letter follows, but nothing of images.
-    -> batch, tokens (n, 4, T), mask, mask of the letters alone."""
-    chosen = [records[i] for i in rng.choice(len(records), n)]
-    completions = []
-    for r in chosen:
+    -> see lesson_batch."""
+    lessons = []
+    for i in rng.choice(len(records), n):
+        r, answers = records[i], []
         thought = r["thought"].removesuffix(f"{rewards.right_option(r)}.")
         for x, letter in zip(r["options"], "ABCD", strict=True):
-            variant = dict(r, thought=f"{thought}{x}.", answer=letter)
-            completions.append(rewards.answer_text(variant))
-    tokens, mask, letters = groups_of_four(processor, completions, 3)    # letter, </answer>, stop
+            answers.append(rewards.answer_text(dict(r, thought=f"{thought}{x}.", answer=letter)))
+        lessons.append((rewards.question_text(r), "", answers))
     others = [images[i] for i in rng.integers(0, len(images), n)]
-    batch = M.tensors(processor, [rewards.question_text(r) for r in chosen], others)
-    return batch, tokens, mask, letters
+    return lesson_batch(processor, lessons, others, place=3)              # letter, </answer>, stop
 
 
 def base_phantoms(seed):
     """Phantoms of a seed of their own, none of them in train or test -> images, uint8
     (112, 112, 3), their facts (see data.draw_phantom), and the records of all of them."""
     images, facts, records = [], [], []
-    rng = np.random.default_rng([seed, 1, 1])
-    decks = defaultdict(list)
+    rng, rounds = np.random.default_rng([seed, 1, 1]), defaultdict(list)
     for i in tqdm(range(BASE_IMAGES), desc="base: images", unit="image"):
-        lesion = None
-        if rng.random() < 2 / 3:
-            lesion = str(rng.choice(list(data.STYLES))), str(rng.choice(data.LOCATIONS))
-        modality, anatomy = data.PAIRS[i % len(data.PAIRS)]
-        pixels, truth = data.draw_phantom(rng, modality, anatomy, lesion)
+        pixels, truth = data.phantom_of_turn(rng, i, lesion_rate=2 / 3)
         images.append(pixels)
         facts.append(truth)
-        records += data.phantom_records(truth, rng, f"base-{i}", "none.png", rounds=decks)
+        records += data.phantom_records(truth, rng, f"base-{i}", "none.png", rounds=rounds)
     return images, facts, records
 
 
@@ -566,12 +553,11 @@ def learn_letters(net, processor, names, records, rng):
     for k in bar:
         n, skip = LETTER_STAGES[stage]
         full = stage == len(LETTER_STAGES) - 1
-        batch, tokens, letters = letter_batch(processor, names[:n], skip, records, full, rng,
-                                              LETTER_BATCH)
+        batch, tokens, _, letters = letter_batch(processor, names[:n], skip, records, full, rng)
         logp = M.token_logprobs(net, batch, tokens, letters)[letters]
         loss = -logp.mean()
         if k % WORDING_EVERY == 0:
-            batch, tokens, mask, _ = blind_batch(processor, records, [None], rng)
+            batch, tokens, mask, _ = wording_batch(processor, records, [None], rng)
             loss = loss - M.token_logprobs(net, batch, tokens, mask)[mask].mean()
         descend(optimizer, loss, k)
         right += 0.1 * (logp.detach().exp().mean().item() - right)       # a running mean
@@ -580,7 +566,6 @@ def learn_letters(net, processor, names, records, rng):
             stage, right = stage + 1, 0.25
         if stage == len(LETTER_STAGES):
             break
-    bar.close()
 
 
 def open_eyes(net, images, facts, rng):
@@ -598,13 +583,12 @@ def open_eyes(net, images, facts, rng):
     pairs = torch.tensor([data.PAIRS.index((f["modality"], f["anatomy"])) for f in facts])
     pair_head = torch.nn.Linear(vision.out_hidden_size, len(data.PAIRS))
     style_head = torch.nn.Linear(vision.out_hidden_size, 1 + len(data.STYLES))
-    parameters = [p for m in (net.model.visual, pair_head, style_head) for p in m.parameters()]
-    optimizer = AdamW(parameters)
+    trained = torch.nn.ModuleList([net.model.visual, pair_head, style_head])
+    optimizer = AdamW(trained.parameters())
     for k in tqdm(range(EYE_STEPS), desc="base: eyes", unit="step"):
         chosen = rng.integers(0, len(images), EYE_BATCH)
-        patches = torch.cat([images[i][0] for i in chosen])
-        grids = torch.cat([images[i][1] for i in chosen])
-        seen = net.model.get_image_features(patches, grids).pooler_output
+        patches, grids = zip(*[images[i] for i in chosen], strict=True)
+        seen = net.model.get_image_features(torch.cat(patches), torch.cat(grids)).pooler_output
         seen = torch.stack(list(seen))                                   # (n, side * side, d)
         pair_loss = cross_entropy(pair_head(seen.mean(1)), pairs[chosen])
         style_loss = cross_entropy(style_head(seen).flatten(0, 1), styles[chosen].flatten())
@@ -625,12 +609,13 @@ def learn_to_read(net, processor, records, images, facts, rng):
         batch = M.tensors(processor, ["See."] * READ_BATCH, [images[i] for i in chosen])
         loss = -3 * M.token_logprobs(net, batch, tokens, mask)[mask].mean()
         if k % 2 == 1:
-            batch, tokens, mask, letters = blind_batch(processor, records, images, rng)
+            batch, tokens, mask, letters = wording_batch(processor, records, images, rng)
             logp = M.token_logprobs(net, batch, tokens, mask)
             loss = loss - logp[letters].mean() - logp[mask].mean()
         descend(optimizer, loss, k)
 
 
+@torch.no_grad()
 def attend_to_the_same(net):
     """Start the language model's queries equal to its keys, and both larger: a token then attends
     to earlier tokens like itself, half of finding an option's name among the options. From the
@@ -638,11 +623,8 @@ def attend_to_the_same(net):
     Kolter 2023, Mimetic Initialization of Self-Attention Layers)."""
     for layer in net.model.language_model.layers:
         attention = layer.self_attn
-        heads_per_key = attention.num_key_value_groups
-        with torch.no_grad():
-            k = attention.k_proj.weight.mul_(LIKENESS)                   # (h*d, D)
-            k = k.view(-1, attention.head_dim, k.shape[1])               # (h, d, D)
-            attention.q_proj.weight.copy_(k.repeat_interleave(heads_per_key, 0).flatten(0, 1))
+        k = attention.k_proj.weight.mul_(LIKENESS).unflatten(0, (-1, attention.head_dim))
+        attention.q_proj.weight.view(len(k), -1, *k.shape[1:]).copy_(k[:, None])
 
 # The tiny Qwen2.5-VL: 1.1 M parameters, the real architecture in small.
 TINY_TEXT = dict(
@@ -699,14 +681,14 @@ def tiny_tokenizer(texts, names):
 def build_tiny(texts, names=(), *, image_size, seed=0):
     """A tiny Qwen2.5-VL with random weights and its tokenizer -> (model, Processor)."""
     tokenizer = tiny_tokenizer(texts, names)
+    token = tokenizer.convert_tokens_to_ids
     text = dict(TINY_TEXT, vocab_size=len(tokenizer), bos_token_id=None,
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     config = transformers.Qwen2_5_VLConfig(
         text_config=text, vision_config=dict(TINY_VISION), tie_word_embeddings=True,
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"))
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"))
     torch.manual_seed(seed)
     net = transformers.Qwen2_5_VLForConditionalGeneration(config).float().eval()
     net.set_attn_implementation(M.ATTENTION)
@@ -720,10 +702,9 @@ def make_base(folder, seed):
     texts = [f"{rewards.question_text(r)} {rewards.answer_text(r)}" for r in records]
     names = sorted({option for r in records for option in r["options"]})
     net, processor = build_tiny(texts, names, image_size=data.SIZE, seed=seed)
-    images = []
-    for x in pixels:
-        out = processor.image_processor(images=[x], return_tensors="pt")
-        images.append((out["pixel_values"], out["image_grid_thw"]))
+    out = processor.image_processor(images=pixels, return_tensors="pt")
+    patches, grids = (out[x].chunk(len(pixels)) for x in ("pixel_values", "image_grid_thw"))
+    images = list(zip(patches, grids, strict=True))
     attend_to_the_same(net)
     rng = np.random.default_rng([seed, 2])
     learn_letters(net, processor, rng.permutation(names), records, rng)
@@ -734,9 +715,8 @@ def make_base(folder, seed):
 
 def prepare_tiny(args, rank):
     """Phantoms and base under ROOT, made once -> base folder, file of records."""
-    phantoms = os.path.join(args.root, "phantoms")
-    base = os.path.join(args.root, "tiny-base")
-    made = Path(base, "base.json")  # written last: what the base depends on
+    phantoms, base = Path(args.root, "phantoms"), Path(args.root, "tiny-base")
+    made = base / "base.json"  # written last: what the base depends on
     recipe = json.dumps(dict(
         seed=args.seed, likeness=LIKENESS,
         letters=[LETTER_STAGES, LETTER_OWN, LETTER_SOLVED, LETTER_FULL, LETTER_STEPS],
@@ -749,8 +729,8 @@ def prepare_tiny(args, rank):
                 data.write_text(made, recipe)
         data.expect(made.read_text() == recipe, f"{base} was made with another seed or recipe: "
                                                 "remove it, or name another --root")
-    M.sum_over_ranks(0)  # the other processes wait here
-    return base, os.path.join(phantoms, "phantoms.jsonl")
+    M.meet()  # the other processes wait here
+    return str(base), str(phantoms / "phantoms.jsonl")
 
 # ---- the loop ------------------------------------------------------------------------------------
 
