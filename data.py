@@ -261,15 +261,22 @@ def naming(path):
         raise
 
 
-def write_text(path, text):
-    """Write beside, then rename into place: a crash leaves no half file."""
+@contextmanager
+def written_beside(path):
+    """Yields a path to write to, renamed into place behind that: a crash leaves no half file."""
     beside = Path(f"{path}.writing")
     try:
         with naming(path):
-            beside.write_text(text, encoding="utf-8")
+            yield beside
             os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file whole."""
+    with written_beside(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def write_records(records, file):

@@ -45,12 +45,12 @@ AdamW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.0
 
 class Knob(NamedTuple):
     """A flag of the command line. Numbers are finite and at least 0."""
-    type: type                # bool: a flag that --no-.. switches off
-    tiny: object              # default in either preset; a tuple: several values
+    type: type  # bool: --no-.. switches it off
+    tiny: object  # its default in this preset; a tuple: several values
     paper: object
-    meaning: str              # and unit
+    meaning: str  # and unit
     choices: tuple = None
-    positive: bool = False    # 0 is refused
+    positive: bool = False  # 0 is refused
     most: float = math.inf
     may_change: bool = False  # when a run is resumed
 
@@ -59,11 +59,12 @@ class Knob(NamedTuple):
         if isinstance(value, str):
             data.expect(value, f"--{name} '': expected a name, or leave the flag out")
         elif value is not None:
+            fine = value > 0 if self.positive else value >= 0
             expected = "more than 0" if self.positive else "of at least 0"
             if self.most < math.inf:
                 expected += f", at most {self.most}"
-            fine = 0 <= value < math.inf and value <= self.most and (value or not self.positive)
-            data.expect(fine, f"--{name} {value}: expected a number {expected}")
+            data.expect(fine and value < math.inf and value <= self.most,
+                        f"--{name} {value}: expected a number {expected}")
 
 
 TEXT_TOKENS, TARGET_TOKENS = 200, 256  # of a prompt and a target, where memory is estimated
@@ -73,26 +74,26 @@ SHARED = dict(
     data=Knob(str, (), (), "files of records, .jsonl or Med-R1's .json "
               "(default: ROOT/phantoms, which sft.py draws)", may_change=True),
     only=Knob(str, (), (), "train on records with KEY=VALUE, say modality=CT task=anatomy"),
-    thinking=Knob(str, "before", "before", "where the thought is, before or after the answer, "
-                  "or none (Med-R1)", choices=tuple(rewards.INSTRUCTIONS)),
+    thinking=Knob(str, "before", "before", "a thought before or after the answer, or none (Med-R1)",
+                  choices=tuple(rewards.INSTRUCTIONS)),
     root=Knob(str, "out", "out", "folder under which everything is written", may_change=True),
     seed=Knob(int, 0, 0, "of phantoms, base, LoRA, the order of the questions and the sampling",
               most=2**32 - 1),
     weight_decay=Knob(float, 0.0, 0.0, "AdamW's decoupled weight decay"),
     clip=Knob(float, 1.0, 1.0, "gradient norm above which the gradient is scaled down"),
-    checkpointing=Knob(bool, False, True, "compute layers again in the backward pass; less "
-                       "memory, more time"),
+    checkpointing=Knob(bool, False, True, "compute layers again in the backward pass: "
+                       "less memory, more time"),
     max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk",
                     positive=True),
-    max_steps=Knob(int, 0, 0, "optimiser steps after which to stop, 0 = as many as epochs say; "
-                   "the schedule is that of the whole run", may_change=True),
+    max_steps=Knob(int, 0, 0, "optimiser steps after which to stop, 0 = the whole run; its "
+                   "schedule stays", may_change=True),
     eval_every=Knob(int, 0, 0, "optimiser steps between evaluations on held-out questions, "
-                    "0 = never; nothing is selected by them", may_change=True),
+                    "0 = never; they select nothing", may_change=True),
     eval_questions=Knob(int, 200, 200, "held-out questions per evaluation", may_change=True),
     resume=Knob(bool, False, False, "continue the run in --out from its last checkpoint",
                 may_change=True),
 )
-# The values of `paper` are those of the paper's section 4.1, where it gives them.
+# `paper`: the values of the paper's section 4.1, where it gives them.
 KNOBS = dict(
     model=Knob(str, None, None, "folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL "
                "(default: ROOT/tiny-base, made here)", may_change=True),
@@ -101,8 +102,8 @@ KNOBS = dict(
     thoughts=Knob(int, 60, 60, "train images that have chains of thought, others answers alone"),
     epochs=Knob(float, 40.0, 2.0, "passes over the questions that have a thought", positive=True),
     batch=Knob(int, 32, 64, "questions per optimiser step over all processes", positive=True),
-    micro_batch=Knob(int, 32, 8, "questions per forward pass on one device; memory, not the "
-                     "result, depends on it", positive=True),
+    micro_batch=Knob(int, 32, 8, "questions per forward pass on one device: memory depends on "
+                     "it, the result doesn't", positive=True),
     lr=Knob(float, 1e-3, 1e-4, "peak learning rate of AdamW", positive=True),
     warmup=Knob(float, 0.03, 0.03, "share of the steps in which lr rises; a cosine to 0 follows"),
     lora=Knob(int, 0, 64, "rank of LoRA on the language model; 0 trains every parameter"),
@@ -126,18 +127,18 @@ def knobs(table, doc, argv=None):
         if knob.tiny != knob.paper:
             default = f"tiny {knob.tiny}, paper {knob.paper}"
         parser.add_argument(f"--{name}", help=f"{knob.meaning} [{default}]", **kind)  # else None
-    parser.add_argument("--preset", choices=["tiny", "paper"], help="which defaults to take "
-                        "(default: tiny if no model is named or a tiny one, else paper)")
-    parser.add_argument("--print", action="store_true",
-                        help="print the knobs as they would be used, and stop")
+    parser.add_argument("--preset", choices=["tiny", "paper"],
+                        help="whose defaults (default: tiny for no or a tiny model, else paper)")
+    parser.add_argument("--print", action="store_true", help="print the knobs and stop")
     args = parser.parse_args(argv)
     if args.preset is None:
         tiny = args.model is None or M.is_tiny(args.model)
         args.preset = "tiny" if tiny else "paper"
     for name, knob in table.items():
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(knob, args.preset))
         value = getattr(args, name)
+        if value is None:
+            value = getattr(knob, args.preset)
+            setattr(args, name, value)
         for x in value if isinstance(value, tuple | list) else [value]:
             knob.check(name, x)
     if args.print:
@@ -153,13 +154,14 @@ def memory_gb(net, args, world, **changed):
     image = k.max_pixels // (vision.patch_size * vision.spatial_merge_size)**2  # tokens
     prompt = image + TEXT_TOKENS
     if "G" in k:
-        shape = dict(G=k.G, T=k.max_new_tokens, sampled=k.batch * k.oversample / k.G / world)
-        micro = k.micro_tokens // (prompt + k.G * k.max_new_tokens)
+        G, T, sampled = k.G, k.max_new_tokens, k.batch * k.oversample / k.G / world
+        micro = k.micro_tokens // (prompt + G * T)
     else:
-        shape, micro = dict(G=1, T=TARGET_TOKENS, sampled=0), k.micro_batch
-    micro = max(1, min(micro, k.batch // shape["G"] // world))
-    needs = M.memory(net, cuda=k.preset == "paper", world=world, lora=k.lora, micro=micro,
-                     checkpointing=k.checkpointing, image=image, prompt=prompt, **shape)
+        G, T, sampled, micro = 1, TARGET_TOKENS, 0, k.micro_batch
+    micro = max(1, min(micro, k.batch // G // world))
+    needs = M.memory(net, cuda=k.preset == "paper", world=world, lora=k.lora, G=G, T=T,
+                     checkpointing=k.checkpointing, sampled=sampled, micro=micro, image=image,
+                     prompt=prompt)
     return {part: round(n / 1e9, 1) for part, n in needs.items()}
 
 
@@ -168,10 +170,11 @@ def memory_of(args):
     if args.model is None:
         return {}
     net, world = M.without_weights(M.config_of(args.model)), int(os.environ.get("WORLD_SIZE", 1))
-    changes = dict(checkpointing=True, lora=64, max_pixels=args.max_pixels // 2)
-    changes["micro_tokens" if "G" in args else "micro_batch"] = 1
-    peaks = {f"--{k} {x}": memory_gb(net, args, world, **{k: x})["peak"]
-             for k, x in changes.items()}
+    pass_size = "micro_tokens" if "G" in args else "micro_batch"
+    changes = {"checkpointing": True, "lora": 64, "max_pixels": args.max_pixels // 2, pass_size: 1}
+    peaks = {}
+    for name, value in changes.items():
+        peaks[f"--{name} {value}"] = memory_gb(net, args, world, **{name: value})["peak"]
     peaks["twice the processes"] = memory_gb(net, args, 2 * world)["peak"]
     return dict(memory_gb=memory_gb(net, args, world), peak_gb_with=peaks)
 
@@ -179,22 +182,17 @@ def memory_of(args):
 class Run(contextlib.ExitStack):
     """A run in its folder, --out, locked while the run is at work: opened or resumed, and saved now
     and then, at its end, and where it ends early by an error, Ctrl-C or SIGTERM."""
-    skipped = 0     # steps skipped in a row
-    told = None     # the signal that asked to stop
-    agreed = False  # whether all processes end early, and at the same step
+    skipped = 0  # steps in a row
+    told = None  # the signal that asked to stop
+    agreed = False  # whether all processes end early at the same step
 
-    def open(self, args, policy, processor, optimizer, records, rank, keep_adapter=False):
-        """Prepare --out and heed signals -> the number of steps that are done.
-
-        With --resume the checkpoint's weights and optimiser state are put back. Without, an earlier
-        run is moved aside."""
+    def open(self, args, policy, processor, optimizer, rank, keep_adapter=False):
+        """Prepare --out and heed signals -> the number of steps that are done."""
         self.args, self.policy, self.processor, self.optimizer = args, policy, processor, optimizer
         self.rank, self.keep_adapter = rank, keep_adapter
-        texts = [{k: v for k, v in r.items() if k != "path"} for r in records]
-        args.fixed["data (digest of its records)"] = data.digest(json.dumps(texts).encode())
         if rank == 0:
             self.enter_context(data.locked(args.out))
-        # Optimiser steps behind the policy (None inside one), and behind what is saved.
+        # Optimiser steps behind the policy (None inside one) and behind what is saved.
         self.done = self.saved = self.resume() if args.resume else 0
         seen = M.gather([(self.done, args.fixed)])
         data.expect(seen.count(seen[0]) == len(seen),
@@ -228,12 +226,11 @@ class Run(contextlib.ExitStack):
         except data.DataError:
             raise
         except Exception as e:  # torch raises anything on what it hasn't written
-            why = type(e).__name__
-            raise data.DataError(f"{path}: not the state of such a run ({why})") from e
+            raise data.DataError(f"{path}: not such a run's state ({type(e).__name__})") from e
 
     def prepare_folder(self):
-        """Write knobs.json. The lines of a resumed run's logs behind its checkpoint are dropped:
-        they will be written again."""
+        """Move an earlier run aside, or drop a resumed one's log lines behind its checkpoint, which
+        come again."""
         out = Path(self.args.out)
         logs = out / "metrics.jsonl", out / "completions.jsonl"
         if not self.args.resume and logs[0].exists():
@@ -251,21 +248,27 @@ class Run(contextlib.ExitStack):
         self.told = number
         os.write(2, b"\nstopping when this step is done; Ctrl-C: at once\n")  # print may be at work
 
-    def step(self, loss, norm):
-        """An optimiser step, unless loss or gradient norm, which are the same on all processes, is
-        not finite -> 1 if it is skipped, else 0."""
-        if not math.isfinite(loss + norm):
+    def step(self, loss, lr, learn=True):
+        """An optimiser step with the gradients and losses of all processes, unless their sums are
+        not finite (`skipped`) or there is nothing to learn from -> its figures."""
+        group = self.optimizer.param_groups[0]
+        group["lr"] = lr
+        M.sum_gradients(group["params"])
+        norm = torch.nn.utils.clip_grad_norm_(group["params"], self.args.clip).item()
+        loss = M.sum_over_ranks(loss)
+        finite = math.isfinite(loss + norm)
+        if not finite:
             self.skipped += 1
-            return 1
-        self.skipped, self.done = 0, None
-        with M.peers():  # the sharded optimiser sends parameters round
-            self.optimizer.step()
-        return 0
+        elif learn:
+            self.skipped, self.done = 0, None
+            with M.peers():  # the sharded optimiser sends parameters round
+                self.optimizer.step()
+        self.optimizer.zero_grad()
+        return dict(loss=loss, lr=lr, grad_norm=norm, skipped=int(not finite))
 
     def after(self, end, due, why=None):
         """Behind every step: save at the end or if it is due, and end early for `why` or if a
-        process was told to. While steps are skipped the weights may be to blame, and the last
-        checkpoint stays."""
+        process was told to. Weights that may be to blame for skipped steps replace no others."""
         ended = self.done >= end
         if ended or (due and not self.skipped):
             self.save()
@@ -281,9 +284,8 @@ class Run(contextlib.ExitStack):
             raise why
 
     def save(self):
-        """Write state and checkpoint, a work of all processes; NotFinite, and nothing is written,
-        where a weight isn't. There is no random state: the order of the questions and the sampling
-        are functions of seed and step."""
+        """Write state and checkpoint, called by all processes; NotFinite where a weight isn't
+        finite. There is no random state: order and sampling are functions of seed and step."""
         done, self.done = self.done, None  # not tried again where it fails
         trained = trained_in(self.policy)
         if not M.all_finite(trained.values()):
@@ -291,14 +293,19 @@ class Run(contextlib.ExitStack):
         moments = whole_state(self.optimizer)
         if self.rank == 0:
             state = dict(trained=trained, optimizer=moments, step=done, knobs=self.args.fixed)
+            path = Path(self.args.out, "state.pt")
+            try:  # given a name, torch hides that the disk is full
+                with data.written_beside(path) as beside, open(beside, "wb") as f:
+                    torch.save(state, f)
+            except RuntimeError as e:  # torch's own, behind the OSError that says why
+                raise data.DataError(f"{path} can't be written: {e.__context__ or e}") from e
             with data.naming(self.args.out):
-                write_state(state, Path(self.args.out, "state.pt"))
                 M.save(self.policy, self.processor, self.args.out, keep_adapter=self.keep_adapter)
         self.done = self.saved = done
 
     def end(self, kind, error, trace):
-        """Where the run ends early, save what is done: but useless weights replace no others, and
-        one of several processes that fails alone can't, the optimiser's state is shared out."""
+        """Where the run ends early, save what is done; but useless weights replace no others, and
+        a process that fails alone has but a share of the optimiser's state."""
         if error is None:
             return
         spoilt = self.saved and isinstance(error, M.NotFinite)
@@ -314,39 +321,26 @@ class Run(contextlib.ExitStack):
 
 
 def trained_in(policy):
-    """Name -> parameter, of those that are trained."""
+    """-> {name: parameter} of those that are trained."""
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
 def whole_state(optimizer):
-    """The optimiser's state_dict(); where it is shared out, on the first process alone.
-
-    ZeroRedundancyOptimizer.consolidate_state_dict would send it byte by byte, some 13 MB per
-    second: minutes for a 3B model's LoRA, an hour for all of a 7B."""
+    """The optimiser's state_dict(), of several processes on the first alone. Its own
+    consolidate_state_dict sends 13 MB per second: an hour for all of a 7B model."""
     if not dist.is_initialized():
         return optimizer.state_dict()
     optimizer._sync_param_groups(optimizer.param_groups, optimizer.optim.param_groups)
     own = tree_map_only(torch.Tensor, torch.Tensor.cpu, optimizer.optim.state_dict())
-    first = dist.get_rank() == 0
-    optimizer._all_state_dicts = [None] * dist.get_world_size() if first else []
+    shards = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     with M.peers():
-        dist.gather_object(own, optimizer._all_state_dicts or None)
-    whole = optimizer.state_dict() if first else None
+        dist.gather_object(own, shards)
+    if not shards:
+        return None
+    optimizer._all_state_dicts = shards
+    whole = optimizer.state_dict()
     optimizer._all_state_dicts = []  # not kept in memory until the next time
     return whole
-
-
-def write_state(state, path):
-    """torch.save, beside and renamed into place."""
-    beside = Path(f"{path}.writing")
-    try:
-        with open(beside, "wb") as f:  # given a name, torch hides that the disk is full
-            torch.save(state, f)
-        os.replace(beside, path)
-    except RuntimeError as e:  # torch's own, behind the OSError that says why
-        raise data.DataError(f"{path} can't be written: {e.__context__ or e}") from e
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def lines_until(path, done):
@@ -373,23 +367,24 @@ def log(folder, **figures):
 
 def policy_of(args, records, device, rank):
     """--model, ready to be trained on the records, whose images and questions are checked ->
-    policy, processor, the parameters that are trained (kept in fp32), AdamW."""
+    policy, processor, AdamW on the parameters that are trained, kept in fp32."""
     data.expect(os.path.realpath(args.model) != os.path.realpath(args.out),
                 f"--out {args.out} is the folder of the model itself; name another")
+    texts = [{k: v for k, v in r.items() if k != "path"} for r in records]
+    args.fixed["data (digest of its records)"] = data.digest(json.dumps(texts).encode())
     if rank == 0:
         data.check_images(records)
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
     M.check_texts(processor, records, rewards.question_text)
-    policy, parameters, optimizer = trainable(policy, args)
-    return policy, processor, parameters, optimizer
+    policy, optimizer = trainable(policy, args)
+    return policy, processor, optimizer
 
 
 def trainable(policy, args):
-    """Make LoRA of rank --lora, or every parameter, trainable -> policy, those, AdamW.
-
-    Of several processes each keeps AdamW's moments of its share of the parameters, updates these
-    and sends them to the others (ZeRO, stage 1; README, Devices, says why not FSDP)."""
+    """Make LoRA of rank --lora, or every parameter, trainable -> policy, AdamW on those. Of several
+    processes each has the moments of its share of the parameters, updates these and sends them to
+    the others (ZeRO, stage 1; README, Devices, says why not FSDP)."""
     args.fixed["model (digest of its weights)"] = M.weights_digest(policy)
     if args.lora:
         policy = M.add_lora(policy, args.lora, args.seed)
@@ -397,12 +392,11 @@ def trainable(policy, args):
         policy.requires_grad_(True)
     if args.checkpointing:
         M.enable_checkpointing(policy)
-    parameters = list(trained_in(policy).values())
-    adamw = AdamW
+    adamw, trained = AdamW, list(trained_in(policy).values())
     if dist.is_initialized():
         from torch.distributed.optim import ZeroRedundancyOptimizer  # a second to import
         adamw = functools.partial(ZeroRedundancyOptimizer, optimizer_class=AdamW)
-    return policy, parameters, adamw(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    return policy, adamw(trained, lr=args.lr, weight_decay=args.weight_decay)
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -420,8 +414,8 @@ def epoch_order(n, epoch, seed):
 
 
 def held_out_questions(args):
-    """--eval_questions records of split "val", or of "test" where there is no "val", to look at
-    while a run goes on."""
+    """--eval_questions records of split "val" or, without any, "test", to evaluate a run on while
+    it goes on."""
     if not args.eval_every:
         return []
     records = data.read_records(args.data, None, args.only, args.thinking)
@@ -445,86 +439,84 @@ def sft_loss(logp, mask, tokens_in_batch):
 
 # From think-then-answer targets alone a random network learns neither to name an option by its
 # letter nor to see: the few tokens that matter drown among the others. Real base models can do
-# both; the tiny base is taught letters, then some seeing.
+# both; the tiny one is taught letters, then some seeing.
 
-LETTER_STAGES = (        # names to choose from, positions left free before the answers at most
+LETTER_STAGES = (  # names to choose from, positions left free before the answers at most
     (4, 0), (8, 0), (16, 0), (32, 0), (100, 0), (100, 8), (100, 16), (100, 32), (100, 64), (100, 0))
-LETTER_OWN = 16          # names from which on half of the prompts have a record's own options
-LETTER_SOLVED = 0.75     # mean probability of the right letter at which the next stage begins
-LETTER_FULL = 0.95       # and at which the last, in full prompts, ends
-LETTER_BATCH = 16        # prompts per step
-LETTER_STEPS = 3000      # at most, of all stages
-WORDING_EVERY = 4        # steps of letters between batches of how thoughts are worded
+LETTER_OWN = 16  # names from which on half of the prompts have a record's own options
+LETTER_SOLVED = 0.75  # mean probability of the right letter at which the next stage begins
+LETTER_FULL = 0.95  # and at which the last, in full prompts, ends
+LETTER_BATCH = 16  # prompts per step
+LETTER_STEPS = 3000  # at most, of all stages
+WORDING_EVERY = 4  # steps of letters between batches of how thoughts are worded
+WORDING_BATCH = 8
 EYE_STEPS = 300
-EYE_BATCH = 48           # images per step
-READ_STEPS = 400         # the more, the better the base sees
-READ_BATCH = 32          # images per step
-BASE_IMAGES = 1500       # phantoms to learn from
+EYE_BATCH = 48  # images per step
+READ_STEPS = 400  # the more, the better the base sees
+READ_BATCH = 32
+BASE_IMAGES = 1500  # phantoms to learn from
 BASE_LR = 1e-3
-LIKENESS = 1.5           # factor on the first keys and queries, see attend_to_the_same
+LIKENESS = 1.5  # factor on the first keys and queries, see attend_to_the_same
 
 
 def lesson_batch(processor, lessons, images, place):
-    """n lessons, each a prompt, what its answers open with, and four answers; the image of each or
-    None -> batch, tokens, mask (n, 4, T), mask of the letters alone, each answer's `place`-th token
-    from its end. A prompt's answers don't see each other: none is guessed by elimination."""
+    """n lessons (a prompt, what its answers open with, four answers), the image of each or None ->
+    batch, tokens, mask (n, 4, T), mask of the letters alone, the `place`-th tokens from the end. A
+    prompt's answers don't see each other: none is guessed by elimination."""
     prompts, openings, answers = zip(*lessons, strict=True)
-    tokens, mask = M.encode_completions(processor, sum(answers, []))     # (4n, 1, T)
-    tokens, mask = tokens.unflatten(0, (-1, 4))[:, :, 0], mask.unflatten(0, (-1, 4))[:, :, 0]
+    targets = M.encode_completions(processor, sum(answers, []))  # (4n, 1, T) each
+    tokens, mask = (x.view(len(lessons), 4, -1) for x in targets)
     letters = torch.zeros_like(mask).scatter(-1, mask.sum(-1, keepdim=True) - place, True)
     return M.tensors(processor, prompts, images, openings=openings), tokens, mask, letters
 
 
-def letter_question(names, records, full, rng):
-    """Four options -> a prompt, what its answers open with, and the answers: an option's name,
-    then its letter.
-
-    The options are any of `names` or, if those are many, by turns a record's own. The answers are
-    "cystB" or "cyst.</think><answer>B" by turns: the shorter the way from name to letter, the
-    easier it is found. `full`: the prompt is the record's question, and the answers end its
-    thought."""
-    record = rng.choice(records)
-    own = len(names) >= LETTER_OWN and rng.random() < 0.5
-    options = record["options"] if own else rng.choice(names, 4, replace=False).tolist()
-    prompt, opening = rewards.options_text(options).rstrip(), ""
-    between = rng.choice(["", ".</think><answer>"])
-    if full:
-        prompt = rewards.question_text(dict(record, options=options))
-        thought = record["thought"].removesuffix(f" {rewards.right_option(record)}.")
-        sentences = thought.split(". ")
-        opening = "<think>" + ". ".join(sentences[rng.integers(len(sentences)):])
-        between = ".</think><answer>"
-    answers = [f" {x}{between}{letter}" for x, letter in zip(options, "ABCD", strict=True)]
-    return prompt, opening, answers
+def unfinished(record):
+    """A phantom's thought up to the answer in its last words."""
+    return record["thought"].removesuffix(f"{rewards.right_option(record)}.")
 
 
 def letter_batch(processor, names, skip, records, full, rng, n=LETTER_BATCH):
-    """n letter_questions -> see lesson_batch. Up to `skip` positions before the answers are left
-    free, so that the distance doesn't matter."""
-    lessons = [letter_question(names, records, full, rng) for _ in range(n)]
+    """A lesson_batch whose answers are an option's name, then its letter: "cystB" or, by turns,
+    "cyst.</think><answer>B", as a short way is found more easily. The options are any of `names`
+    or, if those are many, by turns a record's own. Up to `skip` positions before the answers are
+    left free: the distance shall not matter. `full`: the answers end a thought on the record's
+    question."""
+    lessons = []
+    for _ in range(n):
+        record = rng.choice(records)
+        own = len(names) >= LETTER_OWN and rng.random() < 0.5
+        options = record["options"] if own else rng.choice(names, 4, replace=False).tolist()
+        prompt, opening = rewards.options_text(options).rstrip(), ""
+        between = rng.choice(["", ".</think><answer>"])
+        if full:
+            prompt = rewards.question_text(dict(record, options=options))
+            sentences = unfinished(record).rstrip().split(". ")
+            opening = "<think>" + ". ".join(sentences[rng.integers(len(sentences)):])
+            between = ".</think><answer>"
+        answers = [f" {x}{between}{letter}" for x, letter in zip(options, "ABCD", strict=True)]
+        lessons.append((prompt, opening, answers))
     batch, *rest = lesson_batch(processor, lessons, [None] * n, place=2)  # letter, stop token
     batch["skip"] = torch.from_numpy(rng.integers(0, skip + 1, n))
     return batch, *rest
 
 
-def wording_batch(processor, records, images, rng, n=8):
-    """n records behind any of the images, each with four gold completions, one for each option:
-    they teach how thoughts are worded and which letter follows, but nothing of images.
-    -> see lesson_batch."""
+def wording_batch(processor, records, images, rng, n=WORDING_BATCH):
+    """A lesson_batch of records behind any of the images, a gold completion for every option: how
+    thoughts are worded and which letter follows, but nothing of images."""
     lessons = []
     for i in rng.choice(len(records), n):
-        r, answers = records[i], []
-        thought = r["thought"].removesuffix(f"{rewards.right_option(r)}.")
-        for x, letter in zip(r["options"], "ABCD", strict=True):
-            answers.append(rewards.answer_text(dict(r, thought=f"{thought}{x}.", answer=letter)))
-        lessons.append((rewards.question_text(r), "", answers))
+        answers = []
+        for option, letter in zip(records[i]["options"], "ABCD", strict=True):
+            variant = dict(thought=f"{unfinished(records[i])}{option}.", answer=letter)
+            answers.append(rewards.answer_text(records[i] | variant))
+        lessons.append((rewards.question_text(records[i]), "", answers))
     others = [images[i] for i in rng.integers(0, len(images), n)]
-    return lesson_batch(processor, lessons, others, place=3)              # letter, </answer>, stop
+    return lesson_batch(processor, lessons, others, place=3)  # letter, </answer>, stop token
 
 
 def base_phantoms(seed):
-    """Phantoms of a seed of their own, none of them in train or test -> images, uint8
-    (112, 112, 3), their facts (see data.draw_phantom), and the records of all of them."""
+    """Phantoms of a seed of their own, none in train or test -> images, uint8 (112, 112, 3), their
+    facts (see data.draw_phantom), and the records of all."""
     images, facts, records = [], [], []
     rng, rounds = np.random.default_rng([seed, 1, 1]), defaultdict(list)
     for i in tqdm(range(BASE_IMAGES), desc="base: images", unit="image"):
@@ -545,8 +537,8 @@ def descend(optimizer, loss, k, lr=BASE_LR):
 
 
 def learn_letters(net, processor, names, records, rng):
-    """Name an option by its letter: LETTER_STAGES, one after the other as each is solved. Every
-    few steps also how thoughts are worded."""
+    """Name an option by its letter, one of LETTER_STAGES after the other; now and then also how
+    thoughts are worded."""
     optimizer = AdamW(net.parameters())
     stage, right = 0, 0.25
     bar = tqdm(range(LETTER_STEPS), desc="base: letters", unit="step")
@@ -560,7 +552,7 @@ def learn_letters(net, processor, names, records, rng):
             batch, tokens, mask, _ = wording_batch(processor, records, [None], rng)
             loss = loss - M.token_logprobs(net, batch, tokens, mask)[mask].mean()
         descend(optimizer, loss, k)
-        right += 0.1 * (logp.detach().exp().mean().item() - right)       # a running mean
+        right += 0.1 * (logp.detach().exp().mean().item() - right)  # a running mean
         bar.set_postfix(stage=f"{stage + 1}/{len(LETTER_STAGES)}", right=f"{right:.2f}")
         if right > (LETTER_FULL if full else LETTER_SOLVED):
             stage, right = stage + 1, 0.25
@@ -569,12 +561,12 @@ def learn_letters(net, processor, names, records, rng):
 
 
 def open_eyes(net, images, facts, rng):
-    """Train the vision tower alone, under linear heads that are thrown away: the mean of its
-    tokens tells modality and organ, each token the style of the lesion it shows, if any."""
+    """Train the vision tower alone, under linear heads that are thrown away: its mean token tells
+    modality and organ, each token the style of the lesion it shows, if any."""
     vision = net.config.vision_config
     side = data.SIZE // (vision.patch_size * vision.spatial_merge_size)  # tokens
-    places = (torch.arange(side) + 0.5) / side                           # as fractions of the side
-    styles = torch.zeros(len(facts), side, side, dtype=torch.long)       # 0: no lesion
+    places = (torch.arange(side) + 0.5) / side  # as fractions of the side
+    styles = torch.zeros(len(facts), side, side, dtype=torch.long)  # 0: no lesion
     for shown, f in zip(styles, facts, strict=True):
         if f["lesion"]:
             x, y = data.CENTERS[f["location"]]
@@ -589,7 +581,7 @@ def open_eyes(net, images, facts, rng):
         chosen = rng.integers(0, len(images), EYE_BATCH)
         patches, grids = zip(*[images[i] for i in chosen], strict=True)
         seen = net.model.get_image_features(torch.cat(patches), torch.cat(grids)).pooler_output
-        seen = torch.stack(list(seen))                                   # (n, side * side, d)
+        seen = torch.stack(list(seen))  # (n, side * side, d)
         pair_loss = cross_entropy(pair_head(seen.mean(1)), pairs[chosen])
         style_loss = cross_entropy(style_head(seen).flatten(0, 1), styles[chosen].flatten())
         descend(optimizer, pair_loss + 4 * style_loss, k, 2 * BASE_LR)
@@ -597,12 +589,10 @@ def open_eyes(net, images, facts, rng):
 
 def learn_to_read(net, processor, records, images, facts, rng):
     """Say in three words what the eyes see, where every token counts; every other step also
-    wording and letters, behind other images."""
+    wording and letters."""
     optimizer = AdamW(net.parameters())
-    captions = {}  # of the images with a lesion, say " blob Left Upper"
-    for i, f in enumerate(facts):
-        if f["lesion"]:
-            captions[i] = f" {data.STYLES[f['style']].split()[-1]} {f['location']}"
+    captions = {i: f" {data.STYLES[f['style']].split()[-1]} {f['location']}"
+                for i, f in enumerate(facts) if f["lesion"]}  # say " blob Left Upper"
     for k in tqdm(range(READ_STEPS), desc="base: reading", unit="step"):
         chosen = rng.choice(list(captions), READ_BATCH, replace=False)
         tokens, mask = M.encode_completions(processor, [captions[i] for i in chosen])
@@ -617,14 +607,17 @@ def learn_to_read(net, processor, records, images, facts, rng):
 
 @torch.no_grad()
 def attend_to_the_same(net):
-    """Start the language model's queries equal to its keys, and both larger: a token then attends
-    to earlier tokens like itself, half of finding an option's name among the options. From the
-    usual start some seeds need three times the steps or never get there (compare Trockman and
-    Kolter 2023, Mimetic Initialization of Self-Attention Layers)."""
+    """Start the queries equal to the keys, and both larger: a token then attends to earlier tokens
+    like itself, half of finding an option's name among the options. From the usual start some
+    seeds need three times the steps or never get there (compare Trockman and Kolter 2023, Mimetic
+    Initialization of Self-Attention Layers)."""
     for layer in net.model.language_model.layers:
         attention = layer.self_attn
-        k = attention.k_proj.weight.mul_(LIKENESS).unflatten(0, (-1, attention.head_dim))
-        attention.q_proj.weight.view(len(k), -1, *k.shape[1:]).copy_(k[:, None])
+        k = attention.k_proj.weight.mul_(LIKENESS)
+        k = k.unflatten(0, (-1, attention.head_dim))  # (h, d, D)
+        q = k.repeat_interleave(attention.num_key_value_groups, 0)
+        attention.q_proj.weight.copy_(q.flatten(0, 1))
+
 
 # The tiny Qwen2.5-VL: 1.1 M parameters, the real architecture in small.
 TINY_TEXT = dict(
@@ -632,20 +625,19 @@ TINY_TEXT = dict(
     num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6, initializer_range=0.05,
     rope_parameters=dict(rope_type="default", rope_theta=1000000.0, mrope_section=[4, 6, 6]))
 TINY_VISION = dict(
-    depth=2, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=14,
-    spatial_merge_size=2, temporal_patch_size=2, window_size=112, out_hidden_size=128,
+    depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128,
     fullatt_block_indexes=[1], initializer_range=0.05)
-TINY_VOCABULARY = 1000  # tokens at most, special ones included: every word of the phantoms is one
+TINY_WORDS = 988  # tokens learned at most: every word of the phantoms is one
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
                   "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 TAG_TOKENS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, as in Qwen3
 CHAT_TEMPLATE = (  # Qwen2.5-VL's turns, for one image and text
     "{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}"
+    "<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -653,28 +645,25 @@ CHAT_TEMPLATE = (  # Qwen2.5-VL's turns, for one image and text
 
 def tiny_tokenizer(texts, names):
     """A byte-level BPE tokenizer trained on `texts`. Each of `names` is one token, where Qwen's own
-    tokenizer cuts between words: a network this small finds a name by its first token, and does not
-    always learn to tell "Left Upper" from "Left Lower" by the second."""
+    cuts between words: a network this small finds a name by its first token, and does not always
+    learn to tell "Left Upper" from "Left Lower" by the second."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     longest_first = sorted(names, key=len, reverse=True)
     pieces = [rf" ?{re.escape(name)}(?!\w)" for name in longest_first]
     pieces += [r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+", r"\s+(?!\S)", r"\s+"]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex("|".join(pieces)), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex("|".join(pieces)), "isolated"), to_bytes])
     bpe.decoder = decoders.ByteLevel()
-    learned = TINY_VOCABULARY - len(SPECIAL_TOKENS + TAG_TOKENS)
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=learned, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+        vocab_size=TINY_WORDS, initial_alphabet=to_bytes.alphabet(), show_progress=False))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        padding_side="left")
+        padding_side="left", chat_template=CHAT_TEMPLATE)
     tokenizer.add_tokens(SPECIAL_TOKENS, special_tokens=True)
     tokenizer.add_tokens(TAG_TOKENS)
-    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
@@ -685,7 +674,7 @@ def build_tiny(texts, names=(), *, image_size, seed=0):
     text = dict(TINY_TEXT, vocab_size=len(tokenizer), bos_token_id=None,
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     config = transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=dict(TINY_VISION), tie_word_embeddings=True,
+        text_config=text, vision_config=TINY_VISION, tie_word_embeddings=True,
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"))
@@ -738,8 +727,8 @@ def held_out_accuracy(policy, processor, records, judge, max_new_tokens):
     """Greedy accuracy on this process's share of the held-out questions, over all processes."""
     rows = evaluation.evaluate(policy, processor, records, judge, max_new_tokens=max_new_tokens,
                                progress=False)
-    right = M.sum_over_ranks(sum(row["acc"] for row in rows))
-    return right / max(1, M.sum_over_ranks(len(rows)))
+    right = M.gather([row["acc"] for row in rows])
+    return sum(right) / len(right)
 
 
 def main(argv=None):
@@ -771,24 +760,23 @@ def train(run, argv):
                 f"--batch {args.batch}: expected at least one question for each of the {world} "
                 f"processes ({len(records)} questions in all)")
 
-    policy, processor, parameters, optimizer = policy_of(args, records, device, rank)
+    policy, processor, optimizer = policy_of(args, records, device, rank)
     M.check_texts(processor, records, rewards.answer_text)
     epoch_steps = max(1, len(records) // args.batch)
     steps = math.ceil(args.epochs * epoch_steps)
-    start = run.open(args, policy, processor, optimizer, records, rank)
+    start = run.open(args, policy, processor, optimizer, rank)
     end = min(steps, args.max_steps or steps)
 
     bar = tqdm(range(start, end), initial=start, total=end, desc="sft", unit="step",
                disable=rank > 0)
     for step in bar:
         began = time.perf_counter()
-        done = step + 1  # steps, when this one is
 
         # This step's questions: the same global batch whatever the number of processes, of which
         # each takes every world-th.
-        order = epoch_order(len(records), step // epoch_steps, args.seed)
-        first = step % epoch_steps * args.batch
-        mine = [records[i] for i in order[first:first + args.batch]][rank::world]
+        epoch, place = divmod(step, epoch_steps)
+        order = epoch_order(len(records), epoch, args.seed)[place * args.batch:][:args.batch]
+        mine = [records[i] for i in order[rank::world]]
         targets = [rewards.answer_text(r) for r in mine]
         tokens, mask = M.encode_completions(processor, targets, device)  # (n, 1, T)
         total = M.sum_over_ranks(int(mask.sum()))
@@ -802,17 +790,10 @@ def train(run, argv):
             loss = sft_loss(logp, mask[rows], total)
             loss.backward()
             loss_sum += loss.item()
-        M.sum_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
-        lr = learning_rate(step, steps, args.lr, args.warmup)
-        optimizer.param_groups[0]["lr"] = lr
-        loss = M.sum_over_ranks(loss_sum)
-        skipped = run.step(loss, norm)
-        optimizer.zero_grad()
-        run.done = done
+        figures = run.step(loss_sum, learning_rate(step, steps, args.lr, args.warmup))
+        figures |= dict(tokens=total, seconds=time.perf_counter() - began)
+        done = run.done = step + 1
 
-        figures = dict(loss=loss, lr=lr, grad_norm=norm, skipped=skipped, tokens=int(total),
-                       seconds=time.perf_counter() - began)
         if args.eval_every and done % args.eval_every == 0:
             limit = 80 if args.preset == "tiny" else 512  # tokens
             figures["held_out_accuracy"] = held_out_accuracy(policy, processor, held_out,

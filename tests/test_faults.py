@@ -440,7 +440,7 @@ def test_the_last_checkpoint_survives_a_full_disk(world, monkeypatch, tmp_path, 
         real(state, f)
     monkeypatch.setattr(torch, "save", full)
     code, (told, error) = run(flags_of(world, tmp_path / "x"), capsys)
-    assert code == 2 and "saved after step 2" in told and error == f"error: {tmp_path}/x: No space left on device"
+    assert code == 2 and "saved after step 2" in told and error == f"error: {tmp_path}/x/state.pt: No space left on device"
     state, net = state_of(tmp_path / "x"), M.load(str(tmp_path / "x"))[0]
     assert state["step"] == 2 and all(torch.equal(p, state["trained"][name]) for name, p in net.named_parameters())
     assert not (tmp_path / "x" / "state.pt.writing").exists()
