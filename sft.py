@@ -85,10 +85,10 @@ SHARED = dict(
                        "less memory, more time"),
     max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk",
                     positive=True),
-    max_steps=Knob(int, 0, 0, "optimiser steps after which to stop, 0 = the whole run; its "
-                   "schedule stays", may_change=True),
+    max_steps=Knob(int, 0, 0, "optimiser steps after which to stop, 0 = at the run's end; "
+                   "the schedule is the whole run's", may_change=True),
     eval_every=Knob(int, 0, 0, "optimiser steps between evaluations on held-out questions, "
-                    "0 = never; they select nothing", may_change=True),
+                    "0 = never; nothing is selected by them", may_change=True),
     eval_questions=Knob(int, 200, 200, "held-out questions per evaluation", may_change=True),
     resume=Knob(bool, False, False, "continue the run in --out from its last checkpoint",
                 may_change=True),
@@ -128,7 +128,7 @@ def knobs(table, doc, argv=None):
             default = f"tiny {knob.tiny}, paper {knob.paper}"
         parser.add_argument(f"--{name}", help=f"{knob.meaning} [{default}]", **kind)  # else None
     parser.add_argument("--preset", choices=["tiny", "paper"],
-                        help="whose defaults (default: tiny for no or a tiny model, else paper)")
+                        help="which defaults (tiny without a model or for a tiny one, else paper)")
     parser.add_argument("--print", action="store_true", help="print the knobs and stop")
     args = parser.parse_args(argv)
     if args.preset is None:
@@ -249,7 +249,7 @@ class Run(contextlib.ExitStack):
         os.write(2, b"\nstopping when this step is done; Ctrl-C: at once\n")  # print may be at work
 
     def step(self, loss, lr, learn=True):
-        """An optimiser step with the gradients and losses of all processes, unless their sums are
+        """An optimiser step on the sums of all processes' gradients and losses, unless these are
         not finite (`skipped`) or there is nothing to learn from -> its figures."""
         group = self.optimizer.param_groups[0]
         group["lr"] = lr
@@ -392,7 +392,7 @@ def trainable(policy, args):
         policy.requires_grad_(True)
     if args.checkpointing:
         M.enable_checkpointing(policy)
-    adamw, trained = AdamW, list(trained_in(policy).values())
+    trained, adamw = list(trained_in(policy).values()), AdamW
     if dist.is_initialized():
         from torch.distributed.optim import ZeroRedundancyOptimizer  # a second to import
         adamw = functools.partial(ZeroRedundancyOptimizer, optimizer_class=AdamW)
@@ -608,9 +608,9 @@ def learn_to_read(net, processor, records, images, facts, rng):
 @torch.no_grad()
 def attend_to_the_same(net):
     """Start the queries equal to the keys, and both larger: a token then attends to earlier tokens
-    like itself, half of finding an option's name among the options. From the usual start some
-    seeds need three times the steps or never get there (compare Trockman and Kolter 2023, Mimetic
-    Initialization of Self-Attention Layers)."""
+    like itself, half of finding an option's name. From the usual start some seeds need three times
+    the steps or never get there (compare Trockman and Kolter 2023, Mimetic Initialization of
+    Self-Attention Layers)."""
     for layer in net.model.language_model.layers:
         attention = layer.self_attn
         k = attention.k_proj.weight.mul_(LIKENESS)
@@ -772,8 +772,8 @@ def train(run, argv):
     for step in bar:
         began = time.perf_counter()
 
-        # This step's questions: the same global batch whatever the number of processes, of which
-        # each takes every world-th.
+        # This step's questions: the same whatever the number of processes, of which each takes
+        # every world-th.
         epoch, place = divmod(step, epoch_steps)
         order = epoch_order(len(records), epoch, args.seed)[place * args.batch:][:args.batch]
         mine = [records[i] for i in order[rank::world]]
