@@ -326,8 +326,8 @@ def trained_in(policy):
 
 
 def whole_state(optimizer):
-    """The optimiser's state_dict(), of several processes on the first alone. Its own
-    consolidate_state_dict sends 13 MB per second: an hour for all of a 7B model."""
+    """The optimiser's state_dict(), of several processes on the first alone. (With the sharded
+    one's own consolidate_state_dict, 13 MB per second, all of a 7B model takes an hour.)"""
     if not dist.is_initialized():
         return optimizer.state_dict()
     optimizer._sync_param_groups(optimizer.param_groups, optimizer.optim.param_groups)
@@ -449,7 +449,6 @@ LETTER_FULL = 0.95  # and at which the last, in full prompts, ends
 LETTER_BATCH = 16  # prompts per step
 LETTER_STEPS = 3000  # at most, of all stages
 WORDING_EVERY = 4  # steps of letters between batches of how thoughts are worded
-WORDING_BATCH = 8
 EYE_STEPS = 300
 EYE_BATCH = 48  # images per step
 READ_STEPS = 400  # the more, the better the base sees
@@ -500,7 +499,7 @@ def letter_batch(processor, names, skip, records, full, rng, n=LETTER_BATCH):
     return batch, *rest
 
 
-def wording_batch(processor, records, images, rng, n=WORDING_BATCH):
+def wording_batch(processor, records, images, rng, n=8):
     """A lesson_batch of records behind any of the images, a gold completion for every option: how
     thoughts are worded and which letter follows, but nothing of images."""
     lessons = []
