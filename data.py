@@ -261,15 +261,22 @@ def naming(path):
         raise
 
 
-def write_text(path, text):
-    """Write beside, then rename into place: a crash leaves no half file."""
+@contextmanager
+def written_beside(path):
+    """Yields a path to write to, renamed into place behind that: a crash leaves no half file."""
     beside = Path(f"{path}.writing")
     try:
         with naming(path):
-            beside.write_text(text, encoding="utf-8")
+            yield beside
             os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file whole."""
+    with written_beside(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def write_records(records, file):
@@ -655,6 +662,14 @@ def draw_phantom(rng, modality, anatomy, lesion=None):
     return np.repeat(pixels, 3 // pixels.shape[2], 2), facts
 
 
+def phantom_of_turn(rng, i, lesion_rate=LESION_RATE):
+    """The i-th phantom of many: modalities and organs by turns, a lesion as the dice fall."""
+    lesion = None
+    if rng.random() < lesion_rate:
+        lesion = str(rng.choice(list(STYLES))), str(rng.choice(LOCATIONS))
+    return draw_phantom(rng, *PAIRS[i % len(PAIRS)], lesion)
+
+
 # ---- questions with their options ----------------------------------------------------------------
 def ask(image, task, truth, others, rng, rounds):
     """The record of a question: the true answer among three of the others. `image` has the keys
@@ -753,10 +768,7 @@ def draw_phantoms(folder, seed, n_images, thoughts, careless):
         split = SPLITS[np.searchsorted(ends, shuffled[i] / n_images, side="right")]
         in_train += split == "train"
         rng = np.random.default_rng([seed, i])
-        lesion = None
-        if rng.random() < LESION_RATE:
-            lesion = str(rng.choice(list(STYLES))), str(rng.choice(LOCATIONS))
-        pixels, facts = draw_phantom(rng, *PAIRS[i % len(PAIRS)], lesion)
+        pixels, facts = phantom_of_turn(rng, i)
         name = f"images/{i:05d}.png"
         Image.fromarray(pixels).save(folder / name, compress_level=1)
 

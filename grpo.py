@@ -59,7 +59,7 @@ KNOBS = dict(
     temperature=Knob(float, 1.0, 1.0, "of the sampling; log-probabilities are those of the same "
                      "distribution", positive=True),
     top_p=Knob(float, 1.0, 1.0, "sample from the most likely tokens that hold this much "
-               "probability; under 1 biases the ratio", positive=True),
+               "probability; under 1 biases the ratio", positive=True, most=1),
     lr=Knob(float, 1e-3, 1e-6, "peak learning rate of AdamW (paper: 1e-6)", positive=True),
     schedule=Knob(str, "linear", "constant", "the learning rate after the warm-up: constant, or "
                   "falling to 0", choices=("constant", "linear")),
@@ -258,11 +258,10 @@ def reference_logprobs(policy, sft_copy, batch, tokens, mask, args):
     return logp
 
 
-def update(policy, parameters, run, batch, tokens, mask, A, ref_logp, old_logp, args):
+def update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr, args):
     """One optimiser step of Eq. (8). A (N, G), ref_logp and old_logp (N, G, T); old_logp None: the
     policy's own before this step -> log pi_theta (N, G, T); sums over this process's tokens of
-    policy_loss's metrics; the step's figures that are of all processes: loss, grad_norm, groups
-    trained_on, skipped (see sft.Run.step)."""
+    policy_loss's metrics; the step's figures that are of all processes (see sft.Run.step)."""
     total = M.sum_over_ranks(int(mask.sum()) if args.loss_norm == "token" else A.numel())
     logps, loss_sum, sums = torch.zeros(tokens.shape, device=tokens.device), 0.0, Counter()
     for rows, *part in micro_batches(batch, tokens, mask, args):
@@ -277,13 +276,8 @@ def update(policy, parameters, run, batch, tokens, mask, A, ref_logp, old_logp, 
         loss_sum += loss.item()
         for name, mean in metrics.items():
             sums[name] += mean * int(mask[rows].sum())
-    M.sum_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
-    told = dict(loss=M.sum_over_ranks(loss_sum), grad_norm=norm, skipped=0,
-                trained_on=M.sum_over_ranks(len(A)))
-    if total:  # else no group of any process has spread: there is nothing to learn from
-        told["skipped"] = run.step(told["loss"], norm)
-    run.optimizer.zero_grad()
+    # Without spread in any group of any process there is nothing to learn from.
+    told = run.step(loss_sum, lr, learn=total > 0) | dict(trained_on=M.sum_over_ranks(len(A)))
     return logps, sums, told
 
 
@@ -301,6 +295,8 @@ def questions(args, world):
     parse_spec(args.judge)  # before a model is loaded
     expect(args.G >= 2, f"--G {args.G}: a group of one has no advantage over its own mean; "
                         "expected at least 2")
+    expect(0 < sum(args.weights) < math.inf, f"--weights {' '.join(map(str, args.weights))}: "
+           "expected three numbers, not all of them 0")
     expect(args.thinking != "none" or any(args.weights[:2]),
            "--thinking none --weights 0 0 1: without a thought there is no consistency to reward")
     expect(args.oversample >= 1, f"--oversample {args.oversample}: expected at least 1")
@@ -415,7 +411,7 @@ def passes(step, mu, every):
 # ---- the loop ------------------------------------------------------------------------------------
 
 def main(argv=None):
-    with sft.Run(keep_adapter=True) as run:
+    with sft.Run() as run:
         train(run, argv)
 
 
@@ -429,7 +425,7 @@ def train(run, argv):
     records, held_out = questions(args, world), sft.held_out_questions(args)[rank::world]
 
     # The policy starts as pi_SFT, and pi_SFT is the reference.
-    policy, processor, parameters, optimizer = sft.policy_of(args, records, device, rank)
+    policy, processor, optimizer = sft.policy_of(args, records, device, rank)
     sft_copy = None if args.lora else frozen_copy(policy)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency,
                        timeout=args.judge_timeout, cache=os.path.join(args.root, "replies.jsonl"),
@@ -440,7 +436,7 @@ def train(run, argv):
     wanted = args.batch // args.G                  # questions to train on, over all processes
     sampled = round(wanted * args.oversample)      # questions to sample for them
     steps = max(1, round(args.epochs * max(1, len(records) // sampled))) * args.mu
-    start = run.open(args, policy, processor, optimizer, records, rank)
+    start = run.open(args, policy, processor, optimizer, rank, keep_adapter=True)
     end = math.ceil(min(steps, args.max_steps or steps) / args.mu) * args.mu  # whole rollouts
     generator = torch.Generator(device)
 
@@ -474,16 +470,16 @@ def train(run, argv):
         # Eq. (8): mu optimiser steps. pi_old is the policy before the first of them.
         old_logp, skipped = ref_logp if args.ratio == "sft" else None, 0
         for inner in range(args.mu):
-            lr = optimizer.param_groups[0]["lr"] = learning_rate(step + inner, steps, args)
-            logp, sums, told = update(policy, parameters, run, batch, tokens, mask, A, ref_logp,
-                                      old_logp, args)
+            lr = learning_rate(step + inner, steps, args)
+            logp, sums, told = update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr,
+                                      args)
             old_logp = logp if old_logp is None else old_logp
             skipped += told["skipped"]
         done = run.done = step + args.mu
         clock.tick("update")
 
         figures = figures_of(rows, R, ended, all_mask, mask, logp, sums, args)
-        figures |= told | clock.figures | dict(skipped=skipped, lr=lr)
+        figures |= told | clock.figures | dict(skipped=skipped)
         seconds = sum(x for name, x in clock.figures.items() if name.startswith("seconds"))
         figures["tokens_per_second"] = figures["length"] * sampled * args.G / seconds
         if passes(step, args.mu, args.eval_every):

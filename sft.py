@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import data
@@ -44,13 +45,26 @@ AdamW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.0
 
 class Knob(NamedTuple):
     """A flag of the command line. Numbers are finite and at least 0."""
-    type: type                # bool: a flag that --no-.. switches off
-    tiny: object              # default in either preset; a tuple: several values
+    type: type  # bool: --no-.. switches it off
+    tiny: object  # its default in this preset; a tuple: several values
     paper: object
-    meaning: str              # and unit
+    meaning: str  # and unit
     choices: tuple = None
-    positive: bool = False    # 0 is refused
+    positive: bool = False  # 0 is refused
+    most: float = math.inf
     may_change: bool = False  # when a run is resumed
+
+    def check(self, name, value):
+        """DataError for a value that is out of range."""
+        if isinstance(value, str):
+            data.expect(value, f"--{name} '': expected a name, or leave the flag out")
+        elif value is not None:
+            fine = value > 0 if self.positive else value >= 0
+            expected = "more than 0" if self.positive else "of at least 0"
+            if self.most < math.inf:
+                expected += f", at most {self.most}"
+            data.expect(fine and value < math.inf and value <= self.most,
+                        f"--{name} {value}: expected a number {expected}")
 
 
 TEXT_TOKENS, TARGET_TOKENS = 200, 256  # of a prompt and a target, where memory is estimated
@@ -60,25 +74,26 @@ SHARED = dict(
     data=Knob(str, (), (), "files of records, .jsonl or Med-R1's .json "
               "(default: ROOT/phantoms, which sft.py draws)", may_change=True),
     only=Knob(str, (), (), "train on records with KEY=VALUE, say modality=CT task=anatomy"),
-    thinking=Knob(str, "before", "before", "where the thought is, before or after the answer, "
-                  "or none (Med-R1)", choices=tuple(rewards.INSTRUCTIONS)),
+    thinking=Knob(str, "before", "before", "a thought before or after the answer, or none (Med-R1)",
+                  choices=tuple(rewards.INSTRUCTIONS)),
     root=Knob(str, "out", "out", "folder under which everything is written", may_change=True),
-    seed=Knob(int, 0, 0, "of phantoms, base, LoRA, the order of the questions and the sampling"),
+    seed=Knob(int, 0, 0, "of phantoms, base, LoRA, the order of the questions and the sampling",
+              most=2**32 - 1),
     weight_decay=Knob(float, 0.0, 0.0, "AdamW's decoupled weight decay"),
     clip=Knob(float, 1.0, 1.0, "gradient norm above which the gradient is scaled down"),
-    checkpointing=Knob(bool, False, True, "compute layers again in the backward pass; less "
-                       "memory, more time"),
+    checkpointing=Knob(bool, False, True, "compute layers again in the backward pass: "
+                       "less memory, more time"),
     max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk",
                     positive=True),
-    max_steps=Knob(int, 0, 0, "optimiser steps after which to stop, 0 = as many as epochs say; "
-                   "the schedule is that of the whole run", may_change=True),
+    max_steps=Knob(int, 0, 0, "optimiser steps after which to stop, 0 = at the run's end; "
+                   "the schedule is the whole run's", may_change=True),
     eval_every=Knob(int, 0, 0, "optimiser steps between evaluations on held-out questions, "
                     "0 = never; nothing is selected by them", may_change=True),
     eval_questions=Knob(int, 200, 200, "held-out questions per evaluation", may_change=True),
     resume=Knob(bool, False, False, "continue the run in --out from its last checkpoint",
                 may_change=True),
 )
-# The values of `paper` are those of the paper's section 4.1, where it gives them.
+# `paper`: the values of the paper's section 4.1, where it gives them.
 KNOBS = dict(
     model=Knob(str, None, None, "folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL "
                "(default: ROOT/tiny-base, made here)", may_change=True),
@@ -87,8 +102,8 @@ KNOBS = dict(
     thoughts=Knob(int, 60, 60, "train images that have chains of thought, others answers alone"),
     epochs=Knob(float, 40.0, 2.0, "passes over the questions that have a thought", positive=True),
     batch=Knob(int, 32, 64, "questions per optimiser step over all processes", positive=True),
-    micro_batch=Knob(int, 32, 8, "questions per forward pass on one device; memory, not the "
-                     "result, depends on it", positive=True),
+    micro_batch=Knob(int, 32, 8, "questions per forward pass on one device: memory depends on "
+                     "it, the result doesn't", positive=True),
     lr=Knob(float, 1e-3, 1e-4, "peak learning rate of AdamW", positive=True),
     warmup=Knob(float, 0.03, 0.03, "share of the steps in which lr rises; a cosine to 0 follows"),
     lora=Knob(int, 0, 64, "rank of LoRA on the language model; 0 trains every parameter"),
@@ -97,22 +112,6 @@ KNOBS = dict(
     **SHARED)
 
 # ---- knobs and runs, for both stages -------------------------------------------------------------
-
-def check_knob(name, value, knob):
-    """DataError for a number or numbers out of range."""
-    if isinstance(value, int | float):
-        least = "more than" if knob.positive else "of at least"
-        fine = 0 <= value < math.inf and not (knob.positive and value == 0)
-        data.expect(fine, f"--{name} {value}: expected a number {least} 0")
-    data.expect(value != "", f"--{name} '': expected a name, or leave the flag out")
-    data.expect(name != "seed" or value < 2**32, f"--seed {value}: expected less than 2^32")
-    if name == "top_p":
-        data.expect(value <= 1, "--top_p: expected more than 0, at most 1")
-    if name == "weights":
-        fine = len(value) == 3 and min(value) >= 0 and 0 < sum(value) < math.inf
-        data.expect(fine, f"--weights {' '.join(map(str, value))}: expected three numbers of at "
-                          "least 0, not all of them 0")
-
 
 def knobs(table, doc, argv=None):
     """The command line of a stage -> Namespace: each knob's value, the preset, and `fixed`, the
@@ -123,23 +122,25 @@ def knobs(table, doc, argv=None):
         if knob.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(knob.tiny, tuple):
-            kind["nargs"] = "+"
+            kind["nargs"] = len(knob.tiny) or "+"
         default = knob.tiny
         if knob.tiny != knob.paper:
             default = f"tiny {knob.tiny}, paper {knob.paper}"
         parser.add_argument(f"--{name}", help=f"{knob.meaning} [{default}]", **kind)  # else None
-    parser.add_argument("--preset", choices=["tiny", "paper"], help="which defaults to take "
-                        "(default: tiny if no model is named or a tiny one, else paper)")
-    parser.add_argument("--print", action="store_true",
-                        help="print the knobs as they would be used, and stop")
+    parser.add_argument("--preset", choices=["tiny", "paper"],
+                        help="which defaults (tiny without a model or for a tiny one, else paper)")
+    parser.add_argument("--print", action="store_true", help="print the knobs and stop")
     args = parser.parse_args(argv)
     if args.preset is None:
         tiny = args.model is None or M.is_tiny(args.model)
         args.preset = "tiny" if tiny else "paper"
     for name, knob in table.items():
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(knob, args.preset))
-        check_knob(name, getattr(args, name), knob)
+        value = getattr(args, name)
+        if value is None:
+            value = getattr(knob, args.preset)
+            setattr(args, name, value)
+        for x in value if isinstance(value, tuple | list) else [value]:
+            knob.check(name, x)
     if args.print:
         print(json.dumps(vars(args) | memory_of(args), indent=2))
         raise SystemExit(0)
@@ -153,13 +154,14 @@ def memory_gb(net, args, world, **changed):
     image = k.max_pixels // (vision.patch_size * vision.spatial_merge_size)**2  # tokens
     prompt = image + TEXT_TOKENS
     if "G" in k:
-        shape = dict(G=k.G, T=k.max_new_tokens, sampled=k.batch * k.oversample / k.G / world)
-        micro = k.micro_tokens // (prompt + k.G * k.max_new_tokens)
+        G, T, sampled = k.G, k.max_new_tokens, k.batch * k.oversample / k.G / world
+        micro = k.micro_tokens // (prompt + G * T)
     else:
-        shape, micro = dict(G=1, T=TARGET_TOKENS, sampled=0), k.micro_batch
-    micro = max(1, min(micro, k.batch // shape["G"] // world))
-    needs = M.memory(net, cuda=k.preset == "paper", world=world, lora=k.lora, micro=micro,
-                     checkpointing=k.checkpointing, image=image, prompt=prompt, **shape)
+        G, T, sampled, micro = 1, TARGET_TOKENS, 0, k.micro_batch
+    micro = max(1, min(micro, k.batch // G // world))
+    needs = M.memory(net, cuda=k.preset == "paper", world=world, lora=k.lora, G=G, T=T,
+                     checkpointing=k.checkpointing, sampled=sampled, micro=micro, image=image,
+                     prompt=prompt)
     return {part: round(n / 1e9, 1) for part, n in needs.items()}
 
 
@@ -168,38 +170,76 @@ def memory_of(args):
     if args.model is None:
         return {}
     net, world = M.without_weights(M.config_of(args.model)), int(os.environ.get("WORLD_SIZE", 1))
-    changes = dict(checkpointing=True, lora=64, max_pixels=args.max_pixels // 2)
-    changes["micro_tokens" if "G" in args else "micro_batch"] = 1
-    peaks = {f"--{k} {x}": memory_gb(net, args, world, **{k: x})["peak"]
-             for k, x in changes.items()}
+    pass_size = "micro_tokens" if "G" in args else "micro_batch"
+    changes = {"checkpointing": True, "lora": 64, "max_pixels": args.max_pixels // 2, pass_size: 1}
+    peaks = {}
+    for name, value in changes.items():
+        peaks[f"--{name} {value}"] = memory_gb(net, args, world, **{name: value})["peak"]
     peaks["twice the processes"] = memory_gb(net, args, 2 * world)["peak"]
     return dict(memory_gb=memory_gb(net, args, world), peak_gb_with=peaks)
 
 
-class Run(contextlib.AbstractContextManager):
+class Run(contextlib.ExitStack):
     """A run in its folder, --out, locked while the run is at work: opened or resumed, and saved now
     and then, at its end, and where it ends early by an error, Ctrl-C or SIGTERM."""
+    skipped = 0  # steps in a row
+    told = None  # the signal that asked to stop
+    agreed = False  # whether all processes end early at the same step
 
-    def __init__(self, keep_adapter=False):
-        self.keep_adapter = keep_adapter
-        self.done = self.saved = 0  # optimiser steps behind the policy (None inside one), the saved
-        self.skipped = 0            # steps skipped in a row
-        self.told = None            # the signal that asked to stop
-        self.agreed = False         # whether all processes end early, and at the same step
-        self.held = contextlib.ExitStack()  # lock and signals
-
-    def open(self, args, policy, processor, optimizer, records, rank):
+    def open(self, args, policy, processor, optimizer, rank, keep_adapter=False):
         """Prepare --out and heed signals -> the number of steps that are done."""
         self.args, self.policy, self.processor, self.optimizer = args, policy, processor, optimizer
-        self.rank = rank
-        texts = [{k: v for k, v in r.items() if k != "path"} for r in records]
-        args.fixed["data (digest of its records)"] = data.digest(json.dumps(texts).encode())
+        self.rank, self.keep_adapter = rank, keep_adapter
         if rank == 0:
-            self.held.enter_context(data.locked(args.out))
-        self.done = self.saved = open_run(args, policy, optimizer, rank)
+            self.enter_context(data.locked(args.out))
+        # Optimiser steps behind the policy (None inside one) and behind what is saved.
+        self.done = self.saved = self.resume() if args.resume else 0
+        seen = M.gather([(self.done, args.fixed)])
+        data.expect(seen.count(seen[0]) == len(seen),
+                    f"{args.out}: the processes see different models, questions or checkpoints; "
+                    "machines that share no folder need copies of the same")
+        if rank == 0:
+            self.prepare_folder()
         for number in (signal.SIGINT, signal.SIGTERM):
-            self.held.callback(signal.signal, number, signal.signal(number, self.stop))
+            self.callback(signal.signal, number, signal.signal(number, self.stop))
+        self.push(self.end)
         return self.done
+
+    def resume(self):
+        """Put back what --out's state.pt holds -> steps that are done. DataError where that can't
+        be read, or is of another run."""
+        out, path = self.args.out, Path(self.args.out, "state.pt")
+        data.expect(path.exists(), f"{out}: nothing to resume: there is no state.pt")
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            for name, value in state["knobs"].items():
+                given = self.args.fixed.get(name)
+                data.expect(given == value,
+                            f"{out}: the run to resume had --{name} {value}, not {given}")
+            data.expect(trained_in(self.policy).keys() == state["trained"].keys(),
+                        f"{path}: the state of another network")
+            self.policy.load_state_dict(state["trained"], strict=False)
+            self.optimizer.load_state_dict(state["optimizer"])
+            if dist.is_initialized():
+                self.optimizer.state.clear()  # a second copy, which nothing reads
+            return int(state["step"])
+        except data.DataError:
+            raise
+        except Exception as e:  # torch raises anything on what it hasn't written
+            raise data.DataError(f"{path}: not such a run's state ({type(e).__name__})") from e
+
+    def prepare_folder(self):
+        """Move an earlier run aside, or drop a resumed one's log lines behind its checkpoint, which
+        come again."""
+        out = Path(self.args.out)
+        logs = out / "metrics.jsonl", out / "completions.jsonl"
+        if not self.args.resume and logs[0].exists():
+            print(f"{out} held an earlier run: moved to {data.move_aside(out)}")
+        out.mkdir(parents=True, exist_ok=True)
+        data.write_text(out / "knobs.json", json.dumps(vars(self.args), indent=2))
+        for path in logs:
+            if self.args.resume and path.exists():
+                data.write_text(path, lines_until(path, self.done))
 
     def stop(self, number, frame):
         """What a signal does: the run stops when its step is done, at a second Ctrl-C at once."""
@@ -208,121 +248,111 @@ class Run(contextlib.AbstractContextManager):
         self.told = number
         os.write(2, b"\nstopping when this step is done; Ctrl-C: at once\n")  # print may be at work
 
-    def step(self, loss, norm):
-        """An optimiser step, unless loss or gradient norm, which are the same on all processes, is
-        not finite -> 1 if it is skipped, else 0."""
-        if not math.isfinite(loss + norm):
+    def step(self, loss, lr, learn=True):
+        """An optimiser step on the sums of all processes' gradients and losses, unless these are
+        not finite (`skipped`) or there is nothing to learn from -> its figures."""
+        group = self.optimizer.param_groups[0]
+        group["lr"] = lr
+        M.sum_gradients(group["params"])
+        norm = torch.nn.utils.clip_grad_norm_(group["params"], self.args.clip).item()
+        loss = M.sum_over_ranks(loss)
+        finite = math.isfinite(loss + norm)
+        if not finite:
             self.skipped += 1
-            return 1
-        self.skipped, self.done = 0, None
-        with M.peers():  # the sharded optimiser sends parameters round
-            self.optimizer.step()
-        return 0
+        elif learn:
+            self.skipped, self.done = 0, None
+            with M.peers():  # the sharded optimiser sends parameters round
+                self.optimizer.step()
+        self.optimizer.zero_grad()
+        return dict(loss=loss, lr=lr, grad_norm=norm, skipped=int(not finite))
 
     def after(self, end, due, why=None):
         """Behind every step: save at the end or if it is due, and end early for `why` or if a
-        process was told to. While steps are skipped the weights may be to blame, and the last
-        checkpoint stays."""
+        process was told to. Weights that may be to blame for skipped steps replace no others."""
         ended = self.done >= end
         if ended or (due and not self.skipped):
             self.save()
-        told = [self.told == number for number in (signal.SIGINT, signal.SIGTERM)]
-        interrupted, terminated = M.sum_over_ranks(torch.tensor(told).double()).tolist()
+        told = M.gather([self.told])
         if self.skipped >= SKIPPED:
             why = M.NotFinite(f"loss or gradient was not finite in {self.skipped} steps in a row")
-        elif interrupted:
+        elif signal.SIGINT in told:
             why = KeyboardInterrupt()
-        elif terminated:
+        elif signal.SIGTERM in told:
             why = SystemExit(0)
         if why and not ended:
             self.agreed = True
             raise why
 
     def save(self):
-        """Write state and checkpoint; NotFinite, and nothing is written, where a weight isn't."""
+        """Write state and checkpoint, called by all processes; NotFinite where a weight isn't
+        finite. There is no random state: order and sampling are functions of seed and step."""
         done, self.done = self.done, None  # not tried again where it fails
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
-        if not M.all_finite(trained):
+        trained = trained_in(self.policy)
+        if not M.all_finite(trained.values()):
             raise M.NotFinite("the weights are no longer finite")
-        with data.naming(self.args.out):
-            save_state(self.args, self.policy, self.optimizer, done)
-            if self.rank == 0:
+        moments = whole_state(self.optimizer)
+        if self.rank == 0:
+            state = dict(trained=trained, optimizer=moments, step=done, knobs=self.args.fixed)
+            path = Path(self.args.out, "state.pt")
+            try:  # given a name, torch hides that the disk is full
+                with data.written_beside(path) as beside, open(beside, "wb") as f:
+                    torch.save(state, f)
+            except RuntimeError as e:  # torch's own, behind the OSError that says why
+                raise data.DataError(f"{path} can't be written: {e.__context__ or e}") from e
+            with data.naming(self.args.out):
                 M.save(self.policy, self.processor, self.args.out, keep_adapter=self.keep_adapter)
         self.done = self.saved = done
 
-    def __exit__(self, kind, error, trace):
-        """Where the run ends early, save what is done: but useless weights replace no others, and
-        one of several processes that fails alone can't, the optimiser's state is shared out."""
-        with self.held:  # given back behind this
-            spoilt = self.saved and isinstance(error, M.NotFinite)
-            alone = dist.is_initialized() and not self.agreed
-            if error and not spoilt and not alone and self.done not in (None, self.saved):
-                self.save()
-            if error and self.saved and self.rank == 0:
-                tqdm.write(f"{self.args.out}: saved after step {self.saved}, --resume goes on",
-                           file=sys.stderr)
-            if self.agreed:
-                M.sum_over_ranks(0)  # the other processes wait until it is saved
-                M.close_devices()
+    def end(self, kind, error, trace):
+        """Where the run ends early, save what is done; but useless weights replace no others, and
+        a process that fails alone has but a share of the optimiser's state."""
+        if error is None:
+            return
+        spoilt = self.saved and isinstance(error, M.NotFinite)
+        alone = dist.is_initialized() and not self.agreed
+        if not spoilt and not alone and self.done not in (None, self.saved):
+            self.save()
+        if self.saved and self.rank == 0:
+            tqdm.write(f"{self.args.out}: saved after step {self.saved}, --resume goes on",
+                       file=sys.stderr)
+        if self.agreed:
+            M.meet()  # the other processes wait until it is saved
+            M.close_devices()
 
 
-def resume(args, policy, optimizer):
-    """Put back what --out's state.pt holds -> steps that are done. DataError where that can't be
-    read, or is of another run."""
-    path = os.path.join(args.out, "state.pt")
-    data.expect(os.path.exists(path), f"{args.out}: nothing to resume: there is no state.pt")
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        for name, value in state["knobs"].items():
-            given = args.fixed.get(name)
-            data.expect(given == value,
-                        f"{args.out}: the run to resume had --{name} {value}, not {given}")
-        trained = {name for name, p in policy.named_parameters() if p.requires_grad}
-        data.expect(trained == state["trained"].keys(), f"{path}: the state of another network")
-        policy.load_state_dict(state["trained"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        if dist.is_initialized():
-            optimizer.state.clear()  # a second copy, which nothing reads
-        return int(state["step"])
-    except data.DataError:
-        raise
-    except Exception as e:  # torch raises anything on what it hasn't written
-        raise data.DataError(f"{path}: not the state of such a run ({type(e).__name__})") from e
+def trained_in(policy):
+    """-> {name: parameter} of those that are trained."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def whole_state(optimizer):
+    """The optimiser's state_dict(), of several processes on the first alone. (With the sharded
+    one's own consolidate_state_dict, 13 MB per second, all of a 7B model takes an hour.)"""
+    if not dist.is_initialized():
+        return optimizer.state_dict()
+    optimizer._sync_param_groups(optimizer.param_groups, optimizer.optim.param_groups)
+    own = tree_map_only(torch.Tensor, torch.Tensor.cpu, optimizer.optim.state_dict())
+    shards = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    with M.peers():
+        dist.gather_object(own, shards)
+    if not shards:
+        return None
+    optimizer._all_state_dicts = shards
+    whole = optimizer.state_dict()
+    optimizer._all_state_dicts = []  # not kept in memory until the next time
+    return whole
 
 
 def lines_until(path, done):
     """A log's lines up to step `done`. The last may have been cut short by a kill."""
     kept = []
-    for k, line in enumerate(Path(path).read_text(errors="replace").split("\n")[:-1], 1):
+    for k, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], 1):
         try:
             if json.loads(line)["step"] <= done:
                 kept.append(line + "\n")
         except (ValueError, TypeError, LookupError):
             raise data.DataError(f"{path}, line {k}: expected JSON with a step") from None
     return "".join(kept)
-
-
-def open_run(args, policy, optimizer, rank):
-    """Prepare --out -> the number of steps that are done.
-
-    With --resume the checkpoint's weights and optimiser state are put back, and the logs' later
-    lines dropped: they will be written again. Without, an earlier run is moved aside."""
-    done = resume(args, policy, optimizer) if args.resume else 0
-    seen = M.gather([(done, args.fixed)])  # of all processes
-    data.expect(seen.count(seen[0]) == len(seen),
-                f"{args.out}: the processes see different models, questions or checkpoints; "
-                "machines that share no folder need copies of the same")
-    if rank > 0:
-        return done
-    logs = [os.path.join(args.out, name) for name in ("metrics.jsonl", "completions.jsonl")]
-    if not args.resume and os.path.exists(logs[0]):
-        print(f"{args.out} held an earlier run: moved to {data.move_aside(args.out)}")
-    os.makedirs(args.out, exist_ok=True)
-    data.write_text(os.path.join(args.out, "knobs.json"), json.dumps(vars(args), indent=2))
-    for path in logs:
-        if args.resume and os.path.exists(path):
-            data.write_text(path, lines_until(path, done))
-    return done
 
 
 def log(folder, **figures):
@@ -335,45 +365,26 @@ def log(folder, **figures):
         f.write(json.dumps(figures) + "\n")
 
 
-def save_state(args, policy, optimizer, step):
-    """Write what a resumed run needs; all processes call it, the first writes. There is no random
-    state: the order of the questions and the sampling are functions of seed and step."""
-    if dist.is_initialized():
-        collect(optimizer)
-        if dist.get_rank() > 0:
-            return
-    path = Path(args.out, "state.pt")
-    beside = Path(f"{path}.writing")
-    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    state = dict(trained=trained, optimizer=optimizer.state_dict(), step=step, knobs=args.fixed)
-    if dist.is_initialized():
-        optimizer._all_state_dicts = []  # of `collect`: not kept in memory until the next time
-    try:
-        with open(beside, "wb") as f:  # given a name, torch hides that the disk is full
-            torch.save(state, f)
-        os.replace(beside, path)
-    except RuntimeError as e:  # torch's own, behind the OSError that says why
-        raise data.DataError(f"{path} can't be written: {e.__context__ or e}") from e
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def policy_of(args, records, device, rank):
     """--model, ready to be trained on the records, whose images and questions are checked ->
-    policy, processor, the parameters that are trained (kept in fp32), AdamW."""
+    policy, processor, AdamW on the parameters that are trained, kept in fp32."""
     data.expect(os.path.realpath(args.model) != os.path.realpath(args.out),
                 f"--out {args.out} is the folder of the model itself; name another")
+    texts = [{k: v for k, v in r.items() if k != "path"} for r in records]
+    args.fixed["data (digest of its records)"] = data.digest(json.dumps(texts).encode())
     if rank == 0:
         data.check_images(records)
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
     M.check_texts(processor, records, rewards.question_text)
-    policy, parameters, optimizer = trainable(policy, args)
-    return policy, processor, parameters, optimizer
+    policy, optimizer = trainable(policy, args)
+    return policy, processor, optimizer
 
 
 def trainable(policy, args):
-    """Make LoRA of rank --lora, or every parameter, trainable -> policy, those, AdamW."""
+    """Make LoRA of rank --lora, or every parameter, trainable -> policy, AdamW on those. Of several
+    processes each has the moments of its share of the parameters, updates these and sends them to
+    the others (ZeRO, stage 1; README, Devices, says why not FSDP)."""
     args.fixed["model (digest of its weights)"] = M.weights_digest(policy)
     if args.lora:
         policy = M.add_lora(policy, args.lora, args.seed)
@@ -381,32 +392,11 @@ def trainable(policy, args):
         policy.requires_grad_(True)
     if args.checkpointing:
         M.enable_checkpointing(policy)
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = sharded_adamw(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    return policy, parameters, optimizer
-
-
-def sharded_adamw(parameters, **knobs):
-    """AdamW. Of several processes each keeps the moments of its share of the parameters, updates
-    them and sends them to the others (ZeRO, stage 1; README, Devices, says why not FSDP)."""
-    if not dist.is_initialized():
-        return AdamW(parameters, **knobs)
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # a second to import
-    return ZeroRedundancyOptimizer(parameters, AdamW, **knobs)
-
-
-def collect(optimizer):
-    """What ZeroRedundancyOptimizer.consolidate_state_dict does, after which the first process's
-    state_dict() is whole. That one sends byte by byte, some 13 MB per second: minutes for a 3B
-    model's LoRA, an hour for all of a 7B."""
-    optimizer._sync_param_groups(optimizer.param_groups, optimizer.optim.param_groups)
-    own = optimizer.optim.state_dict()
-    own["state"] = {k: {name: x.cpu() for name, x in state.items()}
-                    for k, state in own["state"].items()}
-    shards = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    with M.peers():
-        dist.gather_object(own, shards)
-    optimizer._all_state_dicts = shards or []
+    trained, adamw = list(trained_in(policy).values()), AdamW
+    if dist.is_initialized():
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # a second to import
+        adamw = functools.partial(ZeroRedundancyOptimizer, optimizer_class=AdamW)
+    return policy, adamw(trained, lr=args.lr, weight_decay=args.weight_decay)
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -424,8 +414,8 @@ def epoch_order(n, epoch, seed):
 
 
 def held_out_questions(args):
-    """--eval_questions records of split "val", or of "test" where there is no "val", to look at
-    while a run goes on."""
+    """--eval_questions records of split "val" or, without any, "test", to evaluate a run on while
+    it goes on."""
     if not args.eval_every:
         return []
     records = data.read_records(args.data, None, args.only, args.thinking)
@@ -449,102 +439,90 @@ def sft_loss(logp, mask, tokens_in_batch):
 
 # From think-then-answer targets alone a random network learns neither to name an option by its
 # letter nor to see: the few tokens that matter drown among the others. Real base models can do
-# both; the tiny base is taught letters, then some seeing.
+# both; the tiny one is taught letters, then some seeing.
 
-LETTER_STAGES = (        # names to choose from, positions left free before the answers at most
+LETTER_STAGES = (  # names to choose from, positions left free before the answers at most
     (4, 0), (8, 0), (16, 0), (32, 0), (100, 0), (100, 8), (100, 16), (100, 32), (100, 64), (100, 0))
-LETTER_OWN = 16          # names from which on half of the prompts have a record's own options
-LETTER_SOLVED = 0.75     # mean probability of the right letter at which the next stage begins
-LETTER_FULL = 0.95       # and at which the last, in full prompts, ends
-LETTER_BATCH = 16        # prompts per step
-LETTER_STEPS = 3000      # at most, of all stages
-WORDING_EVERY = 4        # steps of letters between batches of how thoughts are worded
+LETTER_OWN = 16  # names from which on half of the prompts have a record's own options
+LETTER_SOLVED = 0.75  # mean probability of the right letter at which the next stage begins
+LETTER_FULL = 0.95  # and at which the last, in full prompts, ends
+LETTER_BATCH = 16  # prompts per step
+LETTER_STEPS = 3000  # at most, of all stages
+WORDING_EVERY = 4  # steps of letters between batches of how thoughts are worded
 EYE_STEPS = 300
-EYE_BATCH = 48           # images per step
-READ_STEPS = 400         # the more, the better the base sees
-READ_BATCH = 32          # images per step
-BASE_IMAGES = 1500       # phantoms to learn from
+EYE_BATCH = 48  # images per step
+READ_STEPS = 400  # the more, the better the base sees
+READ_BATCH = 32
+BASE_IMAGES = 1500  # phantoms to learn from
 BASE_LR = 1e-3
-LIKENESS = 1.5           # factor on the first keys and queries, see attend_to_the_same
+LIKENESS = 1.5  # factor on the first keys and queries, see attend_to_the_same
 
 
-def groups_of_four(processor, texts, letter):
-    """4n texts -> tokens, mask (n, 4, T), mask of each text's `letter`-th token from its end."""
-    tokens, mask = M.encode_completions(processor, texts)                # (4n, 1, T)
-    shape = -1, 4, tokens.shape[-1]
-    tokens, mask = tokens.view(shape), mask.view(shape)
-    place = mask.sum(-1, keepdim=True) - letter                          # (n, 4, 1)
-    return tokens, mask, torch.zeros_like(mask).scatter(-1, place, True)
-
-
-def letter_question(names, records, full, rng):
-    """Four options -> a prompt, what its answers open with, and the answers: an option's name,
-    then its letter.
-
-    The options are any of `names` or, if those are many, by turns a record's own. The answers are
-    "cystB" or "cyst.</think><answer>B" by turns: the shorter the way from name to letter, the
-    easier it is found. `full`: the prompt is the record's question, and the answers end its
-    thought."""
-    record = rng.choice(records)
-    own = len(names) >= LETTER_OWN and rng.random() < 0.5
-    options = record["options"] if own else rng.choice(names, 4, replace=False).tolist()
-    prompt, opening = rewards.options_text(options).rstrip(), ""
-    between = rng.choice(["", ".</think><answer>"])
-    if full:
-        prompt = rewards.question_text(dict(record, options=options))
-        thought = record["thought"].removesuffix(f" {rewards.right_option(record)}.")
-        sentences = thought.split(". ")
-        opening = "<think>" + ". ".join(sentences[rng.integers(len(sentences)):])
-        between = ".</think><answer>"
-    answers = [f" {x}{between}{letter}" for x, letter in zip(options, "ABCD", strict=True)]
-    return prompt, opening, answers
-
-
-def letter_batch(processor, names, skip, records, full, rng, n):
-    """n such prompts with their answers -> batch, tokens (n, 4, T), mask of the letters alone.
-
-    A prompt's answers don't see each other, so no letter is guessed by elimination. Up to `skip`
-    positions before them are left free, so that the distance doesn't matter."""
-    lessons = [letter_question(names, records, full, rng) for _ in range(n)]
+def lesson_batch(processor, lessons, images, place):
+    """n lessons (a prompt, what its answers open with, four answers), the image of each or None ->
+    batch, tokens, mask (n, 4, T), mask of the letters alone, the `place`-th tokens from the end. A
+    prompt's answers don't see each other: none is guessed by elimination."""
     prompts, openings, answers = zip(*lessons, strict=True)
-    tokens, _, letters = groups_of_four(processor, sum(answers, []), 2)  # letter, stop token
-    batch = M.tensors(processor, prompts, [None] * n, openings=openings)
+    targets = M.encode_completions(processor, sum(answers, []))  # (4n, 1, T) each
+    tokens, mask = (x.view(len(lessons), 4, -1) for x in targets)
+    letters = torch.zeros_like(mask).scatter(-1, mask.sum(-1, keepdim=True) - place, True)
+    return M.tensors(processor, prompts, images, openings=openings), tokens, mask, letters
+
+
+def unfinished(record):
+    """A phantom's thought up to the answer in its last words."""
+    return record["thought"].removesuffix(f"{rewards.right_option(record)}.")
+
+
+def letter_batch(processor, names, skip, records, full, rng, n=LETTER_BATCH):
+    """A lesson_batch whose answers are an option's name, then its letter: "cystB" or, by turns,
+    "cyst.</think><answer>B", as a short way is found more easily. The options are any of `names`
+    or, if those are many, by turns a record's own. Up to `skip` positions before the answers are
+    left free: the distance shall not matter. `full`: the answers end a thought on the record's
+    question."""
+    lessons = []
+    for _ in range(n):
+        record = rng.choice(records)
+        own = len(names) >= LETTER_OWN and rng.random() < 0.5
+        options = record["options"] if own else rng.choice(names, 4, replace=False).tolist()
+        prompt, opening = rewards.options_text(options).rstrip(), ""
+        between = rng.choice(["", ".</think><answer>"])
+        if full:
+            prompt = rewards.question_text(dict(record, options=options))
+            sentences = unfinished(record).rstrip().split(". ")
+            opening = "<think>" + ". ".join(sentences[rng.integers(len(sentences)):])
+            between = ".</think><answer>"
+        answers = [f" {x}{between}{letter}" for x, letter in zip(options, "ABCD", strict=True)]
+        lessons.append((prompt, opening, answers))
+    batch, *rest = lesson_batch(processor, lessons, [None] * n, place=2)  # letter, stop token
     batch["skip"] = torch.from_numpy(rng.integers(0, skip + 1, n))
-    return batch, tokens, letters
+    return batch, *rest
 
 
-def blind_batch(processor, records, images, rng, n=8):
-    """n records behind any of the images, each with four gold completions, one for each option:
-    they teach how thoughts are worded and which letter follows, but nothing of images.
-    -> batch, tokens (n, 4, T), mask, mask of the letters alone."""
-    chosen = [records[i] for i in rng.choice(len(records), n)]
-    completions = []
-    for r in chosen:
-        thought = r["thought"].removesuffix(f"{rewards.right_option(r)}.")
-        for x, letter in zip(r["options"], "ABCD", strict=True):
-            variant = dict(r, thought=f"{thought}{x}.", answer=letter)
-            completions.append(rewards.answer_text(variant))
-    tokens, mask, letters = groups_of_four(processor, completions, 3)    # letter, </answer>, stop
+def wording_batch(processor, records, images, rng, n=8):
+    """A lesson_batch of records behind any of the images, a gold completion for every option: how
+    thoughts are worded and which letter follows, but nothing of images."""
+    lessons = []
+    for i in rng.choice(len(records), n):
+        answers = []
+        for option, letter in zip(records[i]["options"], "ABCD", strict=True):
+            variant = dict(thought=f"{unfinished(records[i])}{option}.", answer=letter)
+            answers.append(rewards.answer_text(records[i] | variant))
+        lessons.append((rewards.question_text(records[i]), "", answers))
     others = [images[i] for i in rng.integers(0, len(images), n)]
-    batch = M.tensors(processor, [rewards.question_text(r) for r in chosen], others)
-    return batch, tokens, mask, letters
+    return lesson_batch(processor, lessons, others, place=3)  # letter, </answer>, stop token
 
 
 def base_phantoms(seed):
-    """Phantoms of a seed of their own, none of them in train or test -> images, uint8
-    (112, 112, 3), their facts (see data.draw_phantom), and the records of all of them."""
+    """Phantoms of a seed of their own, none in train or test -> images, uint8 (112, 112, 3), their
+    facts (see data.draw_phantom), and the records of all."""
     images, facts, records = [], [], []
-    rng = np.random.default_rng([seed, 1, 1])
-    decks = defaultdict(list)
+    rng, rounds = np.random.default_rng([seed, 1, 1]), defaultdict(list)
     for i in tqdm(range(BASE_IMAGES), desc="base: images", unit="image"):
-        lesion = None
-        if rng.random() < 2 / 3:
-            lesion = str(rng.choice(list(data.STYLES))), str(rng.choice(data.LOCATIONS))
-        modality, anatomy = data.PAIRS[i % len(data.PAIRS)]
-        pixels, truth = data.draw_phantom(rng, modality, anatomy, lesion)
+        pixels, truth = data.phantom_of_turn(rng, i, lesion_rate=2 / 3)
         images.append(pixels)
         facts.append(truth)
-        records += data.phantom_records(truth, rng, f"base-{i}", "none.png", rounds=decks)
+        records += data.phantom_records(truth, rng, f"base-{i}", "none.png", rounds=rounds)
     return images, facts, records
 
 
@@ -558,38 +536,36 @@ def descend(optimizer, loss, k, lr=BASE_LR):
 
 
 def learn_letters(net, processor, names, records, rng):
-    """Name an option by its letter: LETTER_STAGES, one after the other as each is solved. Every
-    few steps also how thoughts are worded."""
+    """Name an option by its letter, one of LETTER_STAGES after the other; now and then also how
+    thoughts are worded."""
     optimizer = AdamW(net.parameters())
     stage, right = 0, 0.25
     bar = tqdm(range(LETTER_STEPS), desc="base: letters", unit="step")
     for k in bar:
         n, skip = LETTER_STAGES[stage]
         full = stage == len(LETTER_STAGES) - 1
-        batch, tokens, letters = letter_batch(processor, names[:n], skip, records, full, rng,
-                                              LETTER_BATCH)
+        batch, tokens, _, letters = letter_batch(processor, names[:n], skip, records, full, rng)
         logp = M.token_logprobs(net, batch, tokens, letters)[letters]
         loss = -logp.mean()
         if k % WORDING_EVERY == 0:
-            batch, tokens, mask, _ = blind_batch(processor, records, [None], rng)
+            batch, tokens, mask, _ = wording_batch(processor, records, [None], rng)
             loss = loss - M.token_logprobs(net, batch, tokens, mask)[mask].mean()
         descend(optimizer, loss, k)
-        right += 0.1 * (logp.detach().exp().mean().item() - right)       # a running mean
+        right += 0.1 * (logp.detach().exp().mean().item() - right)  # a running mean
         bar.set_postfix(stage=f"{stage + 1}/{len(LETTER_STAGES)}", right=f"{right:.2f}")
         if right > (LETTER_FULL if full else LETTER_SOLVED):
             stage, right = stage + 1, 0.25
         if stage == len(LETTER_STAGES):
             break
-    bar.close()
 
 
 def open_eyes(net, images, facts, rng):
-    """Train the vision tower alone, under linear heads that are thrown away: the mean of its
-    tokens tells modality and organ, each token the style of the lesion it shows, if any."""
+    """Train the vision tower alone, under linear heads that are thrown away: its mean token tells
+    modality and organ, each token the style of the lesion it shows, if any."""
     vision = net.config.vision_config
     side = data.SIZE // (vision.patch_size * vision.spatial_merge_size)  # tokens
-    places = (torch.arange(side) + 0.5) / side                           # as fractions of the side
-    styles = torch.zeros(len(facts), side, side, dtype=torch.long)       # 0: no lesion
+    places = (torch.arange(side) + 0.5) / side  # as fractions of the side
+    styles = torch.zeros(len(facts), side, side, dtype=torch.long)  # 0: no lesion
     for shown, f in zip(styles, facts, strict=True):
         if f["lesion"]:
             x, y = data.CENTERS[f["location"]]
@@ -598,14 +574,13 @@ def open_eyes(net, images, facts, rng):
     pairs = torch.tensor([data.PAIRS.index((f["modality"], f["anatomy"])) for f in facts])
     pair_head = torch.nn.Linear(vision.out_hidden_size, len(data.PAIRS))
     style_head = torch.nn.Linear(vision.out_hidden_size, 1 + len(data.STYLES))
-    parameters = [p for m in (net.model.visual, pair_head, style_head) for p in m.parameters()]
-    optimizer = AdamW(parameters)
+    trained = torch.nn.ModuleList([net.model.visual, pair_head, style_head])
+    optimizer = AdamW(trained.parameters())
     for k in tqdm(range(EYE_STEPS), desc="base: eyes", unit="step"):
         chosen = rng.integers(0, len(images), EYE_BATCH)
-        patches = torch.cat([images[i][0] for i in chosen])
-        grids = torch.cat([images[i][1] for i in chosen])
-        seen = net.model.get_image_features(patches, grids).pooler_output
-        seen = torch.stack(list(seen))                                   # (n, side * side, d)
+        patches, grids = zip(*[images[i] for i in chosen], strict=True)
+        seen = net.model.get_image_features(torch.cat(patches), torch.cat(grids)).pooler_output
+        seen = torch.stack(list(seen))  # (n, side * side, d)
         pair_loss = cross_entropy(pair_head(seen.mean(1)), pairs[chosen])
         style_loss = cross_entropy(style_head(seen).flatten(0, 1), styles[chosen].flatten())
         descend(optimizer, pair_loss + 4 * style_loss, k, 2 * BASE_LR)
@@ -613,36 +588,35 @@ def open_eyes(net, images, facts, rng):
 
 def learn_to_read(net, processor, records, images, facts, rng):
     """Say in three words what the eyes see, where every token counts; every other step also
-    wording and letters, behind other images."""
+    wording and letters."""
     optimizer = AdamW(net.parameters())
-    captions = {}  # of the images with a lesion, say " blob Left Upper"
-    for i, f in enumerate(facts):
-        if f["lesion"]:
-            captions[i] = f" {data.STYLES[f['style']].split()[-1]} {f['location']}"
+    captions = {i: f" {data.STYLES[f['style']].split()[-1]} {f['location']}"
+                for i, f in enumerate(facts) if f["lesion"]}  # say " blob Left Upper"
     for k in tqdm(range(READ_STEPS), desc="base: reading", unit="step"):
         chosen = rng.choice(list(captions), READ_BATCH, replace=False)
         tokens, mask = M.encode_completions(processor, [captions[i] for i in chosen])
         batch = M.tensors(processor, ["See."] * READ_BATCH, [images[i] for i in chosen])
         loss = -3 * M.token_logprobs(net, batch, tokens, mask)[mask].mean()
         if k % 2 == 1:
-            batch, tokens, mask, letters = blind_batch(processor, records, images, rng)
+            batch, tokens, mask, letters = wording_batch(processor, records, images, rng)
             logp = M.token_logprobs(net, batch, tokens, mask)
             loss = loss - logp[letters].mean() - logp[mask].mean()
         descend(optimizer, loss, k)
 
 
+@torch.no_grad()
 def attend_to_the_same(net):
-    """Start the language model's queries equal to its keys, and both larger: a token then attends
-    to earlier tokens like itself, half of finding an option's name among the options. From the
-    usual start some seeds need three times the steps or never get there (compare Trockman and
-    Kolter 2023, Mimetic Initialization of Self-Attention Layers)."""
+    """Start the queries equal to the keys, and both larger: a token then attends to earlier tokens
+    like itself, half of finding an option's name. From the usual start some seeds need three times
+    the steps or never get there (compare Trockman and Kolter 2023, Mimetic Initialization of
+    Self-Attention Layers)."""
     for layer in net.model.language_model.layers:
         attention = layer.self_attn
-        heads_per_key = attention.num_key_value_groups
-        with torch.no_grad():
-            k = attention.k_proj.weight.mul_(LIKENESS)                   # (h*d, D)
-            k = k.view(-1, attention.head_dim, k.shape[1])               # (h, d, D)
-            attention.q_proj.weight.copy_(k.repeat_interleave(heads_per_key, 0).flatten(0, 1))
+        k = attention.k_proj.weight.mul_(LIKENESS)
+        k = k.unflatten(0, (-1, attention.head_dim))  # (h, d, D)
+        q = k.repeat_interleave(attention.num_key_value_groups, 0)
+        attention.q_proj.weight.copy_(q.flatten(0, 1))
+
 
 # The tiny Qwen2.5-VL: 1.1 M parameters, the real architecture in small.
 TINY_TEXT = dict(
@@ -650,20 +624,19 @@ TINY_TEXT = dict(
     num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6, initializer_range=0.05,
     rope_parameters=dict(rope_type="default", rope_theta=1000000.0, mrope_section=[4, 6, 6]))
 TINY_VISION = dict(
-    depth=2, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=14,
-    spatial_merge_size=2, temporal_patch_size=2, window_size=112, out_hidden_size=128,
+    depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128,
     fullatt_block_indexes=[1], initializer_range=0.05)
-TINY_VOCABULARY = 1000  # tokens at most, special ones included: every word of the phantoms is one
+TINY_WORDS = 988  # tokens learned at most: every word of the phantoms is one
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
                   "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 TAG_TOKENS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, as in Qwen3
 CHAT_TEMPLATE = (  # Qwen2.5-VL's turns, for one image and text
     "{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}"
+    "<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -671,42 +644,39 @@ CHAT_TEMPLATE = (  # Qwen2.5-VL's turns, for one image and text
 
 def tiny_tokenizer(texts, names):
     """A byte-level BPE tokenizer trained on `texts`. Each of `names` is one token, where Qwen's own
-    tokenizer cuts between words: a network this small finds a name by its first token, and does not
-    always learn to tell "Left Upper" from "Left Lower" by the second."""
+    cuts between words: a network this small finds a name by its first token, and does not always
+    learn to tell "Left Upper" from "Left Lower" by the second."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     longest_first = sorted(names, key=len, reverse=True)
     pieces = [rf" ?{re.escape(name)}(?!\w)" for name in longest_first]
     pieces += [r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+", r"\s+(?!\S)", r"\s+"]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex("|".join(pieces)), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex("|".join(pieces)), "isolated"), to_bytes])
     bpe.decoder = decoders.ByteLevel()
-    learned = TINY_VOCABULARY - len(SPECIAL_TOKENS + TAG_TOKENS)
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=learned, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+        vocab_size=TINY_WORDS, initial_alphabet=to_bytes.alphabet(), show_progress=False))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        padding_side="left")
+        padding_side="left", chat_template=CHAT_TEMPLATE)
     tokenizer.add_tokens(SPECIAL_TOKENS, special_tokens=True)
     tokenizer.add_tokens(TAG_TOKENS)
-    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def build_tiny(texts, names=(), *, image_size, seed=0):
     """A tiny Qwen2.5-VL with random weights and its tokenizer -> (model, Processor)."""
     tokenizer = tiny_tokenizer(texts, names)
+    token = tokenizer.convert_tokens_to_ids
     text = dict(TINY_TEXT, vocab_size=len(tokenizer), bos_token_id=None,
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     config = transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=dict(TINY_VISION), tie_word_embeddings=True,
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"))
+        text_config=text, vision_config=TINY_VISION, tie_word_embeddings=True,
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"))
     torch.manual_seed(seed)
     net = transformers.Qwen2_5_VLForConditionalGeneration(config).float().eval()
     net.set_attn_implementation(M.ATTENTION)
@@ -720,10 +690,9 @@ def make_base(folder, seed):
     texts = [f"{rewards.question_text(r)} {rewards.answer_text(r)}" for r in records]
     names = sorted({option for r in records for option in r["options"]})
     net, processor = build_tiny(texts, names, image_size=data.SIZE, seed=seed)
-    images = []
-    for x in pixels:
-        out = processor.image_processor(images=[x], return_tensors="pt")
-        images.append((out["pixel_values"], out["image_grid_thw"]))
+    out = processor.image_processor(images=pixels, return_tensors="pt")
+    patches, grids = (out[x].chunk(len(pixels)) for x in ("pixel_values", "image_grid_thw"))
+    images = list(zip(patches, grids, strict=True))
     attend_to_the_same(net)
     rng = np.random.default_rng([seed, 2])
     learn_letters(net, processor, rng.permutation(names), records, rng)
@@ -734,9 +703,8 @@ def make_base(folder, seed):
 
 def prepare_tiny(args, rank):
     """Phantoms and base under ROOT, made once -> base folder, file of records."""
-    phantoms = os.path.join(args.root, "phantoms")
-    base = os.path.join(args.root, "tiny-base")
-    made = Path(base, "base.json")  # written last: what the base depends on
+    phantoms, base = Path(args.root, "phantoms"), Path(args.root, "tiny-base")
+    made = base / "base.json"  # written last: what the base depends on
     recipe = json.dumps(dict(
         seed=args.seed, likeness=LIKENESS,
         letters=[LETTER_STAGES, LETTER_OWN, LETTER_SOLVED, LETTER_FULL, LETTER_STEPS],
@@ -749,8 +717,8 @@ def prepare_tiny(args, rank):
                 data.write_text(made, recipe)
         data.expect(made.read_text() == recipe, f"{base} was made with another seed or recipe: "
                                                 "remove it, or name another --root")
-    M.sum_over_ranks(0)  # the other processes wait here
-    return base, os.path.join(phantoms, "phantoms.jsonl")
+    M.meet()  # the other processes wait here
+    return str(base), str(phantoms / "phantoms.jsonl")
 
 # ---- the loop ------------------------------------------------------------------------------------
 
@@ -758,8 +726,8 @@ def held_out_accuracy(policy, processor, records, judge, max_new_tokens):
     """Greedy accuracy on this process's share of the held-out questions, over all processes."""
     rows = evaluation.evaluate(policy, processor, records, judge, max_new_tokens=max_new_tokens,
                                progress=False)
-    right = M.sum_over_ranks(sum(row["acc"] for row in rows))
-    return right / max(1, M.sum_over_ranks(len(rows)))
+    right = M.gather([row["acc"] for row in rows])
+    return sum(right) / len(right)
 
 
 def main(argv=None):
@@ -791,24 +759,23 @@ def train(run, argv):
                 f"--batch {args.batch}: expected at least one question for each of the {world} "
                 f"processes ({len(records)} questions in all)")
 
-    policy, processor, parameters, optimizer = policy_of(args, records, device, rank)
+    policy, processor, optimizer = policy_of(args, records, device, rank)
     M.check_texts(processor, records, rewards.answer_text)
     epoch_steps = max(1, len(records) // args.batch)
     steps = math.ceil(args.epochs * epoch_steps)
-    start = run.open(args, policy, processor, optimizer, records, rank)
+    start = run.open(args, policy, processor, optimizer, rank)
     end = min(steps, args.max_steps or steps)
 
     bar = tqdm(range(start, end), initial=start, total=end, desc="sft", unit="step",
                disable=rank > 0)
     for step in bar:
         began = time.perf_counter()
-        done = step + 1  # steps, when this one is
 
-        # This step's questions: the same global batch whatever the number of processes, of which
-        # each takes every world-th.
-        order = epoch_order(len(records), step // epoch_steps, args.seed)
-        first = step % epoch_steps * args.batch
-        mine = [records[i] for i in order[first:first + args.batch]][rank::world]
+        # This step's questions: the same whatever the number of processes, of which each takes
+        # every world-th.
+        epoch, place = divmod(step, epoch_steps)
+        order = epoch_order(len(records), epoch, args.seed)[place * args.batch:][:args.batch]
+        mine = [records[i] for i in order[rank::world]]
         targets = [rewards.answer_text(r) for r in mine]
         tokens, mask = M.encode_completions(processor, targets, device)  # (n, 1, T)
         total = M.sum_over_ranks(int(mask.sum()))
@@ -822,17 +789,10 @@ def train(run, argv):
             loss = sft_loss(logp, mask[rows], total)
             loss.backward()
             loss_sum += loss.item()
-        M.sum_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
-        lr = learning_rate(step, steps, args.lr, args.warmup)
-        optimizer.param_groups[0]["lr"] = lr
-        loss = M.sum_over_ranks(loss_sum)
-        skipped = run.step(loss, norm)
-        optimizer.zero_grad()
-        run.done = done
+        figures = run.step(loss_sum, learning_rate(step, steps, args.lr, args.warmup))
+        figures |= dict(tokens=total, seconds=time.perf_counter() - began)
+        done = run.done = step + 1
 
-        figures = dict(loss=loss, lr=lr, grad_norm=norm, skipped=skipped, tokens=int(total),
-                       seconds=time.perf_counter() - began)
         if args.eval_every and done % args.eval_every == 0:
             limit = 80 if args.preset == "tiny" else 512  # tokens
             figures["held_out_accuracy"] = held_out_accuracy(policy, processor, held_out,

@@ -120,7 +120,7 @@ def ours(a):
         ends.append((time.perf_counter(), figures))
         log(out, **figures)
     network, M.load, sft.log = None, loading, logging
-    M.save = sft.save_state = lambda *args, **kwargs: None
+    sft.Run.save = lambda run: None
     grpo.main(["--model", a.folder, "--data", f"{a.folder}/records.jsonl", "--out", f"{a.folder}/run-{os.getpid()}", "--preset",
                "tiny", "--no-drop_no_spread",
                "--batch", str(a.questions * a.G), "--G", str(a.G), "--max_new_tokens", str(a.tokens), "--beta", "0.04",

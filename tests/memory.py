@@ -44,7 +44,7 @@ def peaks(stage, lora, checkpointing, N, G, T, size, vocabulary):
     net = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**config)).eval()
     net.set_attn_implementation(M.ATTENTION)
     knobs = argparse.Namespace(lora=lora, seed=0, checkpointing=bool(checkpointing), lr=1e-4, weight_decay=0.0, fixed={})
-    policy, parameters, optimizer = sft.trainable(net, knobs)
+    policy, optimizer = sft.trainable(net, knobs)
     image = processor.image_processor(images=[data.Image.new("RGB", (size, size))], return_tensors="pt")
     image = image["pixel_values"], image["image_grid_thw"]
     batch = M.tensors(processor, ["a b " * 20] * N, [image] * N)

@@ -29,8 +29,9 @@ def needs(net, **knobs):
 def test_weights_and_moments_are_counted_to_the_byte(world):
     """Counted without weights: as many bytes as the loaded network, its adapter and AdamW's moments really have."""
     for lora in (0, 4):
-        policy, parameters, optimizer = sft.trainable(copy.deepcopy(world.net), sft.argparse.Namespace(
+        policy, optimizer = sft.trainable(copy.deepcopy(world.net), sft.argparse.Namespace(
             lora=lora, seed=0, checkpointing=False, lr=1e-3, weight_decay=0.0, fixed={}))
+        parameters = optimizer.param_groups[0]["params"]
         for p in parameters:
             p.grad = torch.zeros_like(p)
         optimizer.step()

@@ -197,8 +197,8 @@ def test_a_step_that_is_not_finite_is_skipped(stage, world, toy, monkeypatch, tm
     """One bad gradient moves neither weights nor moments, is counted, and the run goes on to a finite end."""
     main = faults.STAGES[stage].main
     spoil_steps(monkeypatch, {2})
-    kept, save_state = {}, sft.save_state
-    monkeypatch.setattr(sft, "save_state", lambda *args: save_state(*args) or kept.update({args[3]: state_of(tmp_path / "x")}))
+    kept, save = {}, sft.Run.save
+    monkeypatch.setattr(sft.Run, "save", lambda run: save(run) or kept.update({run.saved: state_of(tmp_path / "x")}))
     main(flags_of(world, tmp_path / "x", "--max_steps", "4", stage=stage))
     assert [line["skipped"] for line in lines_of(tmp_path / "x")] == [0, 1, 0, 0]
     assert "NaN" not in (tmp_path / "x" / "metrics.jsonl").read_text()
@@ -440,7 +440,7 @@ def test_the_last_checkpoint_survives_a_full_disk(world, monkeypatch, tmp_path, 
         real(state, f)
     monkeypatch.setattr(torch, "save", full)
     code, (told, error) = run(flags_of(world, tmp_path / "x"), capsys)
-    assert code == 2 and "saved after step 2" in told and error == f"error: {tmp_path}/x: No space left on device"
+    assert code == 2 and "saved after step 2" in told and error == f"error: {tmp_path}/x/state.pt: No space left on device"
     state, net = state_of(tmp_path / "x"), M.load(str(tmp_path / "x"))[0]
     assert state["step"] == 2 and all(torch.equal(p, state["trained"][name]) for name, p in net.named_parameters())
     assert not (tmp_path / "x" / "state.pt.writing").exists()

@@ -219,10 +219,7 @@ def test_the_base_is_made_of_phantoms_of_its_own():
     assert {r["task"] for r in records} == set(data.TASKS) and all(r["thought"] for r in records)
     for i in (0, 1, 2):
         rng = np.random.default_rng([0, i])
-        lesion = None
-        if rng.random() < data.LESION_RATE:
-            lesion = str(rng.choice(list(data.STYLES))), str(rng.choice(data.LOCATIONS))
-        drawn = data.draw_phantom(rng, *data.PAIRS[i % len(data.PAIRS)], lesion)[0]
+        drawn = data.phantom_of_turn(rng, i)[0]
         assert not any(np.array_equal(drawn, x) for x in sft_images[i::len(data.PAIRS)])
 
 
@@ -341,7 +338,7 @@ def test_a_lesson_of_letters_asks_for_the_right_letter_and_nothing_else(full, wo
     loss sees; in full prompts, they go on with a record's thought where it concludes."""
     names = np.array(sorted({x for r in world.records for x in r["options"]}))
     rng = np.random.default_rng(0)
-    batch, tokens, letters = sft.letter_batch(world.processor, names, 5, world.records, full, rng, 12)
+    batch, tokens, _, letters = sft.letter_batch(world.processor, names, 5, world.records, full, rng, 12)
     assert tokens.shape[:2] == (12, 4) and letters.sum(-1).eq(1).all() and batch["skip"].max() <= 5
     read = world.processor.tokenizer.decode
     for prompt, mask, group, marked in zip(batch["input_ids"], batch["attention_mask"], tokens, letters, strict=True):
@@ -370,7 +367,7 @@ def test_half_of_the_lessons_have_the_options_of_a_record(world):
 def test_lessons_of_wording_conclude_on_every_option_behind_another_image(world):
     """Four gold completions a record, one for each option, well formed and consistent, so that no image tells the answer."""
     images = [M.image_patches(world.processor, r) for r in world.mixed[:2]]
-    batch, tokens, mask, letters = sft.blind_batch(world.processor, world.records, images, np.random.default_rng(0), 6)
+    batch, tokens, mask, letters = sft.wording_batch(world.processor, world.records, images, np.random.default_rng(0), 6)
     texts = M.decode(world.processor, tokens, mask)
     read = world.processor.tokenizer.decode
     judge = make_judge("lexical")
