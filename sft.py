@@ -780,7 +780,7 @@ def train(run, argv):
         tokens, mask = M.encode_completions(processor, targets, device)  # (n, 1, T)
         total = M.sum_over_ranks(int(mask.sum()))
 
-        # Eq. (1), and one optimiser step.
+        # Eq. (1), and one optimiser step: gradients summed over the processes, clipped, AdamW.
         loss_sum = 0.0
         for i in range(0, len(mine), args.micro_batch):
             rows = slice(i, i + args.micro_batch)
