@@ -7,16 +7,16 @@ the end of this file reads in that order: rollout, rewards, advantages, update.
 
 With --ratio old and one update per rollout (the tiny preset) the ratio of Eq. (8) is 1 and the clip
 never acts: the step is then REINFORCE with the group's mean as baseline and a KL term. With --ratio
-sft, as the paper prints it (the paper preset), a token is pushed no further once its probability is
-more than eps from pi_SFT's.
+sft, as the paper prints it (the paper preset), a token is pushed up no further once its probability
+is 1 + eps times pi_SFT's, and down no further from 1 - eps times on.
 
     torchrun grpo.py                                        # the phantoms: out/sft to out/grpo
     torchrun --nproc_per_node=8 grpo.py --model out/sft --data medad38k/medad38k.jsonl
-    python grpo.py --model out/tiny-base --out out/rl-only  # Table 2's RL-only (Med-R1's way)
-    python grpo.py --weights 0 1 0                          # Table 2's Acc-only; 0 0 1: Con-only
+    python grpo.py --model out/tiny-base --out out/rl-only  # Table 2's RL-only, without SFT
+    python grpo.py --weights 0 1 0 --out out/acc-only       # its Acc-only; 0 0 1: Con-only
 
 Left out on purpose: a value network (the group's mean is the baseline), a replay buffer, sampling
-ahead of the update, other clip ranges above than below.
+ahead of the update, asymmetric clipping.
 """
 import contextlib
 import copy
@@ -54,7 +54,7 @@ KNOBS = dict(
     drop_no_spread=Knob(bool, True, False, "leave groups whose rewards are all alike out of "
                         "reference and update (see group_spread)"),
     oversample=Knob(float, 1.0, 1.0, "questions sampled for each that is trained on, where "
-                    "groups may be dropped"),
+                    "groups may be dropped; groups with spread beyond the batch are dropped too"),
     max_new_tokens=Knob(int, 80, 512, "tokens at which a completion is cut off", positive=True),
     temperature=Knob(float, 1.0, 1.0, "of the sampling; log-probabilities are those of the same "
                      "distribution", positive=True),
@@ -115,8 +115,8 @@ def group_spread(rewards):
     """rewards (N, G) -> (N,) bool: whether a group's rewards differ.
 
     Where they don't, every advantage of Eq. (7) is 0, and of the group's part of Eq. (8) only the
-    KL penalty is left. --drop_no_spread leaves that out too: Eq. (8)'s mean is then over the groups
-    with spread, and neither the reference nor the update has to read the others."""
+    KL penalty is left. --drop_no_spread drops such groups with their penalty: Eq. (8)'s mean is
+    then over the groups with spread, and neither reference nor update has to read the others."""
     return rewards.max(1).values - rewards.min(1).values > 1e-6          # (N,)
 
 
@@ -125,8 +125,9 @@ def kl_divergence(logp, ref_logp, kind="k3"):
     (B, T) and (B, T) -> (B, T).
 
     k1 = log(pi/ref), k2 = k1^2 / 2, k3 = ref/pi - 1 + log(pi/ref). k1 and k3 are unbiased as
-    values. As a term of the loss only k2's gradient is the reverse KL's; k3's is the forward KL's
-    (to first order the same); k1's has mean zero."""
+    values. As a term of the loss, and of each token by itself, only k2's gradient is the reverse
+    KL's; k3's is the forward KL's, which is nearly the same where pi is near ref; k1's has mean
+    zero."""
     log_ratio = logp - ref_logp                                          # (B, T)
     if kind == "k1":
         return log_ratio
@@ -143,15 +144,16 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
 
     logp, old_logp, ref_logp (B, T) float32; mask (B, T) bool; advantages (B,). The ratio r_t is
     pi_theta / pi_SFT where old_logp is ref_logp (the paper), and pi_theta / pi_old where it is the
-    sampling policy's. The KL is estimated at each token, hence our brackets; the paper has none.
+    sampling policy's. The KL is estimated at each token (kl_divergence), hence our brackets; the
+    paper has none.
 
     loss_norm: "sum" mean over B of the sum over t (Eq. 8); "sequence" mean over t, then over B
     (Shao et al.); "token" mean over all tokens; "constant" sum over t divided by max_tokens, then
     mean over B (Dr. GRPO). total: the global batch's B (for "token": its tokens) where this is a
     micro-batch of it, so that the losses of micro-batches and ranks add up. metrics: means over
     the tokens."""
-    # where, not a product, and before exp: at padding r may be inf, and 0 * inf is nan, also in
-    # the backward pass
+    # torch.where, not a product with the mask, and before exp: at padding r may be inf, and 0 * inf
+    # is nan, also in the backward pass
     log_r = torch.where(mask, logp - old_logp, 0.0)                      # (B, T)
     r = torch.exp(log_r)                                                 # (B, T)
     A = advantages[:, None]                                              # (B, 1)
@@ -178,11 +180,12 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
 # ---- the reference -------------------------------------------------------------------------------
 
 def frozen_copy(policy):
-    """The reference of a fully fine-tuned policy. Under LoRA `reference_of` needs no copy."""
+    """The reference of a fully fine-tuned policy; under LoRA `reference_of` needs no copy. On CUDA
+    its matrices are kept in bf16, to which autocast rounds them anyway."""
     frozen = copy.deepcopy(policy).requires_grad_(False).eval()
     if frozen.device.type == "cuda":
-        for matrix in M.matrices_of(frozen):
-            matrix.to(torch.bfloat16)
+        for layer in M.matrices_of(frozen):
+            layer.to(torch.bfloat16)
     return frozen
 
 
@@ -200,18 +203,19 @@ def reference_of(policy, sft_copy=None):
 # ---- the parts of a step -------------------------------------------------------------------------
 
 def questions_of(records, step, sampled, args, rank, world):
-    """This process's part of the `sampled` questions of a step, a function of step and seed alone.
-    They are dealt by length, so that no process has all the long ones."""
+    """This process's part of the `sampled` questions of a step; which those are depends on step and
+    seed alone. They are dealt by length, so that no process has all the long ones."""
     epoch, place = divmod(step // args.mu, max(1, len(records) // sampled))
     order = sft.epoch_order(len(records), epoch, args.seed)[place * sampled:][:sampled]
     lengths = {i: len(rewards.question_text(records[i])) for i in order}
     mine = sorted(order, key=lengths.get)[rank::world]
-    return [records[i] for i in order if i in mine]
+    return [records[i] for i in order if i in mine]  # in the epoch's order, not by length
 
 
 def rollout(policy, processor, records, generator, args):
     """Eq. (2): G completions for each of N questions, from the current policy -> the questions'
-    batch (model.tensors), tokens (N, G, T), mask (N, G, T) bool, texts (N * G)."""
+    batch (model.tensors), tokens (N, G, T), mask (N, G, T) bool, True up to and with the stop
+    token, texts (N * G)."""
     batch = M.encode(processor, records, generator.device)
     if args.lora:  # the vision tower is frozen: it serves sampling, reference and update at once
         batch = M.with_image_features(policy, batch)
@@ -220,27 +224,28 @@ def rollout(policy, processor, records, generator, args):
     return batch, tokens, mask, sum(M.decode(processor, tokens, mask), [])
 
 
-def score(texts, records, judge, args):
+def score_groups(texts, records, judge, args):
     """Eqs. (4) to (6) for the G completions of each of N records -> rows (rewards.score), N * G of
     them, and their fmt, acc, con, each (N, G) float32; con is nan where F failed, and where no
     thought is asked for."""
     items = [record for record in records for _ in range(args.G)]
     rows = rewards.score(texts, items, judge)
-    parts = [[row[part] for row in rows] for part in ("fmt", "acc", "con")]
-    return rows, *torch.tensor(parts).view(3, len(records), args.G)
+    scores = torch.tensor([[row[name] for row in rows] for name in ("fmt", "acc", "con")])
+    fmt, acc, con = scores.view(3, len(records), args.G)
+    return rows, fmt, acc, con
 
 
 def without_failures(con):
-    """R_con (N, G) with nan where F failed -> the same with the group's mean there. Such a sample's
-    part of the advantage is 0, and the others' (--scale none) is what it would be in a group
-    without it: a failure of F is not a reward of 0."""
+    """R_con (N, G) with nan where F failed -> the same with the group's mean there (0 if F failed
+    on all). The consistency part of such a completion's advantage is 0, and the others' (--scale
+    none) is what it would be in a group without it: a failure of F is not a reward of 0."""
     mean = torch.nan_to_num(con.nanmean(1, keepdim=True))                # (N, 1)
     return torch.where(con.isnan(), mean, con)                           # (N, G)
 
 
 def micro_batches(batch, tokens, mask, args):
-    """The N questions, as many whole groups at a time as --micro_tokens allows -> [(slice of the
-    rows, batch, tokens, mask of those)]."""
+    """Yields the N questions, as many whole groups at a time as --micro_tokens allows: a slice of
+    them, and their batch, tokens, mask."""
     N, G, T = tokens.shape
     size = max(1, args.micro_tokens // (batch["input_ids"].shape[1] + G * T))
     for i in range(0, N, size):
@@ -260,8 +265,8 @@ def reference_logprobs(policy, sft_copy, batch, tokens, mask, args):
 
 def update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr, args):
     """One optimiser step of Eq. (8). A (N, G), ref_logp and old_logp (N, G, T); old_logp None: the
-    policy's own before this step -> log pi_theta (N, G, T); sums over this process's tokens of
-    policy_loss's metrics; the step's figures that are of all processes (see sft.Run.step)."""
+    policy's own before this step. -> three things: log pi_theta (N, G, T); sums over this process's
+    tokens of policy_loss's metrics; what sft.Run.step tells, of all processes."""
     total = M.sum_over_ranks(int(mask.sum()) if args.loss_norm == "token" else A.numel())
     logps, loss_sum, sums = torch.zeros(tokens.shape, device=tokens.device), 0.0, Counter()
     for rows, *part in micro_batches(batch, tokens, mask, args):
@@ -282,7 +287,8 @@ def update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr, args):
 
 
 def learning_rate(step, steps, args):
-    """A linear rise over --warmup steps; constant after that, or falling to 0."""
+    """The lower of a linear rise over --warmup steps and, with --schedule linear, a linear fall to
+    0 over the whole run."""
     rise = (step + 1) / max(1, args.warmup)
     fall = 1 - step / steps if args.schedule == "linear" else 1
     return args.lr * min(rise, fall)
@@ -315,7 +321,7 @@ def check_gold(records, judge, lexical=True):
     the policy, is wrong. The lexical F is asked about all of them. A model may differ on some, and
     each costs a call: it is asked about GOLD_ASKED, and must not fail on all, nor on something
     new that no kept reply of a server answers."""
-    new = [f"It is {time.time()}. So it is {r['options'][0]}." for r in records[:2]]
+    new = [f"It is {time.time()}. So it is {r['options'][0]}." for r in records[:2]]  # not kept
     expect(lexical or not all(map(rewards.failed, judge(new, records[:2]))),
            f"--judge: F failed: {failures(judge.usage)}")
     gold = [r for r in records if r["thought"] is not None]
@@ -337,7 +343,7 @@ def check_gold(records, judge, lexical=True):
         if bad:
             raise DataError(f"record {bad[0]['id']!r}: its gold answer has {name} reward "
                             f"{bad[0][part]:g}, expected 1 (so for {len(bad)} of {len(rows)} "
-                            "records)")
+                            "records; where the rule can't read thoughts, --judge names a model)")
 
 # ---- what a person looks at ----------------------------------------------------------------------
 
@@ -364,17 +370,18 @@ class Clock:
         self.last = time.perf_counter()
 
 
-def figures_of(rows, R, ended, mask, trained_mask, logp, sums, args):
-    """A step's figures, means over all processes; nan where there is nothing to take the mean of.
+def figures_of(rows, con, R, ended, mask, trained_mask, logp, sums, args):
+    """A rollout's figures, means over all processes; nan where there is nothing to take the mean
+    of.
 
-    R (N, G) the rewards, ended (N, G), mask (N, G, T) of the completions that were sampled;
-    trained_mask, logp and the sums over their tokens of those that were trained on. consistency,
-    and the reward that depends on it, are means over the completions that have a verdict of F.
+    con (N, G) with nan where F failed, R (N, G) the rewards, ended (N, G), mask (N, G, T) of the
+    completions that were sampled; trained_mask, logp and the sums over their tokens of those that
+    were trained on, in the last of the mu steps. consistency, and the reward that depends on it,
+    are means over the completions that have a verdict of F.
     sampled_nll, minus the mean log-probability of a token (logp is 0 outside the mask), estimates
     the policy's entropy per token."""
     thoughts = [row["thought"] for row in rows if row["thought"] is not None]
     cut = sum(rewards.visible_thought(thought)[1] for thought in thoughts)
-    con = torch.tensor([row["con"] for row in rows]).view(R.shape)       # (N, G)
     judged = ~con.isnan()                                                # (N, G)
     asks_f = args.thinking != "none"
     rewarded = judged if asks_f and args.weights[2] else torch.ones_like(judged)
@@ -382,7 +389,7 @@ def figures_of(rows, R, ended, mask, trained_mask, logp, sums, args):
     pairs = dict(  # figure: its sum over this process, and the number of what it is the mean over
         reward=(R[rewarded].sum(), rewarded.sum()), format=(sum(row["fmt"] for row in rows), n),
         accuracy=(sum(row["acc"] for row in rows), n), consistency=(con.nansum(), judged.sum()),
-        judge_failed=((~judged).sum() * asks_f, len(thoughts)), thoughts_cut=(cut, n),
+        judge_failed=((~judged).sum() * asks_f, len(thoughts)), thoughts_cut=(cut, len(thoughts)),
         no_spread=((~group_spread(R)).sum(), len(R)), length=(mask.sum(), n),
         truncated=((~ended).sum(), n), sampled_nll=(-logp.sum(), tokens))
     for name in ("kl", "ratio", "clip_low", "clip_high"):
@@ -399,12 +406,13 @@ def show(folder, step, rows, R):
     completion, its row and its reward. R (N, G)."""
     path = os.path.join(folder, "completions.jsonl")
     with data.naming(path), open(path, "a") as f:
-        for row, reward in zip(rows, R[:SHOWN].flatten().tolist(), strict=False):
+        shown = R[:SHOWN].flatten().tolist()
+        for row, reward in zip(rows[:len(shown)], shown, strict=True):
             line = evaluation.without_nan(dict(step=step, **row, reward=reward))
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def passes(step, mu, every):
+def due(step, mu, every):
     """Whether one of the mu optimiser steps after `step` is a multiple of `every` (0: never)."""
     return every > 0 and (step + mu) // every > step // every
 
@@ -421,15 +429,17 @@ def train(run, argv):
     args.model = args.model or os.path.join(args.root, "sft")
     args.data = args.data or [os.path.join(args.root, "phantoms", "phantoms.jsonl")]
     rank, world, device = M.setup_devices()
-    args.fixed["nproc_per_node (processes in all)"] = world  # each samples with its own numbers
+    args.fixed["nproc_per_node (processes in all)"] = world  # each has its own random numbers
     records, held_out = questions(args, world), sft.held_out_questions(args)[rank::world]
 
     # The policy starts as pi_SFT, and pi_SFT is the reference.
     policy, processor, optimizer = sft.policy_of(args, records, device, rank)
     sft_copy = None if args.lora else frozen_copy(policy)
+    def pi_sft():
+        return reference_of(policy, sft_copy)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency,
                        timeout=args.judge_timeout, cache=os.path.join(args.root, "replies.jsonl"),
-                       reference=(lambda: reference_of(policy, sft_copy), processor.tokenizer))
+                       reference=(pi_sft, processor.tokenizer))
     if rank == 0:
         check_gold(records, judge, args.judge == "lexical")
 
@@ -449,11 +459,11 @@ def train(run, argv):
         mine = questions_of(records, step, sampled, args, rank, world)
         generator.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)
         batch, tokens, mask, texts = rollout(policy, processor, mine, generator, args)
-        ended, all_mask = M.finished(batch, tokens, mask), mask                  # (N, G), (N, G, T)
+        ended, sampled_mask = M.finished(batch, tokens, mask), mask              # (N, G), (N, G, T)
         clock.tick("rollout")
 
         # Eqs. (3) to (6): the rewards.
-        rows, fmt, acc, con = score(texts, mine, judge, args)                    # (N, G) each
+        rows, fmt, acc, con = score_groups(texts, mine, judge, args)             # (N, G) each
         R = rewards.total_reward(fmt, acc, without_failures(con), args.weights)  # (N, G)
         clock.tick("judge")
 
@@ -461,14 +471,15 @@ def train(run, argv):
         A = group_advantages(R, args.scale).to(device)                           # (N, G)
         if args.drop_no_spread:
             most = len(range(rank, wanted, world))  # this process's part of them
-            some = group_spread(R).nonzero()[:most, 0].tolist()
-            batch, tokens, mask, A = M.rows_of(batch, some), tokens[some], mask[some], A[some]
+            kept = group_spread(R).nonzero()[:most, 0].tolist()
+            batch, tokens, mask, A = M.rows_of(batch, kept), tokens[kept], mask[kept], A[kept]
         ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)
         clock.tick("reference")
         clock.wait()
 
         # Eq. (8): mu optimiser steps. pi_old is the policy before the first of them.
-        old_logp, skipped = ref_logp if args.ratio == "sft" else None, 0
+        old_logp = ref_logp if args.ratio == "sft" else None
+        skipped = 0
         for inner in range(args.mu):
             lr = learning_rate(step + inner, steps, args)
             logp, sums, told = update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr,
@@ -478,11 +489,11 @@ def train(run, argv):
         done = run.done = step + args.mu
         clock.tick("update")
 
-        figures = figures_of(rows, R, ended, all_mask, mask, logp, sums, args)
+        figures = figures_of(rows, con, R, ended, sampled_mask, mask, logp, sums, args)
         figures |= told | clock.figures | dict(skipped=skipped)
         seconds = sum(x for name, x in clock.figures.items() if name.startswith("seconds"))
-        figures["tokens_per_second"] = figures["length"] * sampled * args.G / seconds
-        if passes(step, args.mu, args.eval_every):
+        figures["tokens_per_second"] = M.sum_over_ranks(int(sampled_mask.sum())) / seconds
+        if due(step, args.mu, args.eval_every):
             figures["held_out_accuracy"] = sft.held_out_accuracy(policy, processor, held_out, judge,
                                                                  args.max_new_tokens)
         bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("reward", "accuracy", "kl")})
@@ -491,10 +502,10 @@ def train(run, argv):
             if args.show_every and step // args.mu % args.show_every == 0:
                 show(args.out, done, rows, R)
         why = None
-        if figures["judge_failed"] > args.judge_failures:
+        if args.weights[2] and figures["judge_failed"] > args.judge_failures:
             why = DataError(f"--judge: F failed on {figures['judge_failed']:.0%} of the rollout's "
                             f"thoughts ({failures(judge.usage)})")
-        run.after(end, passes(step, args.mu, args.save_every), why)
+        run.after(end, due(step, args.mu, args.save_every), why)
     M.close_devices()
 
 

@@ -7,9 +7,10 @@
     score(texts, items, judge)                   completions -> what Eqs. (4) to (6) say of them
     lexical_verdict(thought, item)               F of Eq. (6) as a rule; judge.py: as a model
 
-Format, accuracy and consistency are separate: text after the answer block costs the format, not the
-accuracy. Whatever the text, the time is linear in its length. For eval.py alone, at the end:
-answers outside our tags, and whether a thought is true of its phantom.
+Format, accuracy and consistency are separate: text beside the blocks costs the format, not the
+accuracy. Blocks that overlap or stand in the wrong order are not read: that costs all three.
+Whatever the text, the time is linear in its length. For eval.py alone, at the end: answers outside
+our tags, and whether a thought is true of its phantom.
 
 Left out on purpose: partial credit, length rewards, any reward for an answer outside its tags.
 """
@@ -125,7 +126,8 @@ def read(text, item):
 # ---- the rewards ---------------------------------------------------------------------------------
 
 def format_reward(text, thinking="before"):
-    """R_fmt, Eq. (4): 1.0 for a think and then an answer block, not empty, alone; else 0.0."""
+    """R_fmt, Eq. (4): 1.0 for the blocks that `thinking` asks for, in order, not empty and alone
+    (the paper asks that they are there); else 0.0."""
     thought, answer = parse_completion(text, thinking)
     complete = answer and (thought or thinking == "none")
     form = FORMS[thinking].format(thought=".*", answer=".*", gap=r"\s*")
@@ -153,8 +155,8 @@ def consistency_reward(text, item, verdict):
 def total_reward(fmt, acc, con, weights=WEIGHTS):
     """R(Y), Eq. (3): the weighted sum of floats, or of arrays or tensors of one shape, (N, G) say.
 
-    nan in `con` gives nan: it must not pass for a 0. A part of weight 0 is left out, so that
-    Acc-only training does not depend on F.
+    nan in `con` gives nan: it must not pass for a 0. A part of weight 0 is left out, so that the
+    reward of Acc-only training does not depend on F.
     """
     parts = zip(weights, (fmt, acc, con), strict=True)
     return sum((weight * part for weight, part in parts if weight), start=0.0 * fmt)
@@ -218,7 +220,8 @@ def visible_thought(thought):
 
     Cut are the options' letters, places ("the second option") and answer statements with nothing
     else in them ("so the answer is B"): spelling the letter would make Eq. (6) hold whatever was
-    thought. "(A) MRI" becomes "MRI"; articles stay. Letters of a term go as well: "hepatitis B".
+    thought. "(A) MRI" becomes "MRI"; articles stay. Letters of a term go as well, so that the rule
+    finds no option like "Hepatitis B".
     """
     marked = STATEMENT.sub(CUT, LABEL.sub(CUT, single_blanks(thought)))
     return GAP.sub("", marked).strip(), CUT in marked
@@ -244,7 +247,7 @@ MARKS = "|".join([  # found beside names, in lower case
 
 
 def mentions(text, names):
-    """Where a text names `names` (list of str; single letters are none), in order.
+    """Where a text names `names` (list of str; single characters are none), in order.
 
     -> [(number of the sentence, name, denied: bool)]. Denied: behind a negation in its clause, or
     in a clause that calls something unlikely or excluded. Names are whole words, and a hyphen
