@@ -449,7 +449,9 @@ def test_a_run_beside_a_failing_server(serve, world, monkeypatch, tmp_path):
         return rows
     monkeypatch.setattr(rewards, "score", scored)
     monkeypatch.setattr(grpo, "policy_loss", lambda *args, **kw: seen.append(args[3]) or loss(*args, **kw))
-    lines = train(world, tmp_path, serve(fault=some(None)).spec, "--max_steps", "3")
+    faults = some(None)
+    server = serve(fault=lambda prompt, n: None if "It is 1" in prompt else faults(prompt, n))  # but not at the start
+    lines = train(world, tmp_path, server.spec, "--max_steps", "3")
     assert len(asked) == 4  # about the gold answers, and once per rollout
     asked = asked[1:]
     assert len(lines) == 3 and len(seen) == 3
