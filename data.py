@@ -148,8 +148,9 @@ def read_records(files, split=None, only=(), thinking="before"):
             fits = all(str(r[key]).casefold() in values for key, values in wanted.items())
             if fits and split in (None, r["split"]):
                 kept.append(r if thinking == "before" else {**r, "thinking": thinking})
-    which = [f"of split {split!r} "] * bool(split) + [f"with {text} " for text in only]
-    expect(kept, f"no usable record {''.join(which)}in {files}")
+    which = f" of split {split!r}" if split else ""
+    which += "".join(f" with {text}" for text in only)
+    expect(kept, f"no usable record{which} in {files}")
     return kept
 
 
@@ -1381,7 +1382,10 @@ def check(records):
     for r in records:
         r = {**r, "right": r["options"][LETTERS.index(r["answer"])],
              "group": (r["source"], r["group"]), "like": like[r["path"]]}
-        (train if r["split"] == "train" else rest).append(r)
+        if r["split"] == "train":
+            train.append(r)
+        else:
+            rest.append(r)
     for key, what in (("group", "groups"), ("like", "pictures or their like")):
         both = {r[key] for r in train} & {r[key] for r in rest}
         if both:

@@ -75,7 +75,7 @@ KNOBS = dict(  # the flags, as argparse takes them
                     "answer statements cut, or raw as printed [%(default)s]"),
     matrix=dict(choices=["modality", "task"], help="the checkpoints, --ckpt NAME=A.., were each "
                 "trained on the NAME of these alone: show the square of accuracies"),
-    paper=dict(action="store_true", help="show the paper's Table 1 below"),
+    paper=dict(action="store_true", help="show the paper's own figures beside"),
     out=dict(help="folder of the results (default: that in which the first checkpoint lies)"),
     image=dict(help="answer one question about this image file instead"),
     question=dict(help="that question"),
@@ -130,10 +130,10 @@ def paper_lines():
 
 # ---- the measurement -----------------------------------------------------------------------------
 
-def completions(policy, processor, records, *, max_new_tokens, temperature=0.0, seed=0, batch=64):
+def completions(policy, processor, records, *, max_new_tokens, temperature=0.0, seed=0, rank=0,
+                batch=64):
     """Yields (text, whether it was cut off at max_new_tokens) for each record's question. DataError
     for an image that can't be read."""
-    rank, _, _ = M.setup_devices()
     device = next(policy.parameters()).device
     generator = torch.Generator(device).manual_seed(seed + 1_000_003 * rank)  # each its own stream
     for start in range(0, len(records), batch):
@@ -846,7 +846,7 @@ def answer(ckpt, records, judge, args, replies):
         M.check_texts(processor, records, rewards.question_text)
         params = policy.num_parameters()
         limit = args.max_new_tokens or (80 if M.is_tiny(ckpt) else 512)
-        ask = partial(completions, policy, processor, records, max_new_tokens=limit,
+        ask = partial(completions, policy, processor, records, max_new_tokens=limit, rank=rank,
                       batch=args.batch)
         if any(Path(ckpt, file).is_file() for file in ("knobs.json", "base.json")):
             score = rewards.score

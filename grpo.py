@@ -331,7 +331,7 @@ def check_gold(records, judge, lexical=True):
         return
     rows = rewards.score([rewards.answer_text(r) for r in gold], gold, judge)
     must = dict(fmt="format", acc="accuracy", con="consistency")
-    if not lexical and gold[0].get("thinking") != "none":
+    if not lexical and rewards.thinking_of(gold[0]) != "none":
         verdicts = [row["con"] for row in rows if not rewards.failed(row["con"])]
         expect(verdicts, f"--judge: F failed on all of {len(rows)} gold thoughts: "
                          f"{failures(judge.usage)}")

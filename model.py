@@ -796,16 +796,17 @@ def sum_gradients(parameters):
     After the backward passes: starting while the last one runs gained nothing measurable."""
     if not dist.is_initialized():
         return
-    piece = []
+    piece, floats = [], 0
     for p in parameters:
         if p.grad is None:  # a rank whose share did not touch this parameter must take part too
             p.grad = torch.zeros_like(p)
         piece.append(p.grad)
-        if sum(map(torch.numel, piece)) >= PIECE_FLOATS or p is parameters[-1]:
+        floats += p.numel()
+        if floats >= PIECE_FLOATS or p is parameters[-1]:
             flat = parameters_to_vector(piece)
             all_reduce(flat)
             vector_to_parameters(flat, piece)
-            piece = []
+            piece, floats = [], 0
 
 
 def peak_memory(device):

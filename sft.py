@@ -724,8 +724,7 @@ def prepare_tiny(args, rank):
 
 def held_out_accuracy(policy, processor, records, judge, max_new_tokens):
     """Greedy accuracy on this process's share of the held-out questions, over all processes."""
-    rows = evaluation.evaluate(policy, processor, records, judge, max_new_tokens=max_new_tokens,
-                               progress=False)
+    rows = evaluation.evaluate(policy, processor, records, judge, max_new_tokens=max_new_tokens)
     right = M.gather([row["acc"] for row in rows])
     return sum(right) / len(right)
 

@@ -60,11 +60,13 @@ def draw(file, chart):
 
 def points_of(folders):
     """[(minutes of training, held-out accuracy in %)] of runs that follow each other."""
-    points, seconds = [], 0.0
-    for figures in itertools.chain(*map(evaluation.steps_of, folders)):
-        seconds += sum(x for key, x in figures.items() if key.startswith("seconds"))
-        if "held_out_accuracy" in figures:
-            points.append((seconds / 60, 100 * figures["held_out_accuracy"]))
+    points, before = [], 0.0
+    for folder in folders:
+        steps = evaluation.steps_of(folder)
+        for x in steps:
+            if "held_out_accuracy" in x:
+                points.append((before + x["minutes"], 100 * x["held_out_accuracy"]))
+        before += steps[-1]["minutes"]
     return points
 
 
