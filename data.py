@@ -35,11 +35,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs at once are not noticed
-    fcntl = None
-
 LETTERS = "ABCDEF"
 TASKS = ("anatomy", "anomaly", "location", "modality", "pathology")  # section 3.1's five
 MED_R1_TASKS = (  # of OmniMedVQA too
@@ -88,9 +83,9 @@ def is_text(x):
 
 
 def check_options(options):
-    fine = isinstance(options, list) and all(map(is_text, options))
-    fine = fine and len({x.strip().casefold() for x in options}) == len(options)
-    expect(fine and 2 <= len(options) <= len(LETTERS),
+    texts = isinstance(options, list) and all(map(is_text, options))
+    names = {x.strip().casefold() for x in options} if texts else ()
+    expect(2 <= len(names) == len(options) <= len(LETTERS),
            f"'options' is {options!r:.200}, expected a list of 2 to {len(LETTERS)} non-empty"
            " strings, no two the same")
 
@@ -109,9 +104,9 @@ def check_record(record, folder):
                f"{key!r} is {record[key]!r:.60}, expected one of {', '.join(allowed)}")
     shows = record.get("shows") or dict.fromkeys(SHOWS)
     fine = isinstance(shows, dict) and {*shows} == {*SHOWS} and shows["style"] in (None, *STYLES)
-    fine = fine and all(x is None or is_text(x) for x in shows.values())
-    expect(fine, f"'shows' is {shows!r:.200}, expected texts or null for {', '.join(SHOWS)}, the"
-                 f" style one of {', '.join(STYLES)}")
+    expect(fine and all(x is None or is_text(x) for x in shows.values()),
+           f"'shows' is {shows!r:.200}, expected texts or null for {', '.join(SHOWS)}, the style"
+           f" one of {', '.join(STYLES)}")
     json.dumps(record, ensure_ascii=False).encode()  # half a character raises UnicodeEncodeError
 
     image, root = record["image"], Path(folder).resolve()
@@ -119,17 +114,16 @@ def check_record(record, folder):
     elsewhere = re.search(r"^[/~]|^\w:|\\", image)  # read otherwise by other systems or programs
     expect(path.is_relative_to(root) and not elsewhere,
            f"image {image!r} leaves the data folder, by its name or through a link: expected a path"
-           " in it, relative to the file, with / between folders")
+           " relative to the file, with / between folders")
     return {**record, "path": str(path)}
 
 
 def read_records(files, split=None, only=(), thinking="before"):
-    """Validated records of one file or several, each with "path" added. split keeps one; only,
-    texts like "modality=CT", keeps those with one of the values given for each key. thinking (of
-    rewards.INSTRUCTIONS) goes with them into prompt and target.
+    """Validated records of one file or several, each with "path" added; DataError names file, line
+    and what was expected. Images are not looked at.
 
-    DataError names file, line and what was expected. Images are not looked at.
-    """
+    split keeps one; only, texts like "modality=CT", keeps those with one of the values given for
+    each key. thinking (of rewards.INSTRUCTIONS) goes with them into prompt and target."""
     wanted = defaultdict(set)
     for text in only:
         key, _, value = text.partition("=")
@@ -150,8 +144,8 @@ def read_records(files, split=None, only=(), thinking="before"):
 
 
 def read_file(file, used):
-    """The records of a file: JSONL, or a JSON list of others' questions (.json), of which those
-    that can't be used are left out and counted on stderr. used, {id: file}, is added to."""
+    """Yields the records of a file: JSONL, or a JSON list of others' questions (.json), of which
+    those that can't be used are left out and counted on stderr. used, {id: file}, is added to."""
     foreign, folder = file.suffix == ".json", file.absolute().parent
     if foreign:  # OmniMedVQA's and Med-R1's image paths start beside these two
         roots = [p.parent for p in folder.parents if p.name in ("QA_information", "Splits")]
@@ -164,7 +158,7 @@ def read_file(file, used):
         raise DataError(f"{file}: {e}, expected UTF-8 text with one JSON object per line, or in a"
                         " .json file a list of questions") from None
 
-    records, bad = [], []
+    bad = []
     for k, item in enumerate(items, 1):
         if not foreign and item.strip() == "":
             continue
@@ -173,18 +167,18 @@ def read_file(file, used):
             record = check_record(item, folder)
             name = record["id"]
             expect(name not in used, f"id {name!r} was already used in {used.get(name)}")
-            used[name] = file
-            records.append(record)
         except (ValueError, RecursionError) as e:
             why = str(e)
             if isinstance(e, json.JSONDecodeError):
                 why = f"broken JSON, {e.msg} at column {e.colno}"
             expect(foreign, f"{file}, line {k}: {why}")
             bad.append(f"question {k}: {why}")
+        else:
+            used[name] = file
+            yield record
     if bad:
         print(f"warning: {file}: {len(bad)} of {len(items)} questions can't be used, as {bad[0]}",
               file=sys.stderr)
-    return records
 
 
 def foreign_record(item, stem, k):
@@ -229,12 +223,10 @@ def med_r1(item, stem, k):
 
     name = re.sub("[_ ](train|test)$", "", stem, flags=re.I).replace("_", " ")
     task = name.lower() if name.lower() in MED_R1_TASKS else "unknown"
-    modality = named_modality(name) or named_modality(item["image"])
-    if not modality:  # a file's name that is no question type, as "Infrared Reflectance Imaging"
-        modality = name if task == "unknown" else "unknown"
+    other = name if task == "unknown" else "unknown"  # as "Infrared Reflectance Imaging"
     return {"id": f"{stem}-{k}", "image": item["image"], "question": question, "options": options,
             "answer": answer[1] if answer else "none", "source": "Med-R1", "task": task,
-            "modality": modality,
+            "modality": named_modality(name) or named_modality(item["image"]) or other,
             "split": "test" if "test" in re.findall("[a-z]+", stem.lower()) else "train"}
 
 
@@ -305,10 +297,10 @@ def locked(path):
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a") as lock:
         try:
-            if fcntl:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             alone = os.fstat(lock.fileno()).st_nlink > 0  # 0: another run has just removed it
-        except OSError as e:  # else a file system that knows no locks
+        except (ImportError, OSError) as e:  # Windows and some file systems know no such locks
             alone = not isinstance(e, (BlockingIOError, PermissionError))
         expect(alone, f"{path}: another run is at work there")
         try:
@@ -466,8 +458,7 @@ def vessels(rng, roots, length=1., bend=.5, kids=2, width=1):
         fork = path.swapaxes(0, 1)[2:2 + 2 * n:2]  # (n, R, 2)
         aside = turn[:, 3] + rng.choice((-.8, .8), (n, len(roots)))
         roots = np.c_[fork.reshape(-1, 2), aside.ravel()]
-    blurred = image.filter(ImageFilter.GaussianBlur(.6))
-    return np.asarray(blurred, dtype=np.float32)[..., None] / 255
+    return np.float32(image.filter(ImageFilter.GaussianBlur(.6)))[..., None] / 255
 
 
 def draw_brain(rng, u, v, **_):
@@ -732,7 +723,7 @@ def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, care
            f"{n_images} images, seed {seed}, thoughts {thoughts}, careless {careless}: expected"
            " 1 or more, 0 or more, 0 or more, 0 to 1")
     out = Path(out).absolute()
-    meta = out / "meta.json"
+    jsonl, meta = out / "phantoms.jsonl", out / "meta.json"
     knobs = json.dumps({
         "seed": seed, "n_images": n_images, "thoughts": thoughts, "careless": careless,
         "size": SIZE, "lesion_rate": LESION_RATE, "lesion_radius": LESION_RADIUS,
@@ -741,36 +732,31 @@ def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, care
         old = meta.read_text()
         expect(old == knobs, f"{out} is there already with {old}, expected {knobs}:"
                              " remove it or name another folder")
-    else:
-        with new_folder(out) as part:
-            records = draw_phantoms(part, seed, n_images, thoughts, careless)
-            write_records(records, part / "phantoms.jsonl")
-            (part / meta.name).write_text(knobs)
-    return str(out / "phantoms.jsonl")
+        return str(jsonl)
 
-
-def draw_phantoms(folder, seed, n_images, thoughts, careless):
-    """The images of make_phantoms, written to `folder`/images -> their records."""
-    (folder / "images").mkdir()
     records, rounds, in_train = [], defaultdict(list), 0
     shuffled = np.random.default_rng(seed).permutation(n_images)
     ends = np.cumsum(list(PHANTOM_SHARES.values()))
-    for i in tqdm(range(n_images), desc="phantoms", unit="image"):
-        split = SPLITS[np.searchsorted(ends, shuffled[i] / n_images, side="right")]
-        in_train += split == "train"
-        rng = np.random.default_rng([seed, i])
-        pixels, facts = phantom_of_turn(rng, i)
-        name = f"images/{i:05d}.png"
-        Image.fromarray(pixels).save(folder / name, compress_level=1)
+    with new_folder(out) as part:
+        (part / "images").mkdir()
+        for i in tqdm(range(n_images), desc="phantoms", unit="image"):
+            split = SPLITS[np.searchsorted(ends, shuffled[i] / n_images, side="right")]
+            in_train += split == "train"
+            rng = np.random.default_rng([seed, i])
+            pixels, facts = phantom_of_turn(rng, i)
+            name = f"images/{i:05d}.png"
+            Image.fromarray(pixels).save(part / name, compress_level=1)
 
-        other = np.random.default_rng([seed, i, 1])  # not rng: the questions must stay the same
-        report = careless_report(facts, other) if other.random() < careless else facts
-        group = f"phantom-{seed}-{i:05d}"
-        for r in phantom_records(facts, rng, rounds, group, name, split, report):
-            if split == "train" and thoughts is not None and in_train > thoughts:
-                r["thought"] = None
-            records.append({**r, "shows": facts})
-    return records
+            other = np.random.default_rng([seed, i, 1])  # not rng: the questions stay the same
+            report = careless_report(facts, other) if other.random() < careless else facts
+            group = f"phantom-{seed}-{i:05d}"
+            for r in phantom_records(facts, rng, rounds, group, name, split, report):
+                if split == "train" and thoughts is not None and in_train > thoughts:
+                    r["thought"] = None
+                records.append({**r, "shows": facts})
+        write_records(records, part / jsonl.name)
+        (part / meta.name).write_text(knobs)
+    return str(jsonl)
 
 
 # ---- MedAD-38K: how the 17 sources lie on disk ---------------------------------------------------
@@ -1485,21 +1471,21 @@ def counted(records, key):
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    shown = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p = commands.add_parser("phantoms", help="draw phantoms", **shown)
-    p.add_argument("--out", default="out/phantoms", help="folder")
-    p.add_argument("--n", type=int, default=2000, help="images")
-    p.add_argument("--seed", type=int, default=0, help="of everything drawn")
+    p = commands.add_parser("phantoms", help="draw phantoms")
+    p.add_argument("--out", default="out/phantoms", help="folder [%(default)s]")
+    p.add_argument("--n", type=int, default=2000, help="images [%(default)s]")
+    p.add_argument("--seed", type=int, default=0, help="of everything drawn [%(default)s]")
     p.add_argument("--thoughts", type=int,
-                   help="train images that keep their chains of thought (default: all)")
+                   help="train images that keep their chains of thought [all]")
     p.add_argument("--careless", type=float, default=0.0,
-                   help="share of the images whose thoughts misreport the lesion")
-    p = commands.add_parser("build", help="make MedAD-38K of public sources", **shown)
+                   help="share of the images whose thoughts misreport the lesion [%(default)s]")
+    p = commands.add_parser("build", help="make MedAD-38K of public sources")
     p.add_argument("sources", nargs="+", metavar="KEY=DIR",
                    help=", ".join(sorted({s.key for s in SOURCES})))
-    p.add_argument("--out", default="medad38k", help="folder")
-    p.add_argument("--max_side", type=int, default=512, help="px above which a picture is shrunk")
-    p.add_argument("--seed", type=int, default=0, help="of split, options and wording")
+    p.add_argument("--out", default="medad38k", help="folder [%(default)s]")
+    p.add_argument("--max_side", type=int, default=512,
+                   help="px above which a picture is shrunk [%(default)s]")
+    p.add_argument("--seed", type=int, default=0, help="of split, options, wording [%(default)s]")
     p = commands.add_parser("check", help="validate and count questions, look for leaks")
     p.add_argument("files", nargs="+")
 
