@@ -107,15 +107,15 @@ def check_record(record, folder):
     expect(fine and all(x is None or is_text(x) for x in shows.values()),
            f"'shows' is {shows!r:.200}, expected texts or null for {', '.join(SHOWS)}, the style"
            f" one of {', '.join(STYLES)}")
-    json.dumps(record, ensure_ascii=False).encode()  # half a character raises UnicodeEncodeError
+    json.dumps(record, ensure_ascii=False).encode()  # half a character: UnicodeEncodeError
 
-    image, root = record["image"], Path(folder).resolve()
-    path = (root / image).resolve()  # follows links and ".."
+    image, root = record["image"], os.path.realpath(folder)
+    path = os.path.realpath(os.path.join(root, image))  # follows links and ".."
     elsewhere = re.search(r"^[/~]|^\w:|\\", image)  # read otherwise by other systems or programs
-    expect(path.is_relative_to(root) and not elsewhere,
+    expect(Path(path).is_relative_to(root) and not elsewhere,
            f"image {image!r} leaves the data folder, by its name or through a link: expected a path"
            " relative to the file, with / between folders")
-    return {**record, "path": str(path)}
+    return {**record, "path": path}
 
 
 def read_records(files, split=None, only=(), thinking="before"):
@@ -154,9 +154,9 @@ def read_file(file, used):
         text = file.read_text(encoding="utf-8-sig")
         items = json.loads(text) if foreign else text.split("\n")
         expect(isinstance(items, list) and items and text.strip(), "holds no records")
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{file}: {e}, expected UTF-8 text with one JSON object per line, or in a"
-                        " .json file a list of questions") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise DataError(f"{file}: {getattr(e, 'strerror', e)}, expected UTF-8 text with one JSON"
+                        " object per line, or in a .json file a list of questions") from None
 
     bad = []
     for k, item in enumerate(items, 1):
@@ -251,7 +251,7 @@ def naming(path):
 
 @contextmanager
 def written_beside(path):
-    """Yields a path to make a file or a folder at, renamed into place behind that: nothing half
+    """Yields a path to make a file or a folder at, which is then renamed to `path`: nothing half
     made is ever seen there, and an error leaves nothing."""
     beside = Path(f"{path}.writing")
     try:
@@ -259,8 +259,7 @@ def written_beside(path):
             yield beside
             os.replace(beside, path)
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside)
+        shutil.rmtree(beside, ignore_errors=True)  # leaves a file
         beside.unlink(missing_ok=True)
 
 
@@ -312,7 +311,7 @@ def locked(path):
 
 @contextmanager
 def new_folder(out):
-    """A folder to fill, written_beside `out`, which isn't there yet or is empty."""
+    """Yields a folder to fill, written_beside `out`: no folder is there yet, or an empty one."""
     with locked(out), written_beside(out) as beside:
         expect(not out.exists() or not os.listdir(out),
                f"{out} is there already: remove it or name another folder")
@@ -673,7 +672,7 @@ def ask(image, task, truth, others, rng, rounds):
 
 
 # ---- phantoms: questions, thoughts, files --------------------------------------------------------
-def phantom_records(facts, rng, rounds, group, image, split="train", report=None):
+def phantom_records(facts, rng, group, image, rounds, split="train", report=None):
     """The records of one image. A healthy one isn't asked for location or pathology, and every
     second one with a lesion isn't for its state: Normal and Abnormal are equally often right.
 
@@ -750,7 +749,7 @@ def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, care
             other = np.random.default_rng([seed, i, 1])  # not rng: the questions stay the same
             report = careless_report(facts, other) if other.random() < careless else facts
             group = f"phantom-{seed}-{i:05d}"
-            for r in phantom_records(facts, rng, rounds, group, name, split, report):
+            for r in phantom_records(facts, rng, group, name, rounds, split, report):
                 if split == "train" and thoughts is not None and in_train > thoughts:
                     r["thought"] = None
                 records.append({**r, "shows": facts})

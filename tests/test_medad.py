@@ -551,7 +551,7 @@ def test_phantoms_give_nothing_away(tmp_path):
         style, place = (str(rng.choice(x)) for x in (list(data.STYLES), data.LOCATIONS))
         kind = data.KINDS[anatomy][list(data.STYLES).index(style)] if rng.random() < data.LESION_RATE else None
         facts = dict(modality=modality, anatomy=anatomy, lesion=kind, style=style, location=place)
-        records += data.phantom_records(facts, rng, decks, f"g{i}", "a.png", "train" if i % 10 < 7 else "test")
+        records += data.phantom_records(facts, rng, f"g{i}", "a.png", decks, "train" if i % 10 < 7 else "test")
     assert_blind_is_lost(records, 400)
 
 # ---- bad input --------------------------------------------------------------------------------------------------------------
