@@ -107,7 +107,7 @@ def check_record(record, folder):
     expect(fine and all(x is None or is_text(x) for x in shows.values()),
            f"'shows' is {shows!r:.200}, expected texts or null for {', '.join(SHOWS)}, the style"
            f" one of {', '.join(STYLES)}")
-    json.dumps(record, ensure_ascii=False).encode()  # half a character: UnicodeEncodeError
+    json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair raises ValueError
 
     image, root = record["image"], os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, image))  # follows links and ".."
@@ -678,7 +678,7 @@ def phantom_records(facts, rng, group, image, rounds, split="train", report=None
 
     The thoughts of an image differ in the last sentence, which names the right option's text, never
     a letter. They describe the lesion of `report` (facts; default: the true ones).
-    rounds, a defaultdict(list) kept from image to image, deals letters (see ask) and those turns.
+    rounds, a defaultdict(list) kept from image to image, holds letters and turns yet to be used.
     """
     modality, anatomy, kind = facts["modality"], facts["anatomy"], facts["lesion"]
     turns, state = rounds["state asked", split], "Normal"
