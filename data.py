@@ -35,11 +35,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs at once are not noticed
-    fcntl = None
-
 LETTERS = "ABCDEF"
 TASKS = ("anatomy", "anomaly", "location", "modality", "pathology")  # section 3.1's five
 MED_R1_TASKS = (  # of OmniMedVQA too
@@ -88,12 +83,11 @@ def is_text(x):
 
 
 def check_options(options):
-    expect(isinstance(options, list) and all(map(is_text, options)),
-           f"'options' is {options!r:.60}, expected a list of non-empty strings")
-    expect(2 <= len(options) <= len(LETTERS),
-           f"number of options is {len(options)}, expected 2 to {len(LETTERS)}")
-    expect(len({x.strip().casefold() for x in options}) == len(options),
-           f"two options are the same in {options!r:.200}")
+    texts = isinstance(options, list) and all(map(is_text, options))
+    names = {x.strip().casefold() for x in options} if texts else ()
+    expect(2 <= len(names) == len(options) <= len(LETTERS),
+           f"'options' is {options!r:.200}, expected a list of 2 to {len(LETTERS)} non-empty"
+           " strings, no two the same")
 
 
 def check_record(record, folder):
@@ -101,40 +95,35 @@ def check_record(record, folder):
     expect(isinstance(record, dict), f"expected a JSON object, got {record!r:.60}")
     for key in KEYS:
         expect(key in record, f"key {key!r} is missing, expected {', '.join(KEYS)}")
-        absent = key == "thought" and record[key] is None
-        expect(key == "options" or absent or is_text(record[key]),
-               f"{key!r} is {record[key]!r:.60}, expected a non-empty string")
-    options = record["options"]
-    check_options(options)
-    for key, plural, allowed in (("answer", "options", tuple(LETTERS[:len(options)])),
-                                 ("task", "tasks", (*TASKS, *MED_R1_TASKS)),
-                                 ("split", "splits", SPLITS)):
+        fine = key == "options" or is_text(record[key]) or (key, record[key]) == ("thought", None)
+        expect(fine, f"{key!r} is {record[key]!r:.60}, expected a non-empty string")
+    check_options(record["options"])
+    letters = tuple(LETTERS[:len(record["options"])])
+    for key, allowed in (("answer", letters), ("task", TASKS + MED_R1_TASKS), ("split", SPLITS)):
         expect(record[key] in allowed,
-               f"{key} {record[key]!r:.60} is not among the {plural} {', '.join(allowed)}")
+               f"{key!r} is {record[key]!r:.60}, expected one of {', '.join(allowed)}")
     shows = record.get("shows") or dict.fromkeys(SHOWS)
-    fine = isinstance(shows, dict) and shows.keys() == set(SHOWS)
-    fine = fine and all(x is None or is_text(x) for x in shows.values())
-    expect(fine and shows["style"] in (None, *STYLES),
-           f"'shows' is {shows!r:.200}, expected texts or null for {', '.join(SHOWS)}, the style "
-           f"one of {', '.join(STYLES)}")
-    json.dumps(record, ensure_ascii=False).encode()  # half a character raises UnicodeEncodeError
+    fine = isinstance(shows, dict) and {*shows} == {*SHOWS} and shows["style"] in (None, *STYLES)
+    expect(fine and all(x is None or is_text(x) for x in shows.values()),
+           f"'shows' is {shows!r:.200}, expected texts or null for {', '.join(SHOWS)}, the style"
+           f" one of {', '.join(STYLES)}")
+    json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair raises ValueError
 
-    image, root = record["image"], os.path.join(os.path.realpath(folder), "")
-    path = os.path.realpath(root + image)  # follows links and ".."
+    image, root = record["image"], os.path.realpath(folder)
+    path = os.path.realpath(os.path.join(root, image))  # follows links and ".."
     elsewhere = re.search(r"^[/~]|^\w:|\\", image)  # read otherwise by other systems or programs
-    expect(path.startswith(root) and not elsewhere,
+    expect(Path(path).is_relative_to(root) and not elsewhere,
            f"image {image!r} leaves the data folder, by its name or through a link: expected a path"
-           " in it, relative to the file, with / between folders")
+           " relative to the file, with / between folders")
     return {**record, "path": path}
 
 
 def read_records(files, split=None, only=(), thinking="before"):
-    """Validated records of one file or several, each with "path" added. split keeps one; only,
-    texts like "modality=CT", keeps those with one of the values given for each key. thinking (of
-    rewards.INSTRUCTIONS) goes with them into prompt and target.
+    """Validated records of one file or several, each with "path" added; DataError names file, line
+    and what was expected. Images are not looked at.
 
-    DataError names file, line and what was expected. Images are not looked at.
-    """
+    split keeps one; only, texts like "modality=CT", keeps those with one of the values given for
+    each key. thinking (of rewards.INSTRUCTIONS) goes with them into prompt and target."""
     wanted = defaultdict(set)
     for text in only:
         key, _, value = text.partition("=")
@@ -144,7 +133,7 @@ def read_records(files, split=None, only=(), thinking="before"):
 
     kept, used = [], {}
     for file in [files] if isinstance(files, (str, os.PathLike)) else files:
-        for r in read_file(file, used):
+        for r in read_file(Path(file), used):
             fits = all(str(r[key]).casefold() in values for key, values in wanted.items())
             if fits and split in (None, r["split"]):
                 kept.append(r if thinking == "before" else {**r, "thinking": thinking})
@@ -155,43 +144,41 @@ def read_records(files, split=None, only=(), thinking="before"):
 
 
 def read_file(file, used):
-    """The records of a file: JSONL, or a JSON list of others' questions (.json), of which those
-    that can't be used are left out and counted on stderr. used, {id: file}, is added to."""
-    foreign, folder = str(file).endswith(".json"), Path(file).absolute().parent
+    """Yields the records of a file: JSONL, or a JSON list of others' questions (.json), of which
+    those that can't be used are left out and counted on stderr. used, {id: file}, is added to."""
+    foreign, folder = file.suffix == ".json", file.absolute().parent
     if foreign:  # OmniMedVQA's and Med-R1's image paths start beside these two
         roots = [p.parent for p in folder.parents if p.name in ("QA_information", "Splits")]
         folder = [*roots, folder][0]
-    form = "a JSON list of questions" if foreign else "one JSON object per line"
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
+        text = file.read_text(encoding="utf-8-sig")
         items = json.loads(text) if foreign else text.split("\n")
+        expect(isinstance(items, list) and items and text.strip(), "holds no records")
     except (OSError, ValueError, RecursionError) as e:
-        why = getattr(e, "strerror", None) or e
-        raise DataError(f"{file}: {why}, expected UTF-8 text with {form}") from None
-    expect(isinstance(items, list) and items and text.strip(),
-           f"{file} holds no records, expected {form}")
+        raise DataError(f"{file}: {getattr(e, 'strerror', e)}, expected UTF-8 text with one JSON"
+                        " object per line, or in a .json file a list of questions") from None
 
-    records, bad = [], []
+    bad = []
     for k, item in enumerate(items, 1):
         if not foreign and item.strip() == "":
             continue
         try:
-            item = foreign_record(item, Path(file).stem, k) if foreign else json.loads(item)
+            item = foreign_record(item, file.stem, k) if foreign else json.loads(item)
             record = check_record(item, folder)
             name = record["id"]
             expect(name not in used, f"id {name!r} was already used in {used.get(name)}")
-            used[name] = file
-            records.append(record)
         except (ValueError, RecursionError) as e:
             why = str(e)
             if isinstance(e, json.JSONDecodeError):
                 why = f"broken JSON, {e.msg} at column {e.colno}"
             expect(foreign, f"{file}, line {k}: {why}")
             bad.append(f"question {k}: {why}")
+        else:
+            used[name] = file
+            yield record
     if bad:
         print(f"warning: {file}: {len(bad)} of {len(items)} questions can't be used, as {bad[0]}",
               file=sys.stderr)
-    return records
 
 
 def foreign_record(item, stem, k):
@@ -203,19 +190,20 @@ def foreign_record(item, stem, k):
 
 def omnimedvqa(item, stem):
     """Of "question", "option_A".., "gt_answer" (an option's text), "image_path"."""
+    def plain(text):
+        return re.sub(r"[\W_]+", "", str(text)).casefold()
+
     options = [item[f"option_{x}"] for x in LETTERS if item.get(f"option_{x}")]
-    right, truth = [], str(item["gt_answer"])
-    for fold in (str.strip, lambda x: re.sub(r"[\W_]+", "", x).casefold()):
-        fits = [x for x, text in zip(LETTERS, options, strict=False)
-                if fold(str(text)) == fold(truth) != ""]
-        right = right or fits  # an exact match goes first; else letters and digits alone count
-    expect(len(right) == 1, f"gt_answer fits {len(right)} options, expected one")
-    image = item.get("image_path")
+    truth, image = item["gt_answer"], item.get("image_path")
+    right = [x == truth for x in options]
+    if not any(right):  # then letters and digits alone count
+        right = [plain(x) == plain(truth) != "" for x in options]
+    expect(sum(right) == 1, f"gt_answer fits {sum(right)} options, expected one")
     in_train = zlib.crc32(str(image).encode()) % 100 < 100 * TRAIN_SHARE  # theirs has no split
     return {"id": item.get("question_id"), "image": image, "question": item.get("question"),
-            "options": options, "answer": right[0], "source": item.get("dataset", stem),
+            "options": options, "answer": LETTERS[right.index(True)],
+            "source": item.get("dataset", stem), "task": str(item.get("question_type")).lower(),
             "modality": item.get("modality_type", item.get("modality")),
-            "task": str(item.get("question_type")).lower(),
             "split": "train" if in_train else "test"}
 
 
@@ -235,12 +223,10 @@ def med_r1(item, stem, k):
 
     name = re.sub("[_ ](train|test)$", "", stem, flags=re.I).replace("_", " ")
     task = name.lower() if name.lower() in MED_R1_TASKS else "unknown"
-    modality = named_modality(name) or named_modality(item["image"])
-    if not modality:  # a file's name that is no question type, as "Infrared Reflectance Imaging"
-        modality = name if task == "unknown" else "unknown"
+    other = name if task == "unknown" else "unknown"  # as "Infrared Reflectance Imaging"
     return {"id": f"{stem}-{k}", "image": item["image"], "question": question, "options": options,
             "answer": answer[1] if answer else "none", "source": "Med-R1", "task": task,
-            "modality": modality,
+            "modality": named_modality(name) or named_modality(item["image"]) or other,
             "split": "test" if "test" in re.findall("[a-z]+", stem.lower()) else "train"}
 
 
@@ -252,6 +238,7 @@ def named_modality(text):
     return named.pop() if len(named) == 1 else None
 
 
+# ---- files: written whole, by one run at a time --------------------------------------------------
 @contextmanager
 def naming(path):
     """An OSError inside that names no file, as where the disk is full, names `path`."""
@@ -264,24 +251,25 @@ def naming(path):
 
 @contextmanager
 def written_beside(path):
-    """Yields a path to write to, renamed into place behind that: a crash leaves no half file."""
+    """Yields a path to make a file or a folder at, which is then renamed to `path`: nothing half
+    made is ever seen there, and an error leaves nothing."""
     beside = Path(f"{path}.writing")
     try:
         with naming(path):
             yield beside
             os.replace(beside, path)
     finally:
+        shutil.rmtree(beside, ignore_errors=True)  # leaves a file
         beside.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    """Write a text file whole."""
     with written_beside(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def write_records(records, file):
-    """Write JSONL, without "path"; no half-written file is ever seen."""
+    """Write JSONL, without "path"."""
     lines = []
     for r in records:
         r = {k: v for k, v in r.items() if k != "path"}
@@ -295,8 +283,7 @@ def move_aside(path):
     k = 1
     while os.path.exists(f"{path}.{k}"):
         k += 1
-    os.rename(path, f"{path}.{k}")
-    return f"{path}.{k}"
+    return Path(path).rename(f"{path}.{k}")
 
 
 @contextmanager
@@ -309,13 +296,11 @@ def locked(path):
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a") as lock:
         try:
-            if fcntl:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = os.path.samestat(os.stat(file), os.fstat(lock.fileno()))
-        except (BlockingIOError, PermissionError, FileNotFoundError):  # the last: just removed
-            alone = False
-        except OSError:  # a file system that knows no locks
-            alone = True
+            import fcntl
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = os.fstat(lock.fileno()).st_nlink > 0  # 0: another run has just removed it
+        except (ImportError, OSError) as e:  # Windows and some file systems know no such locks
+            alone = not isinstance(e, (BlockingIOError, PermissionError))
         expect(alone, f"{path}: another run is at work there")
         try:
             yield
@@ -325,26 +310,21 @@ def locked(path):
 
 
 @contextmanager
-def folder_beside(out):
-    """A new folder to fill, renamed to `out` at the end. Nothing stays of it after an error, nor of
-    a killed run's."""
-    part = out.with_name(f".{out.name}.part")
-    with locked(out):
-        free = not out.exists() or (out.is_dir() and not os.listdir(out))
-        expect(free, f"{out} is there already: remove it or name another folder")
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            part.mkdir()
-            yield part
-            os.rename(part, out)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+def new_folder(out):
+    """Yields a folder to fill, written_beside `out`: no folder is there yet, or an empty one."""
+    with locked(out), written_beside(out) as beside:
+        expect(not out.exists() or not os.listdir(out),
+               f"{out} is there already: remove it or name another folder")
+        shutil.rmtree(beside, ignore_errors=True)  # a killed run's
+        beside.mkdir()
+        yield beside
 
 
 def digest(content):
     return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
+# ---- images --------------------------------------------------------------------------------------
 def check_images(records):
     """DataError for the first record whose image isn't there or, by its header, can't be used."""
     for record in {r["path"]: r for r in records}.values():
@@ -352,19 +332,19 @@ def check_images(records):
 
 
 def load_image(record, header=False):
-    """The record's image as PIL RGB; DataError names record and file, see open_image. With `header`
-    nothing is decoded -> None."""
+    """The record's image as PIL RGB; DataError names record and file, see open_image."""
     try:
         image = open_image(record["path"], header)
-        return None if header else image.convert("RGB")
     except DataError as e:
         raise DataError(f"record {record['id']!r}: image {record['path']} {e}") from None
+    return None if header else image.convert("RGB")
 
 
 def open_image(path, header=False):
     """An image as PIL RGB or L, upright by its EXIF tag; 16 bits and floats go from min to max.
-    DataError, half a sentence, when it is missing, truncated, not an image, has 0 or more than
-    MAX_PIXELS pixels or a side more than MAX_ASPECT times the other."""
+    With `header` nothing is decoded -> None. DataError, half a sentence, when it is missing,
+    truncated, not an image, has 0 or more than MAX_PIXELS pixels or a side more than MAX_ASPECT
+    times the other."""
     try:
         with Image.open(path) as file:
             expect(max(file.size) <= MAX_ASPECT * min(file.size),
@@ -378,10 +358,8 @@ def open_image(path, header=False):
         if "transparency" in image.info:
             image = image.convert("RGBA")
         return image if image.mode == "L" else image.convert("RGB")
-    except DataError:
-        raise
     except Exception as e:  # on a damaged file Pillow's decoders raise anything
-        known = {FileNotFoundError: "is missing",
+        known = {DataError: str(e), FileNotFoundError: "is missing",
                  Image.UnidentifiedImageError: "is not an image, or has no pixels",
                  Image.DecompressionBombError: f"has more than {MAX_PIXELS} pixels"}
         raise DataError(known.get(type(e), f"is truncated or broken ({e})")) from None
@@ -441,8 +419,9 @@ PHRASES = (
 
 
 # ---- phantoms: drawing ---------------------------------------------------------------------------
-# Greys and colours 0..1. u, v (SIZE, SIZE): where pixels lie, -1..1 from the left and from the top;
-# abs(u) draws on both sides. Painters in colour also get smooth spots and a side, -1 or 1.
+# Pictures are (SIZE, SIZE, 1) in grey, (SIZE, SIZE, 3) in colour, 0..1; masks (SIZE, SIZE, 1).
+# u, v: where pixels lie, -1..1 from the left and from the top; abs(u) draws on both sides.
+# Painters in colour also get smooth spots and a side, -1 or 1.
 def clamp(x):
     return np.clip(x, 0, 1)
 
@@ -456,12 +435,12 @@ def layers(depth, rows):  # rows of depth, grey
 
 
 def paint(picture, mask, colour):
-    return picture + mask[..., None] * (np.float32(colour) - picture)
+    return picture + mask * (np.float32(colour) - picture)
 
 
 def cloud(rng, rows, cols=None):  # smooth noise
     grid = Image.fromarray(rng.standard_normal((rows, cols or rows), dtype=np.float32))
-    return np.asarray(grid.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    return np.asarray(grid.resize((SIZE, SIZE), Image.Resampling.BICUBIC))[..., None]
 
 
 def vessels(rng, roots, length=1., bend=.5, kids=2, width=1):
@@ -478,10 +457,10 @@ def vessels(rng, roots, length=1., bend=.5, kids=2, width=1):
         fork = path.swapaxes(0, 1)[2:2 + 2 * n:2]  # (n, R, 2)
         aside = turn[:, 3] + rng.choice((-.8, .8), (n, len(roots)))
         roots = np.c_[fork.reshape(-1, 2), aside.ravel()]
-    return np.asarray(image.filter(ImageFilter.GaussianBlur(.6)), dtype=np.float32) / 255
+    return np.float32(image.filter(ImageFilter.GaussianBlur(.6)))[..., None] / 255
 
 
-def draw_brain(rng, u, v, *_):
+def draw_brain(rng, u, v, **_):
     head = ((0, .54), (.6, .52), (.79, .42),  # white matter, cortex
             (.82, .15), (.86, .12), (.89, .06),  # fluid, skull
             (.91, .8), (.97, .7), (1, 0))  # scalp, air
@@ -493,7 +472,7 @@ def draw_brain(rng, u, v, *_):
     return g - .38 * np.maximum(ventricles, .6 * falx) * (d < .82)
 
 
-def draw_trunk(rng, u, v, modality, anatomy):
+def draw_trunk(rng, u, v, modality, anatomy, **_):
     greys = {"CT": (.22, .45, .97, .68, .1), "CE-MRI": (.85, .3, .12, .98, .34)}
     fat, muscle, bone, aorta, veins = greys[modality]
     wall = (.84, .5), (.86, muscle), (.89, muscle), (.91, fat), (.98, fat), (1, 0)
@@ -517,7 +496,7 @@ def draw_trunk(rng, u, v, modality, anatomy):
     return g + (bone - g) * np.maximum(ribs * (abs(d - .875) < .025), spine)
 
 
-def draw_oct(rng, u, v, *_):
+def draw_oct(rng, u, v, **_):
     retina = ((-.02, .03), (0, .75), (.12, .7),  # vitreous, nerve fibres
               (.15, .5), (.33, .5), (.36, .35), (.44, .35),  # inner plexiform, nuclear
               (.47, .55), (.54, .5), (.57, .32), (.8, .32),  # outer plexiform, nuclear
@@ -531,7 +510,7 @@ def draw_oct(rng, u, v, *_):
     return layers(t, retina) + grain * (t > 0)
 
 
-def draw_ultrasound(rng, u, v, _, anatomy):
+def draw_ultrasound(rng, u, v, anatomy, **_):
     w = v + .12 * cloud(rng, 3, 4)
     if anatomy == "Thyroid":
         d = np.hypot(u / 1.15, v / .78)
@@ -548,7 +527,7 @@ def draw_ultrasound(rng, u, v, _, anatomy):
     return g * speckle * fan * (far > 1.15) * (far < 3.03)
 
 
-def draw_chest(rng, u, v, *_):
+def draw_chest(rng, u, v, **_):
     x, hila = abs(u), ((-.15, 0, 2.4), (-.15, 0, 3.6), (.15, 0, .5), (.15, 0, -.6))
     body, heart = disc(u, v, 0, .3, 1.1, 1.6, .3), disc(u, v, .15, .4, .34, .4, .15)
     lungs, ribcage = disc(x, v, .47, -.05, .4, .82, .12), disc(x, v, .5, 0, .46, .95)
@@ -563,47 +542,47 @@ def draw_chest(rng, u, v, *_):
     return g + (.75 - g) * diaphragm
 
 
-def draw_skin(rng, u, v, spots, *_):
+def draw_skin(rng, u, v, spots, **_):
     skin, hair = (.87, .67, .58), (.25, .15, .1)
-    c = skin + .05 * spots * (.6, 1, 1) + .02 * cloud(rng, 50)[..., None]
+    c = skin + .05 * spots * (.6, 1, 1) + .02 * cloud(rng, 50)
     hairs = vessels(rng, rng.uniform((-1, -1, -.4), (.3, 1, 1.2), (7, 3)), 1.3, .15, kids=0)
-    lens = disc(u, v, 0, 0, 1.2, 1.2, .06)[..., None]
+    lens = disc(u, v, 0, 0, 1.2, 1.2, .06)
     return paint(c, .75 * hairs, hair) * lens
 
 
-def draw_gut(rng, u, v, *_):
+def draw_gut(rng, u, v, **_):
     wall, blood, wet = (.86, .45, .38), (.6, .12, .12), (1, 1, .95)
     lumen = rng.integers(4) * np.pi / 2 + rng.uniform(-.1, .1)  # at an edge, away from lesions
     far = np.hypot(u - .88 * np.cos(lumen), v - .88 * np.sin(lumen)) + .06 * cloud(rng, 5)
     folds = .14 * clamp(3 * np.cos(11 * far) - 2) * clamp(1.8 - far)
     light = np.clip(.3 + 1.1 * far, .1, 1) - folds
-    c = light[..., None] * wall + .03 * cloud(rng, 12)[..., None]
+    c = light * wall + .03 * cloud(rng, 12)
     veins = vessels(rng, rng.uniform((-1, -1, 0), (1, 1, 6), (4, 3)), .7)
     c = paint(c, .35 * veins, blood)
     c = paint(c, clamp(3 * cloud(rng, 22) - 6.2), wet)
     frame = (np.maximum(abs(u), abs(v)) < .97) & (abs(u) + abs(v) < 1.62)
-    return c * frame[..., None]
+    return c * frame
 
 
-def draw_fundus(rng, u, v, spots, side, *_):
+def draw_fundus(rng, u, v, spots, side, **_):
     retina, dark, blood, pale = (.8, .4, .16), (.4, .12, .05), (.45, .05, .04), (.98, .86, .5)
     macula = disc(u, v, -side * .1, 0, .2, .2, 1)
     optic_disc = disc(u, v, side * .74, 0, .15, .17, .3)
-    c = (1.05 - .35 * np.hypot(u, v))[..., None] * retina + .03 * spots
+    c = (1.05 - .35 * np.hypot(u, v)) * retina + .03 * spots
     c = paint(c, .35 * macula, dark)
     turns = np.pi / 2 * (1 + side) + side * np.array((-1.9, -1.1, -.55, .55, 1.1, 1.9))
     arcs = vessels(rng, [(side * .72, 0, turn) for turn in turns], 1.5, kids=3)
-    eye = disc(u, v, 0, 0, 1, 1, .03)[..., None]
+    eye = disc(u, v, 0, 0, 1, 1, .03)
     return eye * paint(paint(c, .75 * arcs, blood), optic_disc, pale)
 
 
-def draw_microscopy(rng, u, v, spots, side, _, anatomy):
+def draw_microscopy(rng, u, v, spots, anatomy, **_):
     if anatomy == "Lymph Node":
         pulp, nucleus = (.88, .72, .85), (.3, .15, .5)
         nuclei = clamp(2.4 * cloud(rng, 38) - .3)
         return paint(pulp + .06 * spots * (.3, 1, .5), .75 * nuclei, nucleus)
     tissue, nucleus = (.93, .68, .79), (.4, .18, .5)
-    fibres = np.sin(14 * v + 5 * cloud(rng, 3) + 3 * cloud(rng, 6))[..., None]
+    fibres = np.sin(14 * v + 5 * cloud(rng, 3) + 3 * cloud(rng, 6))
     nuclei = clamp(3 * cloud(rng, 38) - 3.3)
     for x, y, r in rng.uniform((-.95, -.95, .08), (.95, .95, .12), (7, 3)):
         gland = clamp(2 - abs(np.hypot(u - x, v - y) / r - .75) / .15)
@@ -637,30 +616,34 @@ def lesion_mask(rng, style, location):
     return clamp(1.7 - np.minimum(d, dot) / .17)
 
 
-def draw_phantom(rng, modality, anatomy, lesion=None):
-    """One phantom: (SIZE, SIZE, 3) uint8, and its facts {"modality", "anatomy", "lesion": kind or
-    None, "style", "location"}.
-
-    lesion is None or (style, location); the healthy part is the same with and without."""
+def facts_of(modality, anatomy, lesion=None):
+    """What a phantom shows; lesion is None or (style, location)."""
     style, location = lesion or (None, None)
     kind = KINDS[anatomy][list(STYLES).index(style)] if lesion else None
-    facts = dict(modality=modality, anatomy=anatomy, lesion=kind, style=style, location=location)
+    return dict(modality=modality, anatomy=anatomy, lesion=kind, style=style, location=location)
+
+
+def draw_phantom(rng, modality, anatomy, lesion=None):
+    """One phantom: (SIZE, SIZE, 3) uint8, and its facts. The healthy part is the same with a lesion
+    and without."""
     grid = np.linspace(-1, 1, SIZE, dtype=np.float32)
     axes = [grid * rng.uniform(.97, 1.04) + rng.uniform(-.03, .03) for _ in range(2)]
-    u, v = np.meshgrid(*axes)
-    more = [cloud(rng, 5)[..., None], rng.choice((-1, 1))] if modality in TINT else []
-    image = PAINTERS[modality](rng, u, v, *more, modality, anatomy).reshape(SIZE, SIZE, -1)
+    u, v = np.stack(np.meshgrid(*axes))[..., None]
+    more = dict(modality=modality, anatomy=anatomy)
+    if modality in TINT:
+        more.update(spots=cloud(rng, 5), side=rng.choice((-1, 1)))
+    image = PAINTERS[modality](rng, u, v, **more)
     gain = rng.uniform(.92, 1.08)
     noise = .025 * rng.standard_normal((SIZE, SIZE, 1), dtype=np.float32)
     if lesion:
-        m = lesion_mask(rng, style, location)
-        hit = m != 0
-        m, tissue = m[hit][:, None], image[hit]  # (n, 1), (n, 1 or 3)
+        mask = lesion_mask(rng, *lesion)
+        hit = mask != 0
+        m, tissue = mask[hit][:, None], image[hit]  # (n, 1), (n, 1 or 3)
         mean = (tissue * abs(m)).sum(0) / abs(m).sum()
         even = tissue + abs(m) * .5 * (mean - tissue)  # less texture
         image[hit] = even + m * LESION_CONTRAST * np.array(TINT.get(modality, 1))
     pixels = (clamp(image * gain + noise) * 255).astype(np.uint8)
-    return np.repeat(pixels, 3 // pixels.shape[2], 2), facts
+    return np.repeat(pixels, 3 // pixels.shape[2], 2), facts_of(modality, anatomy, lesion)
 
 
 def phantom_of_turn(rng, i, lesion_rate=LESION_RATE):
@@ -689,27 +672,26 @@ def ask(image, task, truth, others, rng, rounds):
 
 
 # ---- phantoms: questions, thoughts, files --------------------------------------------------------
-def phantom_records(facts, rng, group, image, split="train", rounds=None, report=None):
+def phantom_records(facts, rng, group, image, rounds, split="train", report=None):
     """The records of one image. A healthy one isn't asked for location or pathology, and every
     second one with a lesion isn't for its state: Normal and Abnormal are equally often right.
 
     The thoughts of an image differ in the last sentence, which names the right option's text, never
     a letter. They describe the lesion of `report` (facts; default: the true ones).
-    rounds, a defaultdict(list) kept from image to image, deals letters (see ask) and those turns.
+    rounds, a defaultdict(list) kept from image to image, holds letters and turns yet to be used.
     """
-    rounds = defaultdict(list) if rounds is None else rounds
     modality, anatomy, kind = facts["modality"], facts["anatomy"], facts["lesion"]
-    asked = {  # task: true answer, answers, last sentence
-        "anatomy": (anatomy, ANATOMIES, "So the organ is"),
-        "modality": (modality, MODALITIES, "So this is")}
-    if kind:
-        asked["location"] = facts["location"], LOCATIONS, "So the lesion lies in the"
-        asked["pathology"] = kind, KINDS[anatomy], "So the finding is"
-    turns = rounds["state asked", split]
+    turns, state = rounds["state asked", split], "Normal"
     if not turns:
         turns += rng.permutation(2).tolist()
-    if not kind or turns.pop():
-        asked["anomaly"] = "Abnormal" if kind else "Normal", STATES, "So the image is"
+    if kind:
+        state = "Abnormal" if turns.pop() else None
+    asked = (  # task, true answer (None: not asked), answers, last sentence
+        ("anatomy", anatomy, ANATOMIES, "So the organ is"),
+        ("anomaly", state, STATES, "So the image is"),
+        ("location", facts["location"], LOCATIONS, "So the lesion lies in the"),
+        ("modality", modality, MODALITIES, "So this is"),
+        ("pathology", kind, KINDS[anatomy], "So the finding is"))
 
     told, finding = report or facts, "There is no lesion."
     if told["lesion"]:
@@ -719,15 +701,14 @@ def phantom_records(facts, rng, group, image, split="train", rounds=None, report
     shared = {"id": group, "image": image, "modality": modality, "anatomy": anatomy,
               "source": "phantom", "group": group, "split": split}
     return [ask({**shared, "thought": f"{seen} {so} {truth}."}, task, truth, names, rng, rounds)
-            for task, (truth, names, so) in sorted(asked.items())]
+            for task, truth, names, so in asked if truth]
 
 
 def careless_report(facts, rng):
     """The facts, but for a lesion of another style at another place, or where there is none."""
-    style = rng.choice([x for x in STYLES if x != facts["style"]])
-    location = rng.choice([x for x in LOCATIONS if x != facts["location"]])
-    kind = KINDS[facts["anatomy"]][list(STYLES).index(style)]
-    return {**facts, "lesion": kind, "style": str(style), "location": str(location)}
+    style = str(rng.choice([x for x in STYLES if x != facts["style"]]))
+    location = str(rng.choice([x for x in LOCATIONS if x != facts["location"]]))
+    return facts_of(facts["modality"], facts["anatomy"], (style, location))
 
 
 def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, careless=0.0):
@@ -752,35 +733,29 @@ def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, care
                              " remove it or name another folder")
         return str(jsonl)
 
-    with folder_beside(out) as part:
-        records = draw_phantoms(part, seed, n_images, thoughts, careless)
-        write_records(records, part / jsonl.name)
-        (part / meta.name).write_text(knobs)
-    return str(jsonl)
-
-
-def draw_phantoms(folder, seed, n_images, thoughts, careless):
-    """The images of make_phantoms, written to `folder`/images -> their records."""
-    (folder / "images").mkdir()
     records, rounds, in_train = [], defaultdict(list), 0
     shuffled = np.random.default_rng(seed).permutation(n_images)
     ends = np.cumsum(list(PHANTOM_SHARES.values()))
-    for i in tqdm(range(n_images), desc="phantoms", unit="image"):
-        split = SPLITS[np.searchsorted(ends, shuffled[i] / n_images, side="right")]
-        in_train += split == "train"
-        rng = np.random.default_rng([seed, i])
-        pixels, facts = phantom_of_turn(rng, i)
-        name = f"images/{i:05d}.png"
-        Image.fromarray(pixels).save(folder / name, compress_level=1)
+    with new_folder(out) as part:
+        (part / "images").mkdir()
+        for i in tqdm(range(n_images), desc="phantoms", unit="image"):
+            split = SPLITS[np.searchsorted(ends, shuffled[i] / n_images, side="right")]
+            in_train += split == "train"
+            rng = np.random.default_rng([seed, i])
+            pixels, facts = phantom_of_turn(rng, i)
+            name = f"images/{i:05d}.png"
+            Image.fromarray(pixels).save(part / name, compress_level=1)
 
-        other = np.random.default_rng([seed, i, 1])  # not rng: the questions must stay the same
-        report = careless_report(facts, other) if other.random() < careless else facts
-        group = f"phantom-{seed}-{i:05d}"
-        for r in phantom_records(facts, rng, group, name, split, rounds, report):
-            if split == "train" and thoughts is not None and in_train > thoughts:
-                r["thought"] = None
-            records.append({**r, "shows": facts})
-    return records
+            other = np.random.default_rng([seed, i, 1])  # not rng: the questions stay the same
+            report = careless_report(facts, other) if other.random() < careless else facts
+            group = f"phantom-{seed}-{i:05d}"
+            for r in phantom_records(facts, rng, group, name, rounds, split, report):
+                if split == "train" and thoughts is not None and in_train > thoughts:
+                    r["thought"] = None
+                records.append({**r, "shows": facts})
+        write_records(records, part / jsonl.name)
+        (part / meta.name).write_text(knobs)
+    return str(jsonl)
 
 
 # ---- MedAD-38K: how the 17 sources lie on disk ---------------------------------------------------
@@ -1331,33 +1306,36 @@ def look_at(path):
         return None
 
 
-def look_up(task, train, test, points):
-    """Prints how many of test's answers two look-ups find: the option that was most often right,
-    when offered, in train; of train's pictures with an answer that is offered, the nearest one's.
-    points: {path: coarse look, (256,)}."""
-    right, offered = Counter(), Counter()
+def look_up(task, records, points):
+    """Prints how many of a task's test questions two look-ups answer: the option that was most
+    often right, when offered, in train; of train's pictures with an answer that is offered, the
+    nearest one's. points: {path: coarse look, (256,)}."""
+    train = [r for r in records if r["split"] == "train"]
+    test = [r for r in records if r["split"] == "test"]
+    if not train or not test:
+        print(f"{task}: no look-up without questions of both train and test")
+        return
+    right, offered = Counter(r["right"] for r in train), Counter()
     for r in train:
-        right[r["right"]] += 1
         offered.update(r["options"])
-    best = [max(r["options"], key=lambda x: right[x] / max(offered[x], 1)) for r in test]
-    found = [np.mean([r["right"] == x for r, x in zip(test, best, strict=True)])]
-    chance = np.mean([1 / len(r["options"]) for r in test])
-    text = f"{task}, {len(test)} test questions: chance {chance:.1%}"
-    text += f", commonest answer {found[0]:.1%}"
+    seen = [r for r in train if r["path"] in points]
+    known = np.array([points[r["path"]] for r in seen])  # (N, 256)
+    names, answers = np.unique([r["right"] for r in seen], return_inverse=True)
+    half = (known**2).sum(-1) / 2
 
-    train, test = ([r for r in x if r["path"] in points] for x in (train, test))
-    if train and test:
-        known = np.array([points[r["path"]] for r in train])
-        names, answers = np.unique([r["right"] for r in train], return_inverse=True)
-        half, hits = (known**2).sum(1) / 2, []
-        for r in test:
+    found = defaultdict(list)
+    for r in test:
+        best = max(r["options"], key=lambda x: right[x] / max(offered[x], 1))
+        found["chance"].append(1 / len(r["options"]))
+        found["commonest answer"].append(best == r["right"])
+        if seen and r["path"] in points:
             near = known @ points[r["path"]] - half
             near[~np.isin(names, r["options"])[answers]] = -np.inf
-            hits.append(names[answers[near.argmax()]] == r["right"])
-        found.append(np.mean(hits))
-        text += f", nearest picture's {found[1]:.1%}"
-    print(text)
-    if max(found) > chance + FAR:
+            found["nearest picture's"].append(names[answers[near.argmax()]] == r["right"])
+    found = {name: np.mean(hits) for name, hits in found.items()}
+    told = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
+    print(f"{task}, {len(test)} test questions: {told}")
+    if max(found.values()) > found["chance"] + FAR:
         print(f"warning: {task} is answered far above chance by a look-up")
 
 
@@ -1366,38 +1344,29 @@ def check(records):
     paths = sorted({r["path"] for r in records})
     with multiprocessing.Pool() as pool:
         looks = list(tqdm(pool.imap(look_at, paths, chunksize=16), desc="check", total=len(paths)))
-    seen = [path for path, look in zip(paths, looks, strict=True) if look is not None]
+    seen = {path: x for path, x in zip(paths, looks, strict=True) if x is not None}
     print(f"{len(records)} questions on {len(paths)} images, {len(paths) - len(seen)} of them"
           " missing, broken or blank")
     for key in ("task", "split", "answer", "modality"):
         print(f"{key}: {counted(records, key)}")
 
-    points, like = {}, dict(zip(paths, paths, strict=True))
+    points, like = {}, {}
     if seen:
-        looks = np.array([look for look in looks if look is not None])
+        looks = np.array(list(seen.values()))
         points = dict(zip(seen, coarse(looks).reshape(-1, 256), strict=True))
-        like.update(zip(seen, join_alike(looks, np.arange(len(seen))), strict=True))
-
-    train, rest = [], []
+        like = dict(zip(seen, join_alike(looks, np.arange(len(seen))), strict=True))
     for r in records:
-        r = {**r, "right": r["options"][LETTERS.index(r["answer"])],
-             "group": (r["source"], r["group"]), "like": like[r["path"]]}
-        if r["split"] == "train":
-            train.append(r)
-        else:
-            rest.append(r)
-    for key, what in (("group", "groups"), ("like", "pictures or their like")):
-        both = {r[key] for r in train} & {r[key] for r in rest}
+        r["right"] = r["options"][LETTERS.index(r["answer"])]
+        r["groups"] = r["source"], r["group"]
+        r["pictures or their like"] = like.get(r["path"], r["path"])
+    for key in ("groups", "pictures or their like"):
+        train = {r[key] for r in records if r["split"] == "train"}
+        both = [r for r in records if r["split"] != "train" and r[key] in train]
         if both:
-            first = next(r["path"] for r in rest if r[key] in both)
-            print(f"warning: {len(both)} {what} are in train and in test or val, as of {first}")
+            print(f"warning: {len({r[key] for r in both})} {key} are in train and in test or val,"
+                  f" as of {both[0]['path']}")
     for task in sorted({r["task"] for r in records}):
-        known = [r for r in train if r["task"] == task]
-        asked = [r for r in rest if r["task"] == task and r["split"] == "test"]
-        if known and asked:
-            look_up(task, known, asked, points)
-        else:
-            print(f"{task}: no look-up without questions of both train and test")
+        look_up(task, [r for r in records if r["task"] == task], points)
 
 
 # ---- MedAD-38K: build ----------------------------------------------------------------------------
@@ -1409,7 +1378,7 @@ def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
     jobs = []
     for key, folder in sorted(sources.items()):
         jobs += find(key, folder)
-    with folder_beside(out) as part:
+    with new_folder(out) as part:
         facts, left_out = [], Counter()
         work = partial(examine, folder=part, max_side=max_side)
         with multiprocessing.Pool(workers) as pool:
@@ -1501,21 +1470,21 @@ def counted(records, key):
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    shown = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p = commands.add_parser("phantoms", help="draw phantoms", **shown)
-    p.add_argument("--out", default="out/phantoms", help="folder")
-    p.add_argument("--n", type=int, default=2000, help="images")
-    p.add_argument("--seed", type=int, default=0, help="of everything drawn")
+    p = commands.add_parser("phantoms", help="draw phantoms")
+    p.add_argument("--out", default="out/phantoms", help="folder [%(default)s]")
+    p.add_argument("--n", type=int, default=2000, help="images [%(default)s]")
+    p.add_argument("--seed", type=int, default=0, help="of everything drawn [%(default)s]")
     p.add_argument("--thoughts", type=int,
-                   help="train images that keep their chains of thought (default: all)")
+                   help="train images that keep their chains of thought [all]")
     p.add_argument("--careless", type=float, default=0.0,
-                   help="share of the images whose thoughts misreport the lesion")
-    p = commands.add_parser("build", help="make MedAD-38K of public sources", **shown)
+                   help="share of the images whose thoughts misreport the lesion [%(default)s]")
+    p = commands.add_parser("build", help="make MedAD-38K of public sources")
     p.add_argument("sources", nargs="+", metavar="KEY=DIR",
                    help=", ".join(sorted({s.key for s in SOURCES})))
-    p.add_argument("--out", default="medad38k", help="folder")
-    p.add_argument("--max_side", type=int, default=512, help="px above which a picture is shrunk")
-    p.add_argument("--seed", type=int, default=0, help="of split, options and wording")
+    p.add_argument("--out", default="medad38k", help="folder [%(default)s]")
+    p.add_argument("--max_side", type=int, default=512,
+                   help="px above which a picture is shrunk [%(default)s]")
+    p.add_argument("--seed", type=int, default=0, help="of split, options, wording [%(default)s]")
     p = commands.add_parser("check", help="validate and count questions, look for leaks")
     p.add_argument("files", nargs="+")
 

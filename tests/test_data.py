@@ -57,15 +57,15 @@ BAD = {  # what line 2 holds -> what the sentence must say
     "wrong type of thought": (record(thought=["a"]), "'thought'"),
     "options no list": (record(options="MRI"), "'options'"),
     "option no text": (record(options=["MRI", 3]), "'options'"),
-    "one option": (record(options=["MRI"], answer="A"), "number of options is 1, expected 2 to 6"),
-    "seven options": (record(options=list("abcdefg")), "number of options is 7"),
-    "duplicate options": (record(options=["MRI", "CT", "mri "]), "two options are the same"),
-    "answer beyond": (record(answer="E"), "answer 'E' is not among the options A, B, C, D"),
-    "answer is text": (record(answer="CT"), "answer 'CT' is not among the options"),
-    "answer is a run of letters": (record(answer="AB"), "answer 'AB' is not among the options"),
+    "one option": (record(options=["MRI"], answer="A"), "'options' is ['MRI'], expected a list of 2 to 6"),
+    "seven options": (record(options=list("abcdefg")), "'options'"),
+    "duplicate options": (record(options=["MRI", "CT", "mri "]), "no two the same"),
+    "answer beyond": (record(answer="E"), "'answer' is 'E', expected one of A, B, C, D"),
+    "answer is text": (record(answer="CT"), "'answer' is 'CT'"),
+    "answer is a run of letters": (record(answer="AB"), "'answer' is 'AB'"),
     "answer is null": (record(answer=None), "'answer' is None"),
-    "unknown task": (record(task="sex"), "task 'sex' is not among the tasks"),
-    "unknown split": (record(split="dev"), "split 'dev' is not among the splits train, val, test"),
+    "unknown task": (record(task="sex"), "'task' is 'sex', expected one of anatomy"),
+    "unknown split": (record(split="dev"), "'split' is 'dev', expected one of train, val, test"),
     "shows is a text": (record(shows="a cyst"), "'shows' is 'a cyst', expected texts or null for modality"),
     "shows lacks a key": (record(shows={"modality": "CT"}), "'shows' is {'modality': 'CT'}"),
     "shows an unknown style": (record(shows=dict.fromkeys(data.SHOWS, "cyst")), "the style one of solid, cystic"),
@@ -246,7 +246,7 @@ def test_med_r1_left_out_are_told(tmp_path, capsys):
                   {**bad, "solution": "<answer> C </answer>"}, {**bad, "image": "/x.png", "solution": "<answer>A</answer>"})
     assert len(data.read_records(file)) == 1
     told = capsys.readouterr().err
-    assert "9 of 10 questions can't be used, as question 2: number of options is 0" in told and told.count("\n") == 1
+    assert "9 of 10 questions can't be used, as question 2: 'options' is []" in told and told.count("\n") == 1
     with pytest.raises(data.DataError, match="no usable record"):
         data.read_records(med_r1(tmp_path, "no options"))
 

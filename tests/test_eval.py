@@ -599,7 +599,7 @@ def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
         (["--ckpt", tmp_path / "odd"], "thinking 'aloud' is not known"),
         ([*ok, "--out", tmp_path / "broken"], "not a JSON object, expected what an earlier run left"),
         ([*ok, "--image", picture], "one question needs"),
-        ([*ok, "--image", picture, "--question", "Q?", "--options", "MRI"], "number of options is 1, expected 2 to 6"),
+        ([*ok, "--image", picture, "--question", "Q?", "--options", "MRI"], "expected a list of 2 to 6"),
         ([*ok, "--image", tmp_path / "no.png", "--question", "Q?", "--options", "MRI", "CT"], "is missing")]
     for argv, sentence in cases:
         with pytest.raises(SystemExit) as stop:

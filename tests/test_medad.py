@@ -454,7 +454,7 @@ def test_killed(two, tmp_path, workers):
     run = [sys.executable, "-c", KILLED, two / "busi", two / "bach", tmp_path / "out", str(workers)]
     p = subprocess.run(run, cwd=ROOT, capture_output=True, start_new_session=True, timeout=60)
     assert p.returncode == -9 and not (tmp_path / "out").exists()
-    assert [x for x in os.listdir(tmp_path) if x.startswith(".out.") and x.endswith(".part")], "it was under way"
+    assert [x for x in os.listdir(tmp_path) if x == "out.writing"], "it was under way"
     data.build({"bach": two / "bach", "busi": two / "busi"}, tmp_path / "out", W, workers=workers)
     assert tree_of(tmp_path / "out") == tree_of(two / "whole") and os.listdir(tmp_path) == ["out"]
 
@@ -551,7 +551,7 @@ def test_phantoms_give_nothing_away(tmp_path):
         style, place = (str(rng.choice(x)) for x in (list(data.STYLES), data.LOCATIONS))
         kind = data.KINDS[anatomy][list(data.STYLES).index(style)] if rng.random() < data.LESION_RATE else None
         facts = dict(modality=modality, anatomy=anatomy, lesion=kind, style=style, location=place)
-        records += data.phantom_records(facts, rng, f"g{i}", "a.png", "train" if i % 10 < 7 else "test", decks)
+        records += data.phantom_records(facts, rng, f"g{i}", "a.png", decks, "train" if i % 10 < 7 else "test")
     assert_blind_is_lost(records, 400)
 
 # ---- bad input --------------------------------------------------------------------------------------------------------------
@@ -653,7 +653,7 @@ def test_chance_is_told(tmp_path):
 HOLD = """
 import data, os, sys, time
 with data.locked(sys.argv[1]):
-    os.makedirs(os.path.dirname(sys.argv[1]) + "/.out.part/images")
+    os.makedirs(os.path.dirname(sys.argv[1]) + "/out.writing/images")
     if os.fork():
         print("held", flush=True)
     time.sleep(20)  # the worker outlives its killed parent, and holds nothing
@@ -668,11 +668,11 @@ def test_one_run_at_a_time(two, tmp_path):
     with pytest.raises(data.DataError, match="out: another run is at work there"):
         data.build({"busi": two / "busi"}, tmp_path / "out", W, workers=1)
     with data.locked(tmp_path / "other"):
-        (tmp_path / ".out.x.part").mkdir()  # of another --out
+        (tmp_path / "out.x.writing").mkdir()  # of another --out
     holder.kill()
     holder.wait()
     data.build({"busi": two / "busi"}, tmp_path / "out", W, workers=1)
-    assert sorted(os.listdir(tmp_path)) == [".out.x.part", "out"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.x.writing"]
 
 def test_command_line(tmp_path):
     """build says where the questions are; bad input: exit code 2, one line, nothing built."""
