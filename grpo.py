@@ -304,8 +304,9 @@ def questions(args, world):
     expect(args.G >= 2, f"--G {args.G}: a group of one has no advantage over its own mean; "
                         "expected at least 2")
     used = args.weights[:2] if args.thinking == "none" else args.weights
-    expect(0 < sum(used) < math.inf, f"--weights {' '.join(map(str, args.weights))}: expected "
-           "three numbers, not all of them 0, nor the first two if --thinking is none")
+    given = " ".join(f"{weight:g}" for weight in args.weights)
+    expect(0 < sum(used) < math.inf, f"--weights {given}: expected three numbers, not all of them "
+                                     "0 (--thinking none has no consistency to reward)")
     records = data.read_records(args.data, "train", args.only, args.thinking)
     per_step = min(args.batch // args.G, len(records))
     expect(args.batch % args.G == 0 and per_step >= world,
