@@ -20,11 +20,13 @@ ahead of the update, asymmetric clipping.
 """
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
 import time
 from collections import Counter
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -36,6 +38,7 @@ import rewards
 import sft
 from data import DataError, expect
 from judge import failures, make_judge, parse_spec
+from rewards import failed
 from sft import SHARED, Knob
 
 GOLD_ASKED = 32  # gold thoughts that F, if it is a model, is asked about before the first step
@@ -47,54 +50,46 @@ KNOBS = dict(
     model=Knob(str, None, None, "folder of pi_SFT, policy and reference alike (default: ROOT/sft)",
                may_change=True),
     out=Knob(str, None, None, "folder of this run (default: ROOT/grpo)", may_change=True),
-    epochs=Knob(float, 1.0, 1.0, "passes over the training questions (paper: 1)", positive=True),
-    batch=Knob(int, 128, 64, "completions per optimiser step over all processes "
-               "(paper: global batch 64)", positive=True),
-    G=Knob(int, 8, 8, "completions per question: the group (paper: G = 8)", positive=True),
-    drop_no_spread=Knob(bool, True, False, "leave groups whose rewards are all alike out of "
-                        "reference and update (see group_spread)"),
-    oversample=Knob(float, 1.0, 1.0, "questions sampled for each that is trained on, where "
-                    "groups may be dropped; groups with spread beyond the batch are dropped too"),
+    epochs=Knob(float, 1.0, 1.0, "passes over the training questions", positive=True),
+    batch=Knob(int, 128, 64, "completions per optimiser step over all processes", positive=True),
+    G=Knob(int, 8, 8, "completions per question: the group", positive=True),
+    drop_no_spread=Knob(bool, True, False, "leave out groups without spread, see group_spread"),
     max_new_tokens=Knob(int, 80, 512, "tokens at which a completion is cut off", positive=True),
-    temperature=Knob(float, 1.0, 1.0, "of the sampling; log-probabilities are those of the same "
-                     "distribution", positive=True),
-    top_p=Knob(float, 1.0, 1.0, "sample from the most likely tokens that hold this much "
-               "probability; under 1 biases the ratio", positive=True, most=1),
-    lr=Knob(float, 1e-3, 1e-6, "peak learning rate of AdamW (paper: 1e-6)", positive=True),
-    schedule=Knob(str, "linear", "constant", "the learning rate after the warm-up: constant, or "
-                  "falling to 0", choices=("constant", "linear")),
+    temperature=Knob(float, 1.0, 1.0, "of the policy, sampled and scored", positive=True),
+    top_p=Knob(float, 1.0, 1.0, "sample from the likeliest tokens that hold this much probability; "
+               "under 1 biases the ratio", positive=True, most=1),
+    lr=Knob(float, 1e-3, 1e-6, "peak learning rate of AdamW", positive=True),
     warmup=Knob(int, 10, 10, "optimiser steps in which the learning rate rises"),
+    schedule=Knob(str, "linear", "constant", "the learning rate behind them: constant, or linearly "
+                  "to 0", choices=("constant", "linear")),
     ratio=Knob(str, "old", "sft", "denominator of Eq. (8)'s ratio: pi_SFT as printed, or the "
                "policy that sampled", choices=("sft", "old")),
     eps=Knob(float, 0.2, 0.2, "clip range of the ratio, epsilon of Eq. (8)"),
-    beta=Knob(float, 0.01, 0.04, "weight of the KL penalty, beta of Eq. (8) (paper: 0.04)"),
-    kl=Knob(str, "k3", "k3", "estimator of the KL divergence on the sampled tokens",
-            choices=("k1", "k2", "k3")),
-    scale=Knob(str, "none", "none", "divide the advantages by the group's standard deviation "
-               "(Shao et al.) or not (Eq. 7)", choices=("none", "std")),
+    beta=Knob(float, 0.01, 0.04, "weight of the KL penalty, beta of Eq. (8)"),
+    kl=Knob(str, "k3", "k3", "estimator of the KL divergence", choices=("k1", "k2", "k3")),
+    scale=Knob(str, "none", "none", "what Eq. (7) is divided by: nothing, or the group's standard "
+               "deviation (Shao et al.)", choices=("none", "std")),
     loss_norm=Knob(str, "sum", "sum", "over a completion's tokens: Eq. (8)'s sum, or another "
                    "normalisation", choices=("sum", "sequence", "token", "constant")),
-    mu=Knob(int, 1, 1, "optimiser steps on the same completions (inner epochs)", positive=True),
-    weights=Knob(float, rewards.WEIGHTS, rewards.WEIGHTS,
-                 "lambda of format, accuracy, consistency in Eq. (3)"),
+    mu=Knob(int, 1, 1, "optimiser steps on the same completions", positive=True),
+    weights=Knob(float, rewards.WEIGHTS, rewards.WEIGHTS, "of format, accuracy, consistency: "
+                 "lambda of Eq. (3)"),
     judge=Knob(str, "lexical", "lexical", "the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH, "
                "hf:reference or openai:BASE_URL#MODEL"),
     judge_sees=Knob(str, "cut", "cut", "the thought with letters and answer statements cut, or "
                     "raw as printed", choices=("cut", "raw")),
-    judge_concurrency=Knob(int, 32, 32, "requests to an openai: judge at a time, per process",
+    judge_concurrency=Knob(int, 32, 32, "requests to a server at a time, per process",
                            positive=True, may_change=True),
-    judge_timeout=Knob(float, 60.0, 60.0, "seconds a request to it may take; replies are kept in "
-                       "ROOT/replies.jsonl", positive=True, may_change=True),
-    judge_failures=Knob(float, 0.5, 0.5, "share of a rollout's thoughts on which F failed, past "
+    judge_timeout=Knob(float, 60.0, 60.0, "seconds per request", positive=True, may_change=True),
+    judge_failures=Knob(float, 0.5, 0.5, "share of a rollout's thoughts without a verdict, past "
                         "which the run saves and stops", may_change=True),
     micro_tokens=Knob(int, 8192, 8192, "tokens per forward pass on one device: whole groups, each "
                       "a prompt and its G completions", positive=True),
-    lora=Knob(int, 16, 64, "rank of LoRA on the language model; 0 trains every parameter against "
-              "a frozen copy"),
-    save_every=Knob(int, 0, 50, "optimiser steps between checkpoints, 0 = at the end alone",
+    lora=Knob(int, 16, 64, "rank of LoRA; 0 trains every parameter against a frozen copy"),
+    save_every=Knob(int, 0, 50, "optimiser steps between checkpoints, 0 = one at the end",
                     may_change=True),
-    show_every=Knob(int, 10, 10, "rollouts between samples of completions in completions.jsonl, "
-                    "for eyes, 0 = never", may_change=True),
+    show_every=Knob(int, 10, 10, "rollouts between samples in completions.jsonl, 0 = never",
+                    may_change=True),
     **SHARED)
 
 # ---- the equations -------------------------------------------------------------------------------
@@ -202,13 +197,13 @@ def reference_of(policy, sft_copy=None):
 
 # ---- the parts of a step -------------------------------------------------------------------------
 
-def questions_of(records, step, sampled, args, rank, world):
-    """This process's part of the `sampled` questions of a step; which those are depends on step and
-    seed alone. They are dealt by length, so that no process has all the long ones."""
-    epoch, place = divmod(step // args.mu, max(1, len(records) // sampled))
-    order = sft.epoch_order(len(records), epoch, args.seed)[place * sampled:][:sampled]
-    lengths = {i: len(rewards.question_text(records[i])) for i in order}
-    mine = sorted(order, key=lengths.get)[rank::world]
+def questions_of(records, step, n, args, rank, world):
+    """This process's part of the n questions of a step; which those are depends on step and seed
+    alone. They are dealt by length, so that no process has all the long ones."""
+    epoch, place = divmod(step // args.mu, max(1, len(records) // n))
+    order = sft.epoch_order(len(records), epoch, args.seed)[place * n:][:n]
+    by_length = sorted(order, key=lambda i: len(rewards.question_text(records[i])))
+    mine = by_length[rank::world]
     return [records[i] for i in order if i in mine]  # in the epoch's order, not by length
 
 
@@ -265,8 +260,10 @@ def reference_logprobs(policy, sft_copy, batch, tokens, mask, args):
 
 def update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr, args):
     """One optimiser step of Eq. (8). A (N, G), ref_logp and old_logp (N, G, T); old_logp None: the
-    policy's own before this step. -> three things: log pi_theta (N, G, T); sums over this process's
-    tokens of policy_loss's metrics; what sft.Run.step tells, of all processes."""
+    policy's own before this step. -> log pi_theta (N, G, T), figures of the step over all
+    processes: means over the tokens trained on (nan without any), and sft.Run.step's.
+
+    sampled_nll, minus the mean log-probability of a token, estimates the policy's entropy."""
     total = M.sum_over_ranks(int(mask.sum()) if args.loss_norm == "token" else A.numel())
     logps, loss_sum, sums = torch.zeros(tokens.shape, device=tokens.device), 0.0, Counter()
     for rows, *part in micro_batches(batch, tokens, mask, args):
@@ -281,9 +278,14 @@ def update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr, args):
         loss_sum += loss.item()
         for name, mean in metrics.items():
             sums[name] += mean * int(mask[rows].sum())
+    names = "kl", "ratio", "clip_low", "clip_high"
+    mine = [sums[name] for name in names] + [-logps.sum().item(), int(mask.sum()), len(A)]
+    *per_token, tokens, groups = M.sum_over_ranks(torch.tensor(mine).double()).tolist()
+    figures = {name: x / tokens if tokens else math.nan
+               for name, x in zip((*names, "sampled_nll"), per_token, strict=True)}
+    figures["trained_on"] = int(groups)
     # Without spread in any group of any process there is nothing to learn from.
-    told = run.step(loss_sum, lr, learn=total > 0) | dict(trained_on=M.sum_over_ranks(len(A)))
-    return logps, sums, told
+    return logps, figures | run.step(loss_sum, lr, learn=total > 0)
 
 
 def learning_rate(step, steps, args):
@@ -301,13 +303,10 @@ def questions(args, world):
     parse_spec(args.judge)  # before a model is loaded
     expect(args.G >= 2, f"--G {args.G}: a group of one has no advantage over its own mean; "
                         "expected at least 2")
-    expect(0 < sum(args.weights) < math.inf, f"--weights {' '.join(map(str, args.weights))}: "
-           "expected three numbers, not all of them 0")
-    expect(args.thinking != "none" or any(args.weights[:2]),
-           "--thinking none --weights 0 0 1: without a thought there is no consistency to reward")
-    expect(args.oversample >= 1, f"--oversample {args.oversample}: expected at least 1")
-    expect(args.drop_no_spread or args.oversample == 1,
-           "--oversample is for --drop_no_spread: without it every question sampled is trained on")
+    used = args.weights[:2] if args.thinking == "none" else args.weights
+    given = " ".join(f"{weight:g}" for weight in args.weights)
+    expect(0 < sum(used) < math.inf, f"--weights {given}: expected three numbers, not all of them "
+                                     "0 (--thinking none has no consistency to reward)")
     records = data.read_records(args.data, "train", args.only, args.thinking)
     per_step = min(args.batch // args.G, len(records))
     expect(args.batch % args.G == 0 and per_step >= world,
@@ -318,32 +317,23 @@ def questions(args, world):
 
 def check_gold(records, judge, lexical=True):
     """The gold answers must score 1 by the code that will score the policy's; else the reward, not
-    the policy, is wrong. The lexical F is asked about all of them. A model may differ on some, and
-    each costs a call: it is asked about GOLD_ASKED, and must not fail on all, nor on something
-    new that no kept reply of a server answers."""
-    new = [f"It is {time.time()}. So it is {r['options'][0]}." for r in records[:2]]  # not kept
-    expect(lexical or not all(map(rewards.failed, judge(new, records[:2]))),
-           f"--judge: F failed: {failures(judge.usage)}")
-    gold = [r for r in records if r["thought"] is not None]
+    the policy, is wrong. F as a rule is asked about all of them. A model may differ on some, and
+    each costs a call: it is asked about GOLD_ASKED, behind something that no kept reply answers."""
+    gold, must = [r for r in records if r["thought"] is not None], ["fmt", "acc", "con"]
     if not lexical:
-        gold = evaluation.subset(gold, GOLD_ASKED)
-    if not gold:
-        return
+        new = [f"It is {time.time()}. So it is {r['options'][0]}." for r in records[:2]]
+        expect(not all(map(failed, judge(new, records[:2]))),
+               f"--judge: F failed: {failures(judge.usage)}")
+        gold, must = evaluation.subset(gold, GOLD_ASKED), ["fmt", "acc"]
     rows = rewards.score([rewards.answer_text(r) for r in gold], gold, judge)
-    must = dict(fmt="format", acc="accuracy", con="consistency")
-    if not lexical and rewards.thinking_of(gold[0]) != "none":
-        verdicts = [row["con"] for row in rows if not rewards.failed(row["con"])]
-        expect(verdicts, f"--judge: F failed on all of {len(rows)} gold thoughts: "
-                         f"{failures(judge.usage)}")
-        print(f"F agrees with {sum(verdicts):g} of {len(rows)} gold thoughts and failed on "
-              f"{len(rows) - len(verdicts)}")
-        del must["con"]
-    for part, name in must.items():
-        bad = [row for row in rows if row[part] < 1]  # nan, where no thought is asked for, isn't
-        if bad:
-            raise DataError(f"record {bad[0]['id']!r}: its gold answer has {name} reward "
-                            f"{bad[0][part]:g}, expected 1 (so for {len(bad)} of {len(rows)} "
-                            "records; where the rule can't read thoughts, --judge names a model)")
+    if not lexical:
+        print(f"F agrees with {sum(row['con'] == 1 for row in rows)} of {len(rows)} gold thoughts "
+              f"and failed on {sum(failed(row['verdict']) for row in rows)}")
+    for name in must:
+        bad = [row["id"] for row in rows if row[name] < 1]  # nan, where no thought is asked, isn't
+        expect(not bad, f"record {bad[:1]}: its gold answer has no {name} reward (so for "
+                        f"{len(bad)} of {len(rows)} records; where the rule can't read thoughts, "
+                        "--judge names a model)")
 
 # ---- what a person looks at ----------------------------------------------------------------------
 
@@ -351,54 +341,41 @@ class Clock:
     """Seconds and peak memory of the parts of a step."""
 
     def __init__(self, device):
-        self.device, self.figures = device, {}
+        self.device, self.figures, self.last = device, {}, time.perf_counter()
         M.peak_memory(device)  # from here on
-        self.last = time.perf_counter()
 
     def tick(self, part):
         """Book what has passed since the last tick on `part`, when the device has done its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.figures[f"seconds_{part}"] = now - self.last
+        self.figures[f"seconds_{part}"] = time.perf_counter() - self.last
         self.figures[f"peak_mb_{part}"] = round(M.peak_memory(self.device))
-        self.last = now
-
-    def wait(self):
-        """Wait for the slowest process, and book the mean wait."""
-        self.figures["seconds_waiting"] = M.meet()
         self.last = time.perf_counter()
 
 
-def figures_of(rows, con, R, ended, mask, trained_mask, logp, sums, args):
-    """A rollout's figures, means over all processes; nan where there is nothing to take the mean
-    of.
+def mean(values):
+    """Of the values that are there; nan is none of them, and the mean of none."""
+    known = [x for x in values if not failed(x)]
+    return fmean(known) if known else math.nan
 
-    con (N, G) with nan where F failed, R (N, G) the rewards, ended (N, G), mask (N, G, T) of the
-    completions that were sampled; trained_mask, logp and the sums over their tokens of those that
-    were trained on, in the last of the mu steps. consistency, and the reward that depends on it,
-    are means over the completions that have a verdict of F.
-    sampled_nll, minus the mean log-probability of a token (logp is 0 outside the mask), estimates
-    the policy's entropy per token."""
-    thoughts = [row["thought"] for row in rows if row["thought"] is not None]
-    cut = sum(rewards.visible_thought(thought)[1] for thought in thoughts)
-    judged = ~con.isnan()                                                # (N, G)
-    asks_f = args.thinking != "none"
-    rewarded = judged if asks_f and args.weights[2] else torch.ones_like(judged)
-    n, tokens = R.numel(), trained_mask.sum()
-    pairs = dict(  # figure: its sum over this process, and the number of what it is the mean over
-        reward=(R[rewarded].sum(), rewarded.sum()), format=(sum(row["fmt"] for row in rows), n),
-        accuracy=(sum(row["acc"] for row in rows), n), consistency=(con.nansum(), judged.sum()),
-        judge_failed=((~judged).sum() * asks_f, len(thoughts)), thoughts_cut=(cut, len(thoughts)),
-        no_spread=((~group_spread(R)).sum(), len(R)), length=(mask.sum(), n),
-        truncated=((~ended).sum(), n), sampled_nll=(-logp.sum(), tokens))
-    for name in ("kl", "ratio", "clip_low", "clip_high"):
-        pairs[name] = sums[name], tokens
-    mine = torch.tensor([[float(x) for x in pair] for pair in pairs.values()]).double()
-    figures = {}
-    for name, (total, count) in zip(pairs, M.sum_over_ranks(mine).tolist(), strict=True):
-        figures[name] = total / count if count else math.nan
-    return figures
+
+def figures_of(rows, R, ended, mask, args):
+    """A rollout's figures: means over the sampled completions of all processes, or what of them
+    has such a figure: one on which F failed has no consistency, nor the reward that depends on it.
+    rows: N * G of rewards.score; R, ended (N, G), mask (N, G, T)."""
+    own = []
+    parts = (x.flatten().tolist() for x in (R, ended, mask.sum(2)))
+    for row, reward, end, length in zip(rows, *parts, strict=True):
+        thought, lost = row["thought"], failed(row["con"]) and args.thinking != "none"
+        own.append(dict(
+            reward=math.nan if lost and args.weights[2] else reward, format=row["fmt"],
+            accuracy=row["acc"], consistency=row["con"], length=length, truncated=not end,
+            judge_failed=math.nan if thought is None else lost,
+            thoughts_cut=math.nan if thought is None else rewards.visible_thought(thought)[1]))
+    every, spread = M.gather(own), M.gather(group_spread(R).tolist())
+    figures = {name: mean([x[name] for x in every]) for name in every[0]}
+    tokens = sum(x["length"] for x in every)
+    return figures | dict(no_spread=1 - fmean(spread), tokens=tokens)
 
 
 def show(folder, step, rows, R):
@@ -406,8 +383,7 @@ def show(folder, step, rows, R):
     completion, its row and its reward. R (N, G)."""
     path = os.path.join(folder, "completions.jsonl")
     with data.naming(path), open(path, "a") as f:
-        shown = R[:SHOWN].flatten().tolist()
-        for row, reward in zip(rows[:len(shown)], shown, strict=True):
+        for row, reward in zip(rows, R[:SHOWN].flatten().tolist(), strict=False):
             line = evaluation.without_nan(dict(step=step, **row, reward=reward))
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -435,17 +411,15 @@ def train(run, argv):
     # The policy starts as pi_SFT, and pi_SFT is the reference.
     policy, processor, optimizer = sft.policy_of(args, records, device, rank)
     sft_copy = None if args.lora else frozen_copy(policy)
-    def pi_sft():
-        return reference_of(policy, sft_copy)
+    pi_sft = functools.partial(reference_of, policy, sft_copy)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency,
                        timeout=args.judge_timeout, cache=os.path.join(args.root, "replies.jsonl"),
                        reference=(pi_sft, processor.tokenizer))
     if rank == 0:
         check_gold(records, judge, args.judge == "lexical")
 
-    wanted = args.batch // args.G                  # questions to train on, over all processes
-    sampled = round(wanted * args.oversample)      # questions to sample for them
-    steps = max(1, round(args.epochs * max(1, len(records) // sampled))) * args.mu
+    n = args.batch // args.G                       # questions per rollout, over all processes
+    steps = max(1, round(args.epochs * max(1, len(records) // n))) * args.mu
     start = run.open(args, policy, processor, optimizer, rank, keep_adapter=True)
     end = math.ceil(min(steps, args.max_steps or steps) / args.mu) * args.mu  # whole rollouts
     generator = torch.Generator(device)
@@ -456,43 +430,42 @@ def train(run, argv):
         clock = Clock(device)
 
         # Eq. (2): G completions for each question. A resumed run draws the same.
-        mine = questions_of(records, step, sampled, args, rank, world)
+        mine = questions_of(records, step, n, args, rank, world)
         generator.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)
         batch, tokens, mask, texts = rollout(policy, processor, mine, generator, args)
-        ended, sampled_mask = M.finished(batch, tokens, mask), mask              # (N, G), (N, G, T)
         clock.tick("rollout")
 
         # Eqs. (3) to (6): the rewards.
         rows, fmt, acc, con = score_groups(texts, mine, judge, args)             # (N, G) each
         R = rewards.total_reward(fmt, acc, without_failures(con), args.weights)  # (N, G)
+        figures = figures_of(rows, R, M.finished(batch, tokens, mask), mask, args)
         clock.tick("judge")
 
         # Eq. (7): the advantages. Those to train on are all groups, or those with spread.
         A = group_advantages(R, args.scale).to(device)                           # (N, G)
         if args.drop_no_spread:
-            most = len(range(rank, wanted, world))  # this process's part of them
-            kept = group_spread(R).nonzero()[:most, 0].tolist()
+            kept = group_spread(R).nonzero()[:, 0].tolist()
             batch, tokens, mask, A = M.rows_of(batch, kept), tokens[kept], mask[kept], A[kept]
         ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)
         clock.tick("reference")
-        clock.wait()
+        waited = M.meet()  # s, for the slowest process
+        clock.tick("waiting")
 
         # Eq. (8): mu optimiser steps. pi_old is the policy before the first of them.
         old_logp = ref_logp if args.ratio == "sft" else None
         skipped = 0
         for inner in range(args.mu):
             lr = learning_rate(step + inner, steps, args)
-            logp, sums, told = update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr,
-                                      args)
+            logp, told = update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr, args)
             old_logp = logp if old_logp is None else old_logp
             skipped += told["skipped"]
         done = run.done = step + args.mu
         clock.tick("update")
 
-        figures = figures_of(rows, con, R, ended, sampled_mask, mask, logp, sums, args)
-        figures |= told | clock.figures | dict(skipped=skipped)
+        # What a person looks at; and the end, if it has come.
+        figures |= told | clock.figures | dict(skipped=skipped, seconds_waiting=waited)
         seconds = sum(x for name, x in clock.figures.items() if name.startswith("seconds"))
-        figures["tokens_per_second"] = M.sum_over_ranks(int(sampled_mask.sum())) / seconds
+        figures["tokens_per_second"] = figures["tokens"] / seconds
         if due(step, args.mu, args.eval_every):
             figures["held_out_accuracy"] = sft.held_out_accuracy(policy, processor, held_out, judge,
                                                                  args.max_new_tokens)

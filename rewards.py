@@ -1,16 +1,10 @@
 """The reward of Con-GRPO, Eqs. (3) to (6): a question's text, and what a completion is worth.
 
-    question_text(record), answer_text(record)   the prompt, and the target Y* of Eq. (1)
-    parse_completion(text)                       a completion -> (thought T, answer A)
-    answer_letter(answer, options)               what the answer says -> "A".."F"
-    format_reward, accuracy_reward, consistency_reward, total_reward    Eqs. (4), (5), (6), (3)
-    score(texts, items, judge)                   completions -> what Eqs. (4) to (6) say of them
-    lexical_verdict(thought, item)               F of Eq. (6) as a rule; judge.py: as a model
-
-Format, accuracy and consistency are separate: text beside the blocks costs the format, not the
-accuracy. Blocks that overlap or stand in the wrong order are not read: that costs all three.
-Whatever the text, the time is linear in its length. For eval.py alone, at the end: answers outside
-our tags, and whether a thought is true of its phantom.
+A completion is taken apart into thought T and answer A, and scored for format, accuracy and
+consistency, each for itself: text beside the blocks costs the format, not the accuracy. F of
+Eq. (6) stands here as a rule, `lexical_verdict`; judge.py has it as a model. Whatever the text, the
+time is linear in its length. At the end, for eval.py alone: answers outside our tags, and whether a
+thought is true of its phantom.
 
 Left out on purpose: partial credit, length rewards, any reward for an answer outside its tags.
 """
@@ -200,7 +194,7 @@ LABEL = re.compile(r"""
       | (a) (?=\s(?:is|was|and|or|fits)\b)
       | (?<=(?-i:[a-z,:])\s)((?-i:A))(?![\w'’-]) )            # "it is A": no sentence begins here
 """, re.VERBOSE | re.IGNORECASE)
-CUT = "\0"  # stands where a label was
+CUT = "\0"  # stands where a label was, and around the numbers of `mentions`
 STATEMENT = re.compile(r"""  # of nothing but the letter: "so the correct answer is B"
     (?:\b(?:so|thus|hence|therefore),?\s)? (?:\b(?:the|my)\s)?
     (?:\b(?:correct|right|best|final)\s)? \b(?:answer|option|choice|letter)
@@ -238,12 +232,11 @@ def spelled_out(thought, options):
 # ---- F as a rule ---------------------------------------------------------------------------------
 
 NEGATION = r"no|not|never|neither|nor|none|cannot|without|rather than|instead of"
-SENTENCE_END = r"[!?;\n]|\.(?!\d)"
-MARKS = "|".join([  # found beside names, in lower case
-    r"(?P<denies_clause>\b(?:excluded|ruled out|unlikely|absent)\b)",
-    rf"(?P<denies_rest>(?:\b(?:{NEGATION})|n['’]t)\b)",  # of its clause
-    rf"(?P<sentence>{SENTENCE_END})",
-    r"(?P<clause>[,:]|\b(?:but|however|though|while|whereas|so|therefore|thus|hence|because)\b)"])
+DENIES_REST = re.compile(rf"\b(?:{NEGATION})\b|n['’]t\b")  # what follows in its clause
+DENIES_ALL = re.compile(r"\b(?:excluded|ruled out|unlikely|absent)\b")  # of its clause
+CLAUSE_END = re.compile(
+    r"[,:]|\b(?:but|however|though|while|whereas|so|therefore|thus|hence|because)\b")
+SENTENCE_END = re.compile(r"[!?;\n]|\.(?!\d)")
 
 
 def mentions(text, names):
@@ -258,21 +251,21 @@ def mentions(text, names):
         return []
     patterns = []
     for name in sorted(folded, key=len, reverse=True):  # the longest where several fit
-        end = r"(?=\s?(?:[.,;:!?\n]|$))" if re.fullmatch(NEGATION, name) else ""
+        end = r"(?=\s?(?:[.,:;!?\n]|$))" if re.fullmatch(NEGATION, name) else ""
         patterns.append(re.escape(name) + end)  # the option "no" is not in "no lesion"
-    scanner = re.compile(rf"(?<![\w-])(?P<name>{'|'.join(patterns)})(?![\w-])|{MARKS}")
-    found, sentence, denied, clause = [], 0, False, 0  # clause: how many were found before it
-    for m in scanner.finditer(text.casefold()):
-        if m.lastgroup == "name":
-            found.append((sentence, folded[m[0]], denied))
-        elif m.lastgroup == "denies_rest":
-            denied = True
-        elif m.lastgroup == "denies_clause":
-            found[clause:] = [(sentence, name, True) for _, name, _ in found[clause:]]
-            denied, clause = True, len(found)
-        else:
-            sentence += m.lastgroup == "sentence"
-            denied, clause = False, len(found)
+    named = re.compile(rf"(?<![\w-])(?:{'|'.join(patterns)})(?![\w-])")
+    order, found = list(folded), []
+    # Names first become numbers: one may hold a comma, or the word "no".
+    text = text.replace(CUT, " ").casefold()
+    text = named.sub(lambda m: f"{CUT}{order.index(m[0])}{CUT}", text)
+    for number, sentence in enumerate(SENTENCE_END.split(text)):
+        for clause in CLAUSE_END.split(sentence):
+            denial = DENIES_REST.search(clause)
+            denied_from = denial.start() if denial else len(clause)
+            if DENIES_ALL.search(clause):
+                denied_from = 0
+            for m in re.finditer(f"{CUT}(\\d+){CUT}", clause):
+                found.append((number, folded[order[int(m[1])]], m.start() >= denied_from))
     return found
 
 
@@ -386,7 +379,7 @@ def statements(thought, shows):
     signs = SIGNS.get(shows["modality"], "").split(" and ")
     style = STYLES.get(shows["style"])
     holding = {fold(x) for x in (*state, *signs, style, *shows.values()) if x}
-    sentences, told = re.split(SENTENCE_END, thought), {}
+    sentences, told = SENTENCE_END.split(thought), {}
     for number, name, denied in mentions(thought, CLAIMS):
         sentence = sentences[number].strip()
         told[sentence] = told.get(sentence, True) and (name in holding) != denied

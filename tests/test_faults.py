@@ -461,8 +461,7 @@ def test_what_has_no_verdict_is_left_out_of_the_log(world):
         R = rewards.total_reward(fmt, acc, grpo.without_failures(con), args.weights)
         parts = zip(fmt.flatten().tolist(), acc.flatten().tolist(), con.flatten().tolist(), strict=True)
         rows = [dict(thought="t", fmt=f, acc=a, con=c) for f, a, c in parts]
-        return grpo.figures_of(rows, con, R, mask[..., 0], mask, mask, torch.zeros(2, 2, 3),
-                               dict(kl=0.0, ratio=0.0, clip_low=0.0, clip_high=0.0), args)
+        return grpo.figures_of(rows, R, mask[..., 0], mask, args)
     some = figures(con)
     assert some["consistency"] == 1 and some["reward"] == pytest.approx(1) and some["judge_failed"] == 0.75
     assert some["accuracy"] == 0.75

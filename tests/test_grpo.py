@@ -349,7 +349,7 @@ def test_a_run_logs_everything_and_moves_the_weights(world, monkeypatch, tmp_pat
                                    ("--loss_norm", "token"), ("--loss_norm", "constant", "--kl", "k2"),
                                    ("--loss_norm", "sequence", "--kl", "k1"), ("--weights", "0", "1", "0"), ("--top_p", "0.9"),
                                    ("--beta", "0"), ("--lora", "2", "--judge_sees", "raw"),
-                                   ("--drop_no_spread", "--oversample", "1.5"),
+                                   ("--drop_no_spread",),
                                    ("--thinking", "none", "--only", "task=anatomy"), ("--thinking", "after")], ids=" ".join)
 def test_every_knob_runs(flags, world, monkeypatch, tmp_path):
     """Each of the named variants goes through a whole step and saves a loadable, finite model."""
