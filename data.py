@@ -803,10 +803,6 @@ def table(column, value):
     return read
 
 
-def chest_finding(row):
-    return row["Finding Labels"].lower().replace("_", " ").replace("no finding", "")
-
-
 def chest_box(row):  # the comma of the head "Bbox [x,y,w,h]" parts columns
     x, y, w, h = (float(row[k]) for k in ("Bbox [x", "y", "w", "h]"))
     return [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
@@ -847,7 +843,8 @@ FAR = .2           # above chance: a look-up that answers so much more is warned
 SIMILAR = .5       # of the area of a lesion's largest part: so large, another counts as well
 SLICES = 4         # of a volume with the lesion, and as many without
 SHEET = 20         # pictures on a source's contact sheet
-DISTRACTORS = ("foreign body", "surgical implant")  # for regions with fewer than four kinds
+DEALT = {           # tasks that `balanced` deals: options that fill up to four
+    "anomaly": STATES, "location": LOCATIONS, "pathology": ("foreign body", "surgical implant")}
 
 
 class Source(NamedTuple):
@@ -858,7 +855,7 @@ class Source(NamedTuple):
     anatomy: str
     images: str           # pattern
     masks: str = "(?!)"   # pattern, by default of nothing; several masks of one id are one lesion
-    findings: dict = {}   # {`kind` in lower case, "" if there is none: lesion, "" if healthy}
+    findings: dict = {}   # {`kind` in lower case, "" if not in the path: lesion, "" if healthy}
     group: str = "(?!)"   # expression: what of the id is patient, volume or lesion (else all of it)
     tells: list = []      # (finding, group or outlines; pattern; reader: file -> (id, it)..)
     canvas: tuple = ()    # px, width and height the outlines refer to (else the image's)
@@ -882,8 +879,8 @@ SOURCES = (
            "{id=*[)]}_mask*.png",
            {"benign": "benign tumor", "malignant": "malignant tumor", "normal": ""}),
     Source("isic2018", "Dermoscopy", "Skin", "*_Input/{id}.jpg", "{id}_segmentation.png", tells=[
-        ("finding", "*Task3_*_GroundTruth.csv", table(
-            "image", lambda row: "|".join(SKIN[k] for k in SKIN if float(row[k]) > .5))),
+        ("finding", "*Task3_*_GroundTruth.csv", table("image", lambda row: (
+            "|".join(SKIN[k] for k in SKIN if float(row[k]) > .5)))),
         ("group", "*LesionGroupings.csv", table("image", lambda row: row["lesion_id"]))]),
     Source("mosmed", "CT", "Lung", "{kind=CT-#}/{id=study_####}.nii*", "{id}_mask.nii*",
            {"ct-0": "", **{f"ct-{k}": "COVID-19 pneumonia" for k in (1, 2, 3, 4)}},
@@ -900,8 +897,8 @@ SOURCES = (
            "Ground Truth/{id}.(tif|png)", {"": "polyp"}, HUNDREDS,
            [("group", "metadata.csv", table("frame_id", lambda row: row["sequence_id"]))]),
     Source("ph2", "Dermoscopy", "Skin", "*_Dermoscopic_Image/{id}.bmp", "{id}_lesion.bmp",
-           tells=[("finding", "PH2_dataset.txt", table(
-               "Name", lambda row: NEVI[int(row["Clinical Diagnosis"])]))]),
+           tells=[("finding", "PH2_dataset.txt", table("Name", lambda row: (
+               NEVI[int(row["Clinical Diagnosis"])])))]),
     Source("idrid", "Fundus", "Retina", "*images/(**/)?{id=IDRiD_##}.jpg",
            "{id=IDRiD_##}_(MA|HE|EX|SE).*", {"": "diabetic retinopathy"}),
     Source("idrid", "Fundus", "Retina", "*{at=Training|Testing} Set/{id=IDRiD_###}.jpg", tells=[
@@ -912,14 +909,15 @@ SOURCES = (
     Source("br35h", "MRI", "Brain", "{kind=yes|no}/{id}.jpe?g", findings={"yes": "tumor", "no": ""},
            tells=[("outlines", "annotations_*.json", via_outlines)]),
     Source("chestxray14", "X-ray", "Chest", "images*/{id=########_###.png}", group="(.*)_", tells=[
-        ("finding", "Data_Entry_2017*.csv", table("Image Index", chest_finding)),
+        ("finding", "Data_Entry_2017*.csv", table("Image Index", lambda row: (
+            row["Finding Labels"].lower().replace("_", " ").replace("no finding", "")))),
         ("outlines", "BBox_List_2017*.csv", table("Image Index", chest_box))], canvas=(1024, 1024)),
     Source("malignantlymphoma", "Microscopy", "Lymph Node", "{kind=CLL|FL|MCL}/{id}.tiff?", "(?!)",
            {"cll": "chronic lymphocytic leukemia", "fl": "follicular lymphoma",
             "mcl": "mantle cell lymphoma"}, r"(sj-\d+-\d+)"),
     Source("bach", "Microscopy", "Breast", "{kind=Normal|Benign|InSitu|Invasive}/{id}.tiff?",
            findings={"normal": "", "benign": "benign lesion", "insitu": "in situ carcinoma",
-                  "invasive": "invasive carcinoma"}))
+                     "invasive": "invasive carcinoma"}))
 
 
 def matches(pattern, files):
@@ -938,8 +936,8 @@ def matches(pattern, files):
 
 
 def told_by(s, folder, files):
-    """What masks and tables of a form tell of its images: {id: {"masks": paths, "outlines":
-    polygons in px, "finding" and "group": what each table says}}."""
+    """What masks and tables tell of the images of a form, {id: {"masks": paths, "outlines":
+    [[(x, y), ..] px, ..], "finding": what each table says, "group": the same}}."""
     told = defaultdict(lambda: defaultdict(list))
     for file, name, _ in matches(s.masks, files):
         told[name]["masks"].append(str(folder / file))
@@ -952,8 +950,9 @@ def told_by(s, folder, files):
             try:
                 for name, value in reader(folder / file):
                     told[at + name][what].append(value)
-            except Exception as e:  # of files of another form readers raise anything
-                raise DataError(f"{folder / file} has not the expected form: {e}") from None
+            except Exception as e:  # on files of another form readers raise anything
+                why = f"lacks {e}" if isinstance(e, KeyError) else f"isn't as expected: {e}"
+                raise DataError(f"{folder / file} {why}") from None
     return told
 
 
@@ -983,7 +982,7 @@ def find(key, folder):
     return list(jobs.values())
 
 
-# ---- MedAD-38K: from image and mask to facts -----------------------------------------------------
+# ---- MedAD-38K: from files to pictures -----------------------------------------------------------
 def parts_of(mask):
     """The parts of a mask (H, W) bool that lie apart where its longer side is 32 cells -> areas,
     centroids' x and y, px, each (P,)."""
@@ -1088,14 +1087,15 @@ def slices(job):
 
 def examine(job, folder, max_side):
     """An image or volume -> its pictures, written into `folder` with at most max_side px per side:
-    the job with more keys. What can't be used has just one more, "why".
+    the job with more keys. What can't be used has one more, "why".
 
-    "finding": None if not told or if the mask says otherwise ("agree" is False); "box": of the
-    lesion, if known: left, top, right, bottom, as fractions; "place": what location_of says.
+    "finding": the lesion, "" if healthy, "A|B" if several, None if not told or if the mask says
+    otherwise ("agree" is False); "box": the lesion's, if known, as fractions: left, top, right,
+    bottom; "place": what location_of says.
     """
-    volume, pictures = ".nii" in job["file"], []
+    pictures = []
     try:
-        shown = slices(job) if volume else photo(job)
+        shown = slices(job) if ".nii" in job["file"] else photo(job)
     except DataError as e:
         return [{**job, "why": re.sub(r" \(.*\)$", "", str(e))}]
     for image, lesion, suffix in shown:
@@ -1109,7 +1109,7 @@ def examine(job, folder, max_side):
         if drawn:
             box = np.divide(Image.fromarray(lesion).getbbox(), 2 * lesion.shape[::-1])
             place = location_of(lesion)
-        elif volume and finding:  # a slice beside the lesion, if there is a mask to tell
+        elif suffix and finding:  # a slice beside the lesion, if there is a mask to tell
             finding = None if lesion is None else ""
         agree = lesion is None or finding is None or drawn == bool(finding)
         stem = re.sub("[^A-Za-z0-9]+", "-", Path(job["file"]).stem)
@@ -1121,7 +1121,7 @@ def examine(job, folder, max_side):
 
 
 def examine_all(key, jobs, folder, max_side, workers):
-    """The pictures of a source, warns of what can't be used. DataError if that is all."""
+    """The pictures of a source. Warns of what can't be used; DataError if that is all."""
     (folder / "images" / key).mkdir(parents=True)
     work = partial(examine, folder=folder, max_side=max_side)
     with multiprocessing.Pool(workers) as pool:
@@ -1135,10 +1135,10 @@ def examine_all(key, jobs, folder, max_side, workers):
     return pictures
 
 
-# ---- MedAD-38K: from facts to questions ----------------------------------------------------------
+# ---- MedAD-38K: from pictures to questions -------------------------------------------------------
 def without_copies(pictures, folder):
-    """The pictures without copies of an earlier one, which get a "why", their files are removed.
-    Groups with pictures that look the same become one."""
+    """The pictures but for copies of earlier ones, which get a "why" and lose their file. Groups
+    with pictures that look the same become one."""
     names, numbers = np.unique([f["group"] for f in pictures], return_inverse=True)
     joined = join_alike(np.array([f["look"] for f in pictures]), numbers)
     grown, seen = set(joined[joined != numbers]), set()
@@ -1167,10 +1167,8 @@ def split_by_group(pictures, seed):
 
 
 def true_answer(f, task):
-    """What is true of a picture -> (answer, None), or (None, why the task can't be asked of it)."""
+    """The answer to a DEALT task -> (answer, None), or (None, why it can't be asked)."""
     finding = f["finding"]
-    if task in ("anatomy", "modality"):
-        return f[task], None
     if not f["agree"]:
         return None, "label and mask disagree"
     if finding is None and task != "location":
@@ -1205,29 +1203,26 @@ def balanced(pool, rng):
 
 
 def medad_records(pictures, seed):
-    """The records of pictures that have a split. Anatomy and modality are asked of all, the other
-    tasks of those that `balanced` deals."""
+    """The records of pictures that have a split. Anatomy and modality are asked of all."""
     rng, rounds, records = np.random.default_rng(seed), defaultdict(list), []
-    names = {"anatomy": ANATOMIES, "modality": MODALITIES, "anomaly": STATES,
-             "pathology": DISTRACTORS, "location": LOCATIONS}
 
     def add(f, task, truth, others):
         image = {k: f[k] for k in ("image", "modality", "anatomy", "source", "group", "split")}
         image |= {"id": f"{f['source']}-{Path(f['image']).stem}", "thought": None}
         records.append(ask(image, task, truth, others, rng, rounds))
 
-    pools = defaultdict(lambda: defaultdict(list))  # to be balanced: {answer: pictures}
+    pools = defaultdict(lambda: defaultdict(list))  # {answer: pictures} of each
     for f in pictures:
-        for task in TASKS:
+        add(f, "anatomy", f["anatomy"], ANATOMIES)
+        add(f, "modality", f["modality"], MODALITIES)
+        for task in DEALT:
             truth, _ = true_answer(f, task)
-            if task in ("anatomy", "modality"):
-                add(f, task, truth, names[task])
-            elif truth:
-                where = () if task == "location" else (f["modality"], f["anatomy"])
+            where = () if task == "location" else (f["modality"], f["anatomy"])
+            if truth:
                 pools[task, f["split"], *where][truth].append(f)
     for (task, *_), pool in sorted(pools.items()):
         for f, truth, offered in balanced(pool, rng):
-            others = offered + [x for x in names[task] if x not in offered]
+            others = offered + [x for x in DEALT[task] if x not in offered]
             add(f, task, truth, others[:4])
     return records
 
@@ -1441,7 +1436,7 @@ def about(command, pictures, records):
 
     right = defaultdict(set)  # the answers that are ever right, of those that are offered together
     for r in records:
-        if r["task"] not in ("anatomy", "modality"):
+        if r["task"] in DEALT:
             where = "" if r["task"] == "location" else f" of {r['modality']}, {r['anatomy']}"
             answer = r["options"][LETTERS.index(r["answer"])]
             right[f"{r['task']}{where}, {r['split']}"].add(answer)
@@ -1452,7 +1447,7 @@ def about(command, pictures, records):
     left_out = Counter((f["source"], f["why"]) for f in pictures if "why" in f)
     asked = {(r["image"], r["task"]) for r in records}
     for f in kept:
-        for task in TASKS:
+        for task in DEALT:
             if (f["image"], task) not in asked:
                 why = true_answer(f, task)[1] or "no picture with another answer to balance it"
                 left_out[f["source"], f"{task}: {why}"] += 1
