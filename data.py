@@ -1026,9 +1026,10 @@ def photo(job):
     """An image file -> [(image, lesion (H, W) bool or None if not known, "")], as `slices`."""
     image = open_image(job["path"])
     outlines, masks = job["outlines"], job["masks"]
-    if not outlines + masks or not all(len(x) > 2 for x in outlines):  # one that can't be read
+    unread = any(len(polygon) < 3 for polygon in outlines)
+    if unread or not outlines + masks:
         return [(image, None, "")]
-    size = job["canvas"] or image.size
+    size = job["canvas"] or image.size  # W, H
     drawn = Image.new("1", size)
     for polygon in outlines:
         ImageDraw.Draw(drawn).polygon(polygon, fill=1)
@@ -1066,7 +1067,7 @@ def slices(job):
         volume, *masks = [a[::-1, ::-1].T for a in arrays]  # (Z, Y, X)
         well = abs(np.arange(len(volume)) / len(volume) - .5) < .25  # (Z,)
         lesion, sick, shown = [None] * len(volume), [], []
-        for mask in masks:
+        for mask in masks:  # one or none
             expect(mask.shape == volume.shape, "another shape")
             lesion = mask >= job["least"]
             area = lesion.mean((1, 2))  # (Z,)
@@ -1140,11 +1141,11 @@ def without_copies(pictures, folder):
     """The pictures but for copies of earlier ones, which get a "why" and lose their file. Groups
     with pictures that look the same become one."""
     names, numbers = np.unique([f["group"] for f in pictures], return_inverse=True)
-    joined = join_alike(np.array([f["look"] for f in pictures]), numbers)
+    looks = np.array([f.pop("look") for f in pictures])
+    joined = join_alike(looks, numbers)
     grown, seen = set(joined[joined != numbers]), set()
-    for f, n in zip(pictures, joined, strict=True):
+    for f, n, look in zip(pictures, joined, map(digest, looks), strict=True):
         f["group"], f["joined"] = str(names[n]), n in grown
-        look = f["look"].tobytes()
         if look in seen:
             f["why"] = "the same picture as another"
             (folder / f["image"]).unlink()
@@ -1203,7 +1204,7 @@ def balanced(pool, rng):
 
 
 def medad_records(pictures, seed):
-    """The records of pictures that have a split. Anatomy and modality are asked of all."""
+    """The records of pictures that have a split: anatomy and modality of all, the rest dealt."""
     rng, rounds, records = np.random.default_rng(seed), defaultdict(list), []
 
     def add(f, task, truth, others):
@@ -1211,7 +1212,7 @@ def medad_records(pictures, seed):
         image |= {"id": f"{f['source']}-{Path(f['image']).stem}", "thought": None}
         records.append(ask(image, task, truth, others, rng, rounds))
 
-    pools = defaultdict(lambda: defaultdict(list))  # {answer: pictures} of each
+    pools = defaultdict(lambda: defaultdict(list))  # {what is asked together: {answer: pictures}}
     for f in pictures:
         add(f, "anatomy", f["anatomy"], ANATOMIES)
         add(f, "modality", f["modality"], MODALITIES)
