@@ -849,14 +849,14 @@ DEALT = {           # tasks that `balanced` deals: options that fill up to four
 
 class Source(NamedTuple):
     """A form of a source. Patterns are of the end of a path, see `matches`; what they find as `at`
-    and `id` pairs images, masks and what tables tell."""
+    and `id` pairs images, masks and what tables tell. `kind` is a key of findings, `group` what of
+    the id is patient, volume or lesion (else all of it)."""
     key: str
     modality: str
     anatomy: str
     images: str           # pattern
     masks: str = "(?!)"   # pattern, by default of nothing; several masks of one id are one lesion
     findings: dict = {}   # {`kind` in lower case, "" if not in the path: lesion, "" if healthy}
-    group: str = "(?!)"   # expression: what of the id is patient, volume or lesion (else all of it)
     tells: list = []      # (finding, group or outlines; pattern; reader: file -> (id, it)..)
     canvas: tuple = ()    # px, width and height the outlines refer to (else the image's)
     least: int = 1        # value in a volume's mask from which on it is lesion; below is the organ
@@ -864,10 +864,10 @@ class Source(NamedTuple):
 
 
 BMAD = dict(
-    images="{at=train|valid|val|test}/(?!**(label|mask))**{kind=good|ungood}/(img/)?{id}.*",
-    masks="{at=train|valid|val|test}/**(label|mask)**/{id}.*", group="(.+)_")
-HUNDREDS = r"(\d*?)\d{1,2}$"  # where pictures are numbered through: neighbours are alike
-SOURCES = (
+    images="{at=train|valid|val|test}/(?!**(label|mask))**{kind=good|ungood}/(img/)?"
+           "{id=({group}_)?[^/_]+?}.*",
+    masks="{at=train|valid|val|test}/**(label|mask)**/{id}.*")
+SOURCES = (  # {group}##? where pictures are numbered through: neighbours are alike
     Source("brats2021", "MRI", "Brain", "BraTS2021_{id}_flair.nii*", "BraTS2021_{id}_seg.nii*",
            {"": "glioma"}),
     Source("brats2021", "MRI", "Brain", findings={"good": "", "ungood": "glioma"}, **BMAD),
@@ -886,14 +886,14 @@ SOURCES = (
            {"ct-0": "", **{f"ct-{k}": "COVID-19 pneumonia" for k in "1234"}}, window=(-1000, 400)),
     Source("atlas", "CE-MRI", "Liver", "imagesTr/{id}(_0000)?.nii*", "labelsTr/{id}.nii*",
            {"": "tumor"}, least=2),
-    Source("ddti", "Ultrasound", "Thyroid", "{id=#*_#*}.jpg", findings={"": "nodule"},
-           group=r"(\d+)_", tells=[("outlines", "*.xml", ddti_outlines)]),
-    Source("ddti", "Ultrasound", "Thyroid", "1_or_data/image/{id}.png", "1_or_data/mask/{id}.*",
-           {"": "nodule"}, HUNDREDS),
+    Source("ddti", "Ultrasound", "Thyroid", "{id={group=#+}_#*}.jpg", findings={"": "nodule"},
+           tells=[("outlines", "*.xml", ddti_outlines)]),
+    Source("ddti", "Ultrasound", "Thyroid", "1_or_data/image/{id={group}##?}.png",
+           "1_or_data/mask/{id}.*", {"": "nodule"}),
     Source("kvasirseg", "Endoscopy", "Alimentary", "images/{id}.jpg", "masks/{id}.jpg",
            {"": "polyp"}),
-    Source("cvcclinicdb", "Endoscopy", "Alimentary", "Original/{id}.(tif|png)",
-           "Ground Truth/{id}.(tif|png)", {"": "polyp"}, HUNDREDS,
+    Source("cvcclinicdb", "Endoscopy", "Alimentary", "Original/{id={group}##?}.(tif|png)",
+           "Ground Truth/{id}.(tif|png)", {"": "polyp"},
            [("group", "metadata.csv", table("frame_id", lambda row: row["sequence_id"]))]),
     Source("ph2", "Dermoscopy", "Skin", "*_Dermoscopic_Image/{id}.bmp", "{id}_lesion.bmp",
            tells=[("finding", "PH2_dataset.txt", table("Name", lambda row: (
@@ -907,13 +907,14 @@ SOURCES = (
            "{id=**}/*(mask|seg|lesion|label|roi)*.nii*", {"": "demyelination"}),
     Source("br35h", "MRI", "Brain", "{kind=yes|no}/{id}.jpe?g", findings={"yes": "tumor", "no": ""},
            tells=[("outlines", "annotations_*.json", via_outlines)]),
-    Source("chestxray14", "X-ray", "Chest", "images*/{id=########_###.png}", group="(.*)_", tells=[
+    Source("chestxray14", "X-ray", "Chest", "images*/{id={group=########}_###.png}", tells=[
         ("finding", "Data_Entry_2017*.csv", table("Image Index", lambda row: (
             row["Finding Labels"].lower().replace("_", " ").replace("no finding", "")))),
         ("outlines", "BBox_List_2017*.csv", table("Image Index", chest_box))], canvas=(1024, 1024)),
-    Source("malignantlymphoma", "Microscopy", "Lymph Node", "{kind=CLL|FL|MCL}/{id}.tiff?", "(?!)",
-           {"cll": "chronic lymphocytic leukemia", "fl": "follicular lymphoma",
-            "mcl": "mantle cell lymphoma"}, r"(sj-\d+-\d+)"),
+    Source("malignantlymphoma", "Microscopy", "Lymph Node",
+           "{kind=CLL|FL|MCL}/{id=({group=sj-#+-#+})?*}.tiff?", findings={
+               "cll": "chronic lymphocytic leukemia", "fl": "follicular lymphoma",
+               "mcl": "mantle cell lymphoma"}),
     Source("bach", "Microscopy", "Breast", "{kind=Normal|Benign|InSitu|Invasive}/{id}.tiff?",
            findings={"normal": "", "benign": "benign lesion", "insitu": "in situ carcinoma",
                      "invasive": "invasive carcinoma"}))
@@ -923,15 +924,15 @@ def matches(pattern, files):
     """(file, what `at` and `id` found, groups) of each file that ends as the pattern: a regular
     expression in which {x=..} is a group, {x} one of any text, * any text in one name, ** any
     text, # a digit, and a dot a dot."""
-    means = {"*": "[^/]*?", "**": ".*?", "#": r"\d", ".": r"\."}
+    means = {"*": "[^/]*?", "**": ".*?", "#": r"\d", ".": r"\.", "}": ")"}
     text = re.sub(r"\{(\w+)\}", r"{\1=*}", pattern)
-    text = re.sub(r"\*\*|[*#.]", lambda m: means[m[0]], text)
-    text = re.sub(r"\{(\w+)=(.*?)\}", r"(?P<\1>\2)", text)
+    text = re.sub(r"\*\*|[*#.}]", lambda m: means[m[0]], text)
+    text = re.sub(r"\{(\w+)=", r"(?P<\1>", text)
     for file in files:
         m = re.search(f"(^|/){text}$", file, re.I)
         if m:
-            named = {"at": "", "id": "", "kind": "", **m.groupdict()}
-            yield file, named["at"].lower() + named["id"], named
+            named = m.groupdict()
+            yield file, named.get("at", "").lower() + named.get("id", ""), named
 
 
 def told_by(s, folder, files):
@@ -966,9 +967,8 @@ def find(key, folder):
         images = list(matches(s.images, files))
         told = told_by(s, folder, files) if images else {}
         for file, name, named in images:
-            own, kind = told[name], named["kind"].lower()
-            patient = re.match(s.group, named["id"], re.I)
-            groups = own["group"] or [patient[1] if patient else name]
+            own, kind, group = told[name], named.get("kind", "").lower(), named.get("group")
+            groups = own["group"] or [name if group is None else group]
             findings = own["finding"] or [s.findings.get(kind)]
             jobs.setdefault((s.images, name, Path(file).stem, kind), {
                 "source": key, "modality": s.modality, "anatomy": s.anatomy, "n": len(jobs),

@@ -565,7 +565,7 @@ def test_bad_trees(tmp_path):
             ("cifar=busi", "out", ["cifar", "busi", "bach"]), ("busi=none", "out", ["busi", "none", "folder"]),
             ("busi=other", "out", ["busi", "expected", "benign", "found", "a.txt"]),
             ("busi=empty", "out", ["busi", "expected", "no file"]), ("busi=busi", "full", ["full", "already"]),
-            ("ddti=other", "out", ["ddti", "1_or_data/image/{id}.png", "found"])):
+            ("ddti=other", "out", ["ddti", "1_or_data/image/{id=", "found"])):
         key, _, folder = sources.partition("=")
         with pytest.raises(data.DataError) as e:
             data.build({key: tmp_path / folder}, tmp_path / out)
