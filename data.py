@@ -867,7 +867,7 @@ BMAD = dict(
     images="{at=train|valid|val|test}/(?!**(label|mask))**{kind=good|ungood}/(img/)?"
            "{id=({group}_)?[^/_]+?}.*",
     masks="{at=train|valid|val|test}/**(label|mask)**/{id}.*")
-SOURCES = (  # {group}##? where pictures are numbered through: neighbours are alike
+SOURCES = (  # {group}##?: pictures are numbered through, a hundred neighbours are one group
     Source("brats2021", "MRI", "Brain", "BraTS2021_{id}_flair.nii*", "BraTS2021_{id}_seg.nii*",
            {"": "glioma"}),
     Source("brats2021", "MRI", "Brain", findings={"good": "", "ungood": "glioma"}, **BMAD),
