@@ -765,35 +765,17 @@ SKIN = {"MEL": "melanoma", "NV": "melanocytic nevus", "BCC": "basal cell carcino
 NEVI = ("common nevus", "atypical nevus", "melanoma")  # PH2's clinical diagnosis 0, 1, 2
 
 
-def rows_of(file):
-    """A table, its columns parted by commas, tabs or PH2's double bars -> its rows as dicts."""
-    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    by = "\t" if "\t" in lines[0] else ","
-    rows = [x.split("||") for x in lines if "||" in x] or csv.reader(lines, delimiter=by)
-    head, *body = [[cell.strip() for cell in row] for row in rows if any(row)]
-    return [dict(zip(head, row, strict=False)) for row in body]
-
-
 def table(column, value):
-    """A reader of tables: (id in the column, value(row)) of each row."""
-    return lambda file: [(row[column], value(row)) for row in rows_of(file)]
-
-
-def skin_kinds(row):  # ISIC 2018
-    return [SKIN[k] for k in SKIN if float(row[k]) > .5]
-
-
-def nevus(row):  # PH2
-    return [NEVI[int(row["Clinical Diagnosis"])]]
-
-
-def retinopathy(row):  # IDRiD
-    return ["diabetic retinopathy"] if int(row["Retinopathy grade"]) else []
-
-
-def findings(row):  # chest X-rays
-    names = row["Finding Labels"].replace("_", " ").lower().split("|")
-    return [x for x in names if x != "no finding"]
+    """A reader of tables, parted by commas, tabs or PH2's double bars: file -> (id in the column,
+    value(row)) of each row."""
+    def read(file):
+        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        by = "\t" if "\t" in lines[0] else ","
+        rows = [x.split("||") for x in lines if "||" in x] or csv.reader(lines, delimiter=by)
+        head, *body = [[cell.strip() for cell in row] for row in rows if any(row)]
+        rows = [dict(zip(head, row, strict=False)) for row in body]
+        return [(row[column], value(row)) for row in rows]
+    return read
 
 
 def chest_box(row):  # the comma of the head "Bbox [x,y,w,h]" parts columns
@@ -836,145 +818,145 @@ FAR = .2           # above chance: a look-up that answers so much more is warned
 SIMILAR = .5       # of the area of a lesion's largest part: so large, another counts as well
 SLICES = 4         # of a volume with the lesion, and as many without
 SHEET = 20         # pictures on a source's contact sheet
-DISTRACTORS = ("foreign body", "surgical implant")  # for regions with fewer than four kinds
+DEALT = {           # tasks that `balanced` deals: options that fill up to four
+    "anomaly": STATES, "location": LOCATIONS, "pathology": ("foreign body", "surgical implant")}
 
 
 class Source(NamedTuple):
     """A form of a source. Patterns are of the end of a path, see `matches`; what they find as `at`
-    and `id` pairs images, masks and what tables tell."""
+    and `id` pairs images, masks and what tables tell. `kind` is a key of findings, `group` what of
+    the id is patient, volume or lesion (else all of it)."""
     key: str
     modality: str
     anatomy: str
     images: str           # pattern
     masks: str = "(?!)"   # pattern, by default of nothing; several masks of one id are one lesion
-    kinds: dict = {}      # {`kind` in lower case, "" if there is none: lesions}; {}: see tells
-    group: str = "(?!)"   # expression: what of the id is patient, volume or lesion (else all of it)
-    tells: list = []      # (kinds, group or outlines; pattern; reader: file -> (id, it)..)
+    findings: dict = {}   # {`kind` in lower case, "" if not in the path: lesion, "" if healthy}
+    tells: list = []      # (finding, group or outlines; pattern; reader: file -> (id, it)..)
     canvas: tuple = ()    # px, width and height the outlines refer to (else the image's)
     least: int = 1        # value in a volume's mask from which on it is lesion; below is the organ
     window: tuple = ()    # HU shown as black and as white (else percentiles 1 and 99)
 
 
 BMAD = dict(
-    images="{at=train|valid|val|test}/(?!**(label|mask))**{kind=good|ungood}/(img/)?{id}.*",
-    masks="{at=train|valid|val|test}/**(label|mask)**/{id}.*", group="(.+)_")
-HUNDREDS = r"(\d*?)\d{1,2}$"  # where pictures are numbered through: neighbours are alike
-SOURCES = (
+    images="{at=train|valid|val|test}/(?!**(label|mask))**{kind=good|ungood}/(img/)?"
+           "{id=({group}_)?[^/_]+?}.*",
+    masks="{at=train|valid|val|test}/**(label|mask)**/{id}.*")
+SOURCES = (  # {group}##?: pictures are numbered through, a hundred neighbours are one group
     Source("brats2021", "MRI", "Brain", "BraTS2021_{id}_flair.nii*", "BraTS2021_{id}_seg.nii*",
-           {"": ["glioma"]}),
-    Source("brats2021", "MRI", "Brain", kinds={"good": [], "ungood": ["glioma"]}, **BMAD),
-    Source("liverct", "CT", "Liver", "volume-{id}.nii*", "segmentation-{id}.nii*", {"": ["tumor"]},
+           {"": "glioma"}),
+    Source("brats2021", "MRI", "Brain", findings={"good": "", "ungood": "glioma"}, **BMAD),
+    Source("liverct", "CT", "Liver", "volume-{id}.nii*", "segmentation-{id}.nii*", {"": "tumor"},
            least=2, window=(-200, 250)),
-    Source("liverct", "CT", "Liver", kinds={"good": [], "ungood": ["tumor"]}, **BMAD),
-    Source("resc", "OCT", "Retina", kinds={"good": [], "ungood": ["edema"]}, **BMAD),
+    Source("liverct", "CT", "Liver", findings={"good": "", "ungood": "tumor"}, **BMAD),
+    Source("resc", "OCT", "Retina", findings={"good": "", "ungood": "edema"}, **BMAD),
     Source("busi", "Ultrasound", "Breast", "{kind=benign|malignant|normal}/{id=*[)]}.png",
            "{id=*[)]}_mask*.png",
-           {"benign": ["benign tumor"], "malignant": ["malignant tumor"], "normal": []}),
+           {"benign": "benign tumor", "malignant": "malignant tumor", "normal": ""}),
     Source("isic2018", "Dermoscopy", "Skin", "*_Input/{id}.jpg", "{id}_segmentation.png", tells=[
-        ("kinds", "*Task3_*_GroundTruth.csv", table("image", skin_kinds)),
+        ("finding", "*Task3_*_GroundTruth.csv", table("image", lambda row: (
+            "|".join(SKIN[k] for k in SKIN if float(row[k]) > .5)))),
         ("group", "*LesionGroupings.csv", table("image", lambda row: row["lesion_id"]))]),
     Source("mosmed", "CT", "Lung", "{kind=CT-#}/{id=study_####}.nii*", "{id}_mask.nii*",
-           {"ct-0": [], **{f"ct-{k}": ["COVID-19 pneumonia"] for k in (1, 2, 3, 4)}},
-           window=(-1000, 400)),
+           {"ct-0": "", **{f"ct-{k}": "COVID-19 pneumonia" for k in "1234"}}, window=(-1000, 400)),
     Source("atlas", "CE-MRI", "Liver", "imagesTr/{id}(_0000)?.nii*", "labelsTr/{id}.nii*",
-           {"": ["tumor"]}, least=2),
-    Source("ddti", "Ultrasound", "Thyroid", "{id=#*_#*}.jpg", kinds={"": ["nodule"]},
-           group=r"(\d+)_", tells=[("outlines", "*.xml", ddti_outlines)]),
-    Source("ddti", "Ultrasound", "Thyroid", "1_or_data/image/{id}.png", "1_or_data/mask/{id}.*",
-           {"": ["nodule"]}, HUNDREDS),
+           {"": "tumor"}, least=2),
+    Source("ddti", "Ultrasound", "Thyroid", "{id={group=#+}_#*}.jpg", findings={"": "nodule"},
+           tells=[("outlines", "*.xml", ddti_outlines)]),
+    Source("ddti", "Ultrasound", "Thyroid", "1_or_data/image/{id={group}##?}.png",
+           "1_or_data/mask/{id}.*", {"": "nodule"}),
     Source("kvasirseg", "Endoscopy", "Alimentary", "images/{id}.jpg", "masks/{id}.jpg",
-           {"": ["polyp"]}),
-    Source("cvcclinicdb", "Endoscopy", "Alimentary", "Original/{id}.(tif|png)",
-           "Ground Truth/{id}.(tif|png)", {"": ["polyp"]}, HUNDREDS,
+           {"": "polyp"}),
+    Source("cvcclinicdb", "Endoscopy", "Alimentary", "Original/{id={group}##?}.(tif|png)",
+           "Ground Truth/{id}.(tif|png)", {"": "polyp"},
            [("group", "metadata.csv", table("frame_id", lambda row: row["sequence_id"]))]),
     Source("ph2", "Dermoscopy", "Skin", "*_Dermoscopic_Image/{id}.bmp", "{id}_lesion.bmp",
-           tells=[("kinds", "PH2_dataset.txt", table("Name", nevus))]),
+           tells=[("finding", "PH2_dataset.txt", table("Name", lambda row: (
+               NEVI[int(row["Clinical Diagnosis"])])))]),
     Source("idrid", "Fundus", "Retina", "*images/(**/)?{id=IDRiD_##}.jpg",
-           "{id=IDRiD_##}_(MA|HE|EX|SE).*", {"": ["diabetic retinopathy"]}),
+           "{id=IDRiD_##}_(MA|HE|EX|SE).*", {"": "diabetic retinopathy"}),
     Source("idrid", "Fundus", "Retina", "*{at=Training|Testing} Set/{id=IDRiD_###}.jpg", tells=[
-        ("kinds", "*Grading_{at=Training|Testing} Labels.csv", table("Image name", retinopathy))]),
+        ("finding", "*Grading_{at=Training|Testing} Labels.csv", table("Image name", lambda row: (
+            "diabetic retinopathy" if int(row["Retinopathy grade"]) else "")))]),
     Source("pedidemi", "MRI", "Brain", "{id=**}/(?!*(mask|seg|lesion|label|roi))*flair*.nii*",
-           "{id=**}/*(mask|seg|lesion|label|roi)*.nii*", {"": ["demyelination"]}),
-    Source("br35h", "MRI", "Brain", "{kind=yes|no}/{id}.jpe?g", kinds={"yes": ["tumor"], "no": []},
+           "{id=**}/*(mask|seg|lesion|label|roi)*.nii*", {"": "demyelination"}),
+    Source("br35h", "MRI", "Brain", "{kind=yes|no}/{id}.jpe?g", findings={"yes": "tumor", "no": ""},
            tells=[("outlines", "annotations_*.json", via_outlines)]),
-    Source("chestxray14", "X-ray", "Chest", "images*/{id=########_###.png}", group="(.*)_", tells=[
-        ("kinds", "Data_Entry_2017*.csv", table("Image Index", findings)),
+    Source("chestxray14", "X-ray", "Chest", "images*/{id={group=########}_###.png}", tells=[
+        ("finding", "Data_Entry_2017*.csv", table("Image Index", lambda row: (
+            row["Finding Labels"].lower().replace("_", " ").replace("no finding", "")))),
         ("outlines", "BBox_List_2017*.csv", table("Image Index", chest_box))], canvas=(1024, 1024)),
-    Source("malignantlymphoma", "Microscopy", "Lymph Node", "{kind=CLL|FL|MCL}/{id}.tiff?", kinds={
-        "cll": ["chronic lymphocytic leukemia"], "fl": ["follicular lymphoma"],
-        "mcl": ["mantle cell lymphoma"]}, group=r"(sj-\d+-\d+)"),
+    Source("malignantlymphoma", "Microscopy", "Lymph Node",
+           "{kind=CLL|FL|MCL}/{id=({group=sj-#+-#+})?*}.tiff?", findings={
+               "cll": "chronic lymphocytic leukemia", "fl": "follicular lymphoma",
+               "mcl": "mantle cell lymphoma"}),
     Source("bach", "Microscopy", "Breast", "{kind=Normal|Benign|InSitu|Invasive}/{id}.tiff?",
-           kinds={"normal": [], "benign": ["benign lesion"], "insitu": ["in situ carcinoma"],
-                  "invasive": ["invasive carcinoma"]}))
+           findings={"normal": "", "benign": "benign lesion", "insitu": "in situ carcinoma",
+                     "invasive": "invasive carcinoma"}))
 
 
 def matches(pattern, files):
     """(file, what `at` and `id` found, groups) of each file that ends as the pattern: a regular
     expression in which {x=..} is a group, {x} one of any text, * any text in one name, ** any
     text, # a digit, and a dot a dot."""
-    text = re.sub(r"\{(\w+)\}", r"{\1=*}", pattern).replace(".", r"\.").replace("#", r"\d")
-    text = text.replace("**", ".~").replace("*", "[^/]~").replace("~", "*?")
-    text = re.sub(r"\{(\w+)=(.*?)\}", r"(?P<\1>\2)", text)
+    means = {"*": "[^/]*?", "**": ".*?", "#": r"\d", ".": r"\.", "}": ")"}
+    text = re.sub(r"\{(\w+)\}", r"{\1=*}", pattern)
+    text = re.sub(r"\*\*|[*#.}]", lambda m: means[m[0]], text)
+    text = re.sub(r"\{(\w+)=", r"(?P<\1>", text)
     for file in files:
         m = re.search(f"(^|/){text}$", file, re.I)
         if m:
-            named = {"at": "", "id": "", "kind": "", **m.groupdict()}
-            yield file, named["at"].lower() + named["id"], named
+            named = m.groupdict()
+            yield file, named.get("at", "").lower() + named.get("id", ""), named
 
 
-def read_tables(source, folder, files, told):
-    """What tables and outlines of a source tell goes into told, {id: {"kinds", "group", ..}}."""
-    for what, pattern, reader in source.tells:
+def told_by(s, folder, files):
+    """What masks and tables tell of the images of a form, {id: {"masks": paths, "outlines":
+    [[(x, y), ..] px, ..], "finding": what each table says, "group": the same}}."""
+    told = defaultdict(lambda: defaultdict(list))
+    for file, name, _ in matches(s.masks, files):
+        told[name]["masks"].append(str(folder / file))
+    for what, pattern, reader in s.tells:
         tables = list(matches(pattern, files))
-        if what == "kinds" and not tables:
+        if what == "finding" and not tables:
             lack = f"no file {pattern}, which tells what the pictures show"
-            tqdm.write(f"warning: {source.key}={folder}: {lack}", file=sys.stderr)
+            tqdm.write(f"warning: {s.key}={folder}: {lack}", file=sys.stderr)
         for file, at, _ in tables:
             try:
                 for name, value in reader(folder / file):
-                    if what == "outlines":  # each a polygon, [(x, y), ..] in px
-                        told[at + name][what].append(value)
-                    else:
-                        told[at + name][what] = value
-            except (ValueError, LookupError, TypeError, AttributeError,
-                    ElementTree.ParseError) as e:
-                why = "lacks the column or key" if isinstance(e, KeyError) else "isn't as expected:"
-                raise DataError(f"{folder / file} {why} {e}") from None
+                    told[at + name][what].append(value)
+            except Exception as e:  # on files of another form readers raise anything
+                why = f"lacks {e}" if isinstance(e, KeyError) else f"isn't as expected: {e}"
+                raise DataError(f"{folder / file} {why}") from None
+    return told
 
 
 def find(key, folder):
-    """The images and volumes of a source -> jobs for `examine`, by path. Of several files with one
-    id the first is taken."""
-    forms = [(n, s) for n, s in enumerate(SOURCES) if s.key == key]
+    """The images and volumes of a source -> jobs for `examine`. Of files with one id, name and
+    kind the first is taken."""
+    forms, folder, jobs = [s for s in SOURCES if s.key == key], Path(folder), {}
     known = ", ".join(sorted({s.key for s in SOURCES}))
     expect(forms, f"{key}: no such source, expected some of {known}")
-    folder, jobs = Path(folder), {}
-    expect(folder.is_dir(), f"{key}={folder}: expected a folder")
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    for form, s in forms:
-        told = defaultdict(lambda: {"masks": [], "outlines": []})
-        for file, name, _ in matches(s.masks, files):
-            told[name]["masks"].append(str(folder / file))
+    for s in forms:
         images = list(matches(s.images, files))
-        if images:
-            read_tables(s, folder, files, told)
+        told = told_by(s, folder, files) if images else {}
         for file, name, named in images:
-            group = re.match(s.group, named["id"], re.I)
-            job = {"form": form, "n": len(jobs), "file": file, "path": str(folder / file),
-                   "kinds": s.kinds.get(named["kind"].lower()),
-                   "group": group[1] if group else name, **told[name]}
-            job["group"] = f"{key} {job['group']}"
-            old = jobs.setdefault((form, name), job)
-            same = Path(old["file"]).stem == Path(file).stem and old["kinds"] == job["kinds"]
-            expect(same, f"{key}={folder}: {old['file']} and {file} can't be told apart,"
-                         f" expected one image of {name!r}")
-    expected = " or ".join(s.images for _, s in forms)
+            own, kind, group = told[name], named.get("kind", "").lower(), named.get("group")
+            groups = own["group"] or [name if group is None else group]
+            findings = own["finding"] or [s.findings.get(kind)]
+            jobs.setdefault((s.images, name, Path(file).stem, kind), {
+                "source": key, "modality": s.modality, "anatomy": s.anatomy, "n": len(jobs),
+                "file": file, "path": str(folder / file), "group": f"{key} {groups[-1]}",
+                "finding": findings[-1], "masks": own["masks"], "outlines": own["outlines"],
+                "canvas": s.canvas, "least": s.least, "window": s.window})
+    expected = " or ".join(s.images for s in forms)
     found = ", ".join(files[:3]) or "no file"
-    expect(jobs, f"{key}={folder}: no image of it, expected paths with {expected}, found {found}")
+    expect(jobs, f"{key}={folder}: expected a folder with {expected}, found {found}")
     return list(jobs.values())
 
 
-# ---- MedAD-38K: from image and mask to facts -----------------------------------------------------
+# ---- MedAD-38K: from files to pictures -----------------------------------------------------------
 def parts_of(mask):
     """The parts of a mask (H, W) bool that lie apart where its longer side is 32 cells -> areas,
     centroids' x and y, px, each (P,)."""
@@ -1014,29 +996,30 @@ def location_of(mask):
     return None if why else LOCATIONS[region[first]], why, (x[first], y[first])
 
 
-def lesion_of(job, size):
-    """The mask (H, W) bool of an image's lesion, None if not known. JPEGs count from 128 on, others
-    from 1 on: they are 0 and 1, 0 and 255, red, or grey through a colour map."""
-    if not job["masks"] and not job["outlines"]:
-        return None
-    size = SOURCES[job["form"]].canvas or size  # W, H
-    outlined = Image.new("1", size)
-    for polygon in job["outlines"]:
-        if len(polygon) < 3:  # one that can't be read: the lesion isn't known
-            return None
-        ImageDraw.Draw(outlined).polygon(polygon, fill=1)
-    mask = np.array(outlined)
-    for path in job["masks"]:
+def photo(job):
+    """An image file -> [(image, lesion (H, W) bool or None if not known, "")], as `slices`."""
+    image = open_image(job["path"])
+    outlines, masks = job["outlines"], job["masks"]
+    unread = any(len(polygon) < 3 for polygon in outlines)
+    if unread or not outlines + masks:
+        return [(image, None, "")]
+    size = job["canvas"] or image.size  # W, H
+    drawn = Image.new("1", size)
+    for polygon in outlines:
+        ImageDraw.Draw(drawn).polygon(polygon, fill=1)
+    lesion = np.array(drawn)
+    for path in masks:
         try:
-            image = open_image(path).convert("RGB")
+            mask = open_image(path)
         except DataError as e:
             raise DataError(f"has a mask that {e}") from None
-        skew = abs(image.width * size[1] - image.height * size[0])
+        skew = abs(mask.width * size[1] - mask.height * size[0])
         expect(skew <= max(size), "has a mask of another shape")
-        image = image.resize(size, Image.Resampling.NEAREST)
+        # Masks are 0 and 1, 0 and 255, red, or grey through a colour map; JPEGs blur their edges.
         least = 128 if path.lower().endswith(("jpg", "jpeg")) else 1
-        mask |= np.asarray(image).max(-1) >= least
-    return mask
+        for band in mask.resize(size, Image.Resampling.NEAREST).split():  # grey, or R, G and B
+            lesion |= np.asarray(band) >= least
+    return [(image, lesion, "")]
 
 
 def spread(items, n):
@@ -1045,152 +1028,139 @@ def spread(items, n):
 
 
 def slices(job):
-    """NIfTI volume -> [(image, mask or None, suffix)]: up to SLICES slices with the lesion and as
-    many without (with the organ if it is marked, else of the middle half), evenly spaced, shown as
-    radiologists do, the patient's right on the left."""
+    """NIfTI volume -> [(image, lesion or None, suffix)] of up to SLICES slices with the lesion and
+    as many without (with the organ if it is marked, else of the middle half), evenly spaced, shown
+    as radiologists do, the patient's right on the left."""
     try:
         import nibabel
     except ImportError:
         raise DataError("volumes (.nii, .nii.gz) need nibabel: pip install nibabel") from None
-    s, out = SOURCES[job["form"]], []
     try:
         files = [nibabel.load(path) for path in (job["path"], *job["masks"][:1])]
         arrays = [np.asarray(nibabel.as_closest_canonical(x).dataobj) for x in files]  # (X, Y, Z)
         volume, *masks = [a[::-1, ::-1].T for a in arrays]  # (Z, Y, X)
         well = abs(np.arange(len(volume)) / len(volume) - .5) < .25  # (Z,)
-        sick, lesion = [], [None] * len(volume)
-        for mask in masks:
+        lesion, sick, shown = [None] * len(volume), [], []
+        for mask in masks:  # one or none
             expect(mask.shape == volume.shape, "another shape")
-            lesion = mask >= s.least
+            lesion = mask >= job["least"]
             area = lesion.mean((1, 2))  # (Z,)
-            if s.least > 1:
+            if job["least"] > 1:
                 well = (mask > 0).mean((1, 2)) > .02
             well = well & (area == 0)
             sick = np.flatnonzero(area > .001)
         for z in sorted(spread(sick, SLICES) + spread(np.flatnonzero(well), SLICES)):
             a = volume[z].astype(np.float32)
-            low, high = s.window or np.percentile(a, (1, 99))
+            low, high = job["window"] or np.percentile(a, (1, 99))
             a = np.clip((a - low) / max(high - low, 1e-9), 0, 1) * 255
-            out.append((Image.fromarray(np.uint8(a)), lesion[z], f"-{z:03d}"))
+            shown.append((Image.fromarray(np.uint8(a)), lesion[z], f"-{z:03d}"))
     except Exception as e:  # nibabel and damaged files raise anything
         raise DataError(f"can't be read as a volume with its mask ({e})") from None
-    return out
+    expect(shown, "no slice of which it is known whether it shows a lesion")
+    return shown
 
 
 def examine(job, folder, max_side):
-    """One image or volume -> facts, a dict for each picture; pictures are written into `folder`, at
-    most max_side px per side. What can't be used has a "why" instead.
+    """An image or volume -> its pictures, written into `folder` with at most max_side px per side:
+    the job with more keys. What can't be used has one more, "why".
 
-    "kinds": lesions, None if not told or if the mask says otherwise ("agree" is False); "box": of
-    the lesion, if known: left, top, right, bottom, as fractions; "place": what location_of says.
+    "finding": the lesion, "" if healthy, "A|B" if several, None if not told or if the mask says
+    otherwise ("agree" is False); "box": the lesion's, if known, as fractions: left, top, right,
+    bottom; "place": what location_of says.
     """
-    s, facts = SOURCES[job["form"]], []
-    origin = {"source": s.key, "file": job["file"]}
-    volume, stem = ".nii" in job["file"], re.sub("[^A-Za-z0-9]+", "-", Path(job["file"]).stem)
+    pictures = []
     try:
-        if volume:
-            pictures = slices(job)
-        else:
-            image = open_image(job["path"])
-            pictures = [(image, lesion_of(job, image.size), "")]
+        shown = slices(job) if ".nii" in job["file"] else photo(job)
     except DataError as e:
-        return [{**origin, "why": re.sub(r" \(.*\)$", "", str(e))}]
-    for image, mask, suffix in pictures:
+        return [{**job, "why": re.sub(r" \(.*\)$", "", str(e))}]
+    for image, lesion, suffix in shown:
         image.thumbnail((max_side, max_side))
         look = look_of(image)
         if look is None:
-            facts.append({**origin, "why": "shows nothing"})
+            pictures.append({**job, "why": "shows nothing"})
             continue
-        kinds, box, place = job["kinds"], None, (None, "no mask or outline", None)
-        drawn = mask is not None and bool(mask.any())
+        finding, box, place = job["finding"], None, (None, "no mask or outline", None)
+        drawn = lesion is not None and bool(lesion.any())
         if drawn:
-            h, w = mask.shape
-            box = np.divide(Image.fromarray(mask).getbbox(), (w, h, w, h))
-            place = location_of(mask)
-        if volume and kinds and not drawn:  # a slice beside the lesion, if there is a mask to tell
-            kinds = None if mask is None else ()
-        agree = mask is None or kinds is None or drawn == bool(kinds)
-        file = f"images/{s.key}/{job['n']:06d}-{stem}{suffix}.png"
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            box = np.divide(Image.fromarray(lesion).getbbox(), 2 * lesion.shape[::-1])
+            place = location_of(lesion)
+        elif suffix and finding:  # a slice beside the lesion, if there is a mask to tell
+            finding = None if lesion is None else ""
+        agree = lesion is None or finding is None or drawn == bool(finding)
+        stem = re.sub("[^A-Za-z0-9]+", "-", Path(job["file"]).stem)
+        file = f"images/{job['source']}/{job['n']:06d}-{stem}{suffix}.png"
         image.save(folder / file, compress_level=1)
-        facts.append({
-            **origin, "image": file, "modality": s.modality, "anatomy": s.anatomy,
-            "group": job["group"], "kinds": kinds if agree else None, "agree": agree, "box": box,
-            "place": place, "look": look})
-    return facts or [{**origin, "why": "no slice of which it is known whether it shows a lesion"}]
+        pictures.append({**job, "image": file, "look": look, "finding": finding if agree else None,
+                         "agree": agree, "box": box, "place": place})
+    return pictures
 
 
-# ---- MedAD-38K: from facts to questions ----------------------------------------------------------
-def usable(facts, left_out):
-    """The facts without those that have a "why", which are counted in left_out[source, reason] and
-    warned of. DataError if nothing of a source can be used."""
-    for source, n in Counter(f["source"] for f in facts).items():
-        lost = [f for f in facts if f["source"] == source and "why" in f]
-        if lost:
-            left_out.update((source, f["why"]) for f in lost)
-            first = f"{lost[0]['file']}: {lost[0]['why']}"
-            sentence = f"{source}: {len(lost)} of {n} can't be used, as {first}"
-            expect(len(lost) < n, sentence)
-            tqdm.write(f"warning: {sentence}", file=sys.stderr)
-    return [f for f in facts if "why" not in f]
+def examine_all(key, jobs, folder, max_side, workers):
+    """The pictures of a source. Warns of what can't be used; DataError if that is all."""
+    (folder / "images" / key).mkdir(parents=True)
+    work = partial(examine, folder=folder, max_side=max_side)
+    with multiprocessing.Pool(workers) as pool:
+        done = tqdm(pool.imap(work, jobs, chunksize=4), desc=key, unit="file", total=len(jobs))
+        pictures = [f for made in done for f in made]
+    lost = [f"{f['file']}: {f['why']}" for f in pictures if "why" in f]
+    if lost:
+        sentence = f"{key}: {len(lost)} of {len(pictures)} can't be used, as {lost[0]}"
+        expect(len(lost) < len(pictures), sentence)
+        tqdm.write(f"warning: {sentence}", file=sys.stderr)
+    return pictures
 
 
-def without_copies(facts, folder, left_out):
-    """The facts without copies of an earlier picture, whose files are removed, counted in left_out.
-    Groups with pictures that look the same become one."""
-    names, numbers = np.unique([f["group"] for f in facts], return_inverse=True)
-    joined = join_alike(np.array([f["look"] for f in facts]), numbers)
-    grown = set(joined[joined != numbers])
-    seen, kept = set(), []
-    for f, n in zip(facts, joined, strict=True):
+# ---- MedAD-38K: from pictures to questions -------------------------------------------------------
+def without_copies(pictures, folder):
+    """The pictures but for copies of earlier ones, which get a "why" and lose their file. Groups
+    with pictures that look the same become one."""
+    names, numbers = np.unique([f["group"] for f in pictures], return_inverse=True)
+    looks = np.array([f.pop("look") for f in pictures])
+    joined = join_alike(looks, numbers)
+    grown, seen = set(joined[joined != numbers]), set()
+    for f, n, look in zip(pictures, joined, map(digest, looks), strict=True):
         f["group"], f["joined"] = str(names[n]), n in grown
-        look = f["look"].tobytes()
         if look in seen:
-            left_out[f["source"], "the same picture as another"] += 1
+            f["why"] = "the same picture as another"
             (folder / f["image"]).unlink()
-        else:
-            seen.add(look)
-            kept.append(f)
-    return kept
+        seen.add(look)
+    return [f for f in pictures if "why" not in f]
 
 
-def split_by_group(facts, seed):
+def split_by_group(pictures, seed):
     """Sets "split": TRAIN_SHARE of a source's pictures are for training; a group stays whole, also
     where looks joined it to one of another source."""
-    sizes, train = Counter(f["group"] for f in facts), set()
+    sizes, train = Counter(f["group"] for f in pictures), set()
     for source in {group.split()[0] for group in sizes}:
         rng = np.random.default_rng([seed, *source.encode()])
         groups = rng.permutation(sorted(x for x in sizes if x.split()[0] == source))
         size = np.array([sizes[x] for x in groups])
         middle = size.cumsum() - size / 2  # of a group that straddles the border
         train.update(groups[middle <= TRAIN_SHARE * size.sum()])
-    for f in facts:
+    for f in pictures:
         f["split"] = "train" if f["group"] in train else "test"
 
 
 def true_answer(f, task):
-    """What is true of a picture -> (answer, None), or (None, why the task can't be asked of it)."""
-    kinds = f["kinds"]
-    if task in ("anatomy", "modality"):
-        return f[task], None
+    """The answer to a DEALT task -> (answer, None), or (None, why it can't be asked)."""
+    finding = f["finding"]
     if not f["agree"]:
         return None, "label and mask disagree"
-    if kinds is None and task != "location":
+    if finding is None and task != "location":
         return None, "no label"
     if task == "anomaly":
-        return "Abnormal" if kinds else "Normal", None
-    if kinds is not None and len(kinds) != 1:  # of several, an outline may be of one
-        return None, "several kinds of lesion" if kinds else "healthy"
-    if task == "pathology":
-        return kinds[0], None
-    return f["place"][:2]
+        return "Abnormal" if finding else "Normal", None
+    if finding == "":
+        return None, "healthy"
+    if finding and "|" in finding:  # an outline may be of one of them
+        return None, "several kinds of lesion"
+    return (finding, None) if task == "pathology" else f["place"][:2]
 
 
 def balanced(pool, rng):
     """{answer: pictures} -> (picture, its answer, the answers to choose from), which tell nothing:
     in each round the (up to four) answers with most pictures left get a picture each and are
-    offered together. Ends when a round has fewer answers than the first; the rest stay in the
-    pool."""
+    offered together. Ends when a round has fewer answers than the first; the rest isn't asked."""
     for answer, pictures in sorted(pool.items()):
         pool[answer] = [pictures[i] for i in rng.permutation(len(pictures))]
     size = 0
@@ -1207,34 +1177,28 @@ def balanced(pool, rng):
             yield pool[answer].pop(), answer, offered
 
 
-def medad_records(facts, seed, left_out):
-    """The records of pictures that have a split. What isn't asked is counted in left_out."""
+def medad_records(pictures, seed):
+    """The records of pictures that have a split: anatomy and modality of all, the rest dealt."""
     rng, rounds, records = np.random.default_rng(seed), defaultdict(list), []
-    names = {"anatomy": ANATOMIES, "modality": MODALITIES, "anomaly": STATES,
-             "pathology": DISTRACTORS, "location": LOCATIONS}
 
     def add(f, task, truth, others):
         image = {k: f[k] for k in ("image", "modality", "anatomy", "source", "group", "split")}
         image |= {"id": f"{f['source']}-{Path(f['image']).stem}", "thought": None}
         records.append(ask(image, task, truth, others, rng, rounds))
 
-    pools = defaultdict(lambda: defaultdict(list))  # to be balanced: {answer: facts}
-    for f in facts:
-        for task in TASKS:
-            truth, why = true_answer(f, task)
-            if why:
-                left_out[f["source"], f"{task}: {why}"] += 1
-            elif task in ("anatomy", "modality"):
-                add(f, task, truth, names[task])
-            else:
-                where = () if task == "location" else (f["modality"], f["anatomy"])
+    pools = defaultdict(lambda: defaultdict(list))  # {what is asked together: {answer: pictures}}
+    for f in pictures:
+        add(f, "anatomy", f["anatomy"], ANATOMIES)
+        add(f, "modality", f["modality"], MODALITIES)
+        for task in DEALT:
+            truth, _ = true_answer(f, task)
+            where = () if task == "location" else (f["modality"], f["anatomy"])
+            if truth:
                 pools[task, f["split"], *where][truth].append(f)
     for (task, *_), pool in sorted(pools.items()):
         for f, truth, offered in balanced(pool, rng):
-            others = offered + [x for x in names[task] if x not in offered]
+            others = offered + [x for x in DEALT[task] if x not in offered]
             add(f, task, truth, others[:4])
-        for f in sum(pool.values(), []):
-            left_out[f["source"], f"{task}: no picture with another answer to balance it"] += 1
     return records
 
 
@@ -1254,7 +1218,7 @@ def normed(looks):
 def coarse(looks):
     """(N, LOOK, LOOK) -> (N, 16, 16) float32: normed, then means of 4 x 4 px, times 4, so that no
     two are further apart than at full size."""
-    parts = (normed(looks[k:k + 1024]) for k in range(0, len(looks), 1024))
+    parts = map(normed, np.array_split(looks, len(looks) // 1024 + 1))  # bounds memory
     return np.concatenate([x.reshape(-1, 16, 4, 16, 4).mean((2, 4)) * 4 for x in parts])
 
 
@@ -1289,9 +1253,8 @@ def join_alike(looks, groups):
         near = half[rows, None] + half[reached] - a[rows] @ a[reached].T < reach / 2
         pairs = order[k + np.argwhere(near)]  # (P, 2)
         pairs = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
-        for n in range(0, len(pairs), 1024):
-            i, j = pairs[n:n + 1024].T
-            for x, y in pairs[n:n + 1024][same(looks[i], looks[j])]:
+        for some in np.array_split(pairs, len(pairs) // 1024 + 1):
+            for x, y in some[same(*looks[some.T])]:
                 low, high = sorted((groups[x], groups[y]))
                 groups[groups == high] = low
     return groups
@@ -1375,24 +1338,18 @@ def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
     out = Path(out).absolute()
     expect(max_side > 0 and seed >= 0,
            f"max_side {max_side}, seed {seed}: expected 1 or more px, a seed of 0 or more")
-    jobs = []
-    for key, folder in sorted(sources.items()):
-        jobs += find(key, folder)
+    jobs, pictures = {key: find(key, folder) for key, folder in sorted(sources.items())}, []
     with new_folder(out) as part:
-        facts, left_out = [], Counter()
-        work = partial(examine, folder=part, max_side=max_side)
-        with multiprocessing.Pool(workers) as pool:
-            done = pool.imap(work, jobs, chunksize=4)
-            for made in tqdm(done, desc="build", unit="file", total=len(jobs)):
-                facts += made
-        facts = without_copies(usable(facts, left_out), part, left_out)
-        split_by_group(facts, seed)
-        records = medad_records(facts, seed, left_out)
+        for key in jobs:
+            pictures += examine_all(key, jobs[key], part, max_side, workers)
+        kept = without_copies([f for f in pictures if "why" not in f], part)
+        split_by_group(kept, seed)
+        records = medad_records(kept, seed)
         write_records(records, part / "medad38k.jsonl")
         command = f"python data.py build --max_side {max_side} --seed {seed}"
-        write_text(part / "dataset.md", about(command, facts, records, left_out))
+        write_text(part / "dataset.md", about(command, pictures, records))
         for key in sources:
-            source_sheet(part, key, [f for f in facts if f["source"] == key])
+            source_sheet(part, key, [f for f in kept if f["source"] == key])
     return str(out / "medad38k.jsonl")
 
 
@@ -1407,11 +1364,11 @@ def contact_sheet(cells, file):
     page.save(file)
 
 
-def source_sheet(folder, key, facts):
+def source_sheet(folder, key, pictures):
     """SHEET pictures of a source: the five regions, a box around the lesion, a dot on its centroid,
     what it is and where."""
     cells = []
-    for f in spread(facts, SHEET):
+    for f in spread(pictures, SHEET):
         image = Image.open(folder / f["image"]).convert("RGB")
         image.thumbnail((2 * SIZE, 2 * SIZE))
         pen, (w, h) = ImageDraw.Draw(image), image.size
@@ -1422,21 +1379,22 @@ def source_sheet(folder, key, facts):
             pen.rectangle(tuple(f["box"] * (w, h, w, h)), outline="cyan")
             x, y = f["place"][2]
             pen.ellipse((x * w - 3, y * h - 3, x * w + 3, y * h + 3), fill="cyan", outline="black")
-        what = "not told" if f["kinds"] is None else ", ".join(f["kinds"]) or "healthy"
+        what = "not told" if f["finding"] is None else f["finding"].replace("|", ", ") or "healthy"
         where = f", {f['place'][0]}" if f["place"][0] else ""
         cells.append((image, what + where))
     if cells:
         contact_sheet(cells, folder / f"{key}.png")
 
 
-def about(command, facts, records, left_out):
+def about(command, pictures, records):
     """dataset.md: what was built, what was left out and why."""
-    text = f"# MedAD-38K, built from public sources\n\n`{command}`: {len(facts)} pictures.\n\n"
+    kept = [f for f in pictures if "why" not in f]
+    text = f"# MedAD-38K, built from public sources\n\n`{command}`: {len(kept)} pictures.\n\n"
     text += "| source | pictures | groups | look-alikes | train | test | questions |\n"
     text += "|---|---|---|---|---|---|---|\n"
     questions = Counter(r["source"] for r in records)
-    for source in sorted({f["source"] for f in facts}):
-        own = [f for f in facts if f["source"] == source]
+    for source in sorted({f["source"] for f in kept}):
+        own = [f for f in kept if f["source"] == source]
         groups, split = {f["group"] for f in own}, Counter(f["split"] for f in own)
         row = (source, len(own), len(groups), sum(f["joined"] for f in own), split["train"],
                split["test"], questions[source])
@@ -1447,7 +1405,7 @@ def about(command, facts, records, left_out):
 
     right = defaultdict(set)  # the answers that are ever right, of those that are offered together
     for r in records:
-        if r["task"] not in ("anatomy", "modality"):
+        if r["task"] in DEALT:
             where = "" if r["task"] == "location" else f" of {r['modality']}, {r['anatomy']}"
             answer = r["options"][LETTERS.index(r["answer"])]
             right[f"{r['task']}{where}, {r['split']}"].add(answer)
@@ -1455,6 +1413,13 @@ def about(command, facts, records, left_out):
     for what, answers in sorted(right.items()):
         if len(answers) < 4:
             text += f"- {what}: {100 / len(answers):.0f} % ({', '.join(sorted(answers))})\n"
+    left_out = Counter((f["source"], f["why"]) for f in pictures if "why" in f)
+    asked = {(r["image"], r["task"]) for r in records}
+    for f in kept:
+        for task in DEALT:
+            if (f["image"], task) not in asked:
+                why = true_answer(f, task)[1] or "no picture with another answer to balance it"
+                left_out[f["source"], f"{task}: {why}"] += 1
     text += "\nLeft out:\n\n"
     for (source, why), n in sorted(left_out.items()):
         text += f"- {source}, {why}: {n}\n"
