@@ -185,7 +185,8 @@ def test_an_error_names_its_process(error, monkeypatch, capsys):
     assert ended.value.code == 2 and capsys.readouterr().err == f"error: process 3: {error}\n"
 
 
-@pytest.mark.parametrize("call", [lambda: M.all_reduce(torch.zeros(1)), lambda: M.gather([1])], ids=["all_reduce", "gather"])
+@pytest.mark.parametrize("call", [lambda: M.sum_gradients([torch.nn.Parameter(torch.zeros(1))]), lambda: M.gather([1])],
+                         ids=["sum_gradients", "gather"])
 def test_a_call_that_fails_says_that_another_process_has_ended(call, monkeypatch):
     """What gloo and NCCL raise when another process dies is a sentence; a full device is not mistaken for it."""
     def fails(*args):
