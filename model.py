@@ -45,14 +45,14 @@ FAMILIES = "qwen2_vl", "qwen2_5_vl", "qwen3_vl"  # transformers' model types
 GROUPED = "one_row_per_group"  # transformers' name for grouped_attention
 ATTENTION = dict(text_config=GROUPED, vision_config="sdpa")  # of every network here
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # not the vision tower
-ADAPTER = "adapter"         # folder in a checkpoint of GRPO under LoRA: the adapter by itself
+ADAPTER = "adapter"         # folder in a checkpoint of GRPO under LoRA
 MAX_PIXELS = 512 * 28 * 28  # pixels: a larger image is shrunk to at most 512 image tokens
 MAX_TEXT = 4096             # tokens of a question or an answer: attention's memory is their square
-PIXEL_CACHE = 2**29         # bytes of prepared image patches that are kept in memory
-LOGIT_FLOATS = 2**26        # floats: the most logits that exist at a time in token_logprobs
-GRAPHED = dict(cuda=16)     # devices on which a step is a graph: steps between looks at the stops
+PIXEL_CACHE = 2**29         # bytes of image patches that are kept
+LOGIT_FLOATS = 2**26        # logits that exist at a time in token_logprobs
+GRAPHED = dict(cuda=16)     # devices on which a step is a graph: tokens between looks at what ended
 STAY = 0.8                  # share of unfinished rows at which the finished ones leave
-PIECE_FLOATS = 2**24        # floats: gradients that are summed over the processes at a time
+PIECE_FLOATS = 2**24        # gradients that are summed over the processes at a time
 LONGEST_WAIT = datetime.timedelta(minutes=30)  # of a process for another; F may be slow
 
 
@@ -65,7 +65,7 @@ class Processor:
     """Questions to ids, images to patches; the stock AutoProcessor needs torchvision for it."""
     tokenizer: object
     image_processor: object
-    patches: dict = field(default_factory=dict)  # path -> what image_patches has made of it
+    patches: dict = field(default_factory=dict)  # path -> its image_patches
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -88,9 +88,9 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
         images.size = {edge: min(images.size[edge], max_pixels) for edge in edges}
         processor = Processor(tokenizer, images)
         one_token = torch.zeros(1), torch.tensor([[1, 1, images.merge_size**2]])
-        prompt = tensors(processor, ["its text"], [one_token])["input_ids"]
-        shown = (prompt == config.image_token_id).sum() == 1
-        expect(shown, "its tokenizer and chat template do not show an image")
+        prompt = tensors(processor, ["its text"], [one_token])["input_ids"][0]
+        shown = (prompt == config.image_token_id).sum() == 1 and "text" in tokenizer.decode(prompt)
+        expect(shown, "its tokenizer and chat template do not show an image and a text")
     except Exception as e:  # transformers raises anything on a folder that isn't a checkpoint
         reason = (str(e) or type(e).__name__).splitlines()[0].split(". ")[0]
         raise DataError(f"{name}: the checkpoint can't be used: {reason}") from e
@@ -132,8 +132,8 @@ def weights_digest(model):
 
 def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
     """As `load`, but a checkpoint of GRPO under LoRA comes as it was trained: pi_SFT in `dtype`
-    under its adapter in fp32, see add_lora. The folder's fp32 weights less the adapter's part are
-    pi_SFT's, bit for bit."""
+    under an fp32 adapter, see add_lora. The folder's weights less the adapter's part are pi_SFT's,
+    bit for bit."""
     adapter = Path(name, ADAPTER)
     if dtype == torch.float32 or not adapter.is_dir():
         return load(name, dtype=dtype, device=device, max_pixels=max_pixels)
@@ -194,18 +194,17 @@ def autocast(model):
 
 
 def matrices_of(net):
-    """The layers whose weights autocast rounds to bf16 at each use: kept in bf16 they are the same.
-    Not a head that is also the embedding, which is read as it is."""
+    """The layers whose weights autocast rounds to bf16 at each use: they may as well be kept in
+    bf16. Not a head that is also the embedding, which is read as it is."""
     embedding = net.get_input_embeddings().weight
     return [m for m in net.modules()
             if isinstance(m, torch.nn.Linear) and m.weight is not embedding]
 
 
 def enable_checkpointing(policy):
-    """Compute each layer again in the backward pass: a third slower, several times less memory.
-    transformers does so in train mode alone; there is no dropout."""
+    """Compute each layer again in the backward pass: a third slower, several times less memory."""
     policy.gradient_checkpointing_enable(dict(use_reentrant=False))
-    policy.train()
+    policy.train()  # transformers checkpoints in train mode alone; there is no dropout
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -238,8 +237,8 @@ def lora_merged(model):
 # ---- records -> tensors --------------------------------------------------------------------------
 
 def image_patches(processor, record):
-    """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns. It
-    is decoded and cut once, as long as what is kept fits into PIXEL_CACHE."""
+    """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns. Kept
+    as long as all of them fit into PIXEL_CACHE."""
     known, path = processor.patches, record["path"]
     if path in known:
         return known[path]
@@ -251,10 +250,9 @@ def image_patches(processor, record):
 
 
 def tensors(processor, texts, images, device="cpu", openings=None):
-    """N user messages, the image_patches of each (or None), and what the answers open with, if
-    anything -> the batch that `sample` and `token_logprobs` take: input_ids, attention_mask (N, P),
-    left-padded; pixel_values, a list of each image's patches; image_grid_thw (images, 3); stop_ids;
-    pad_id."""
+    """N user messages, the image_patches of each (or None), what the answers open with -> the batch
+    that `sample` and `token_logprobs` take: input_ids, attention_mask (N, P), left-padded;
+    pixel_values, a list of each image's patches; image_grid_thw (images, 3); stop_ids; pad_id."""
     tokenizer, prompts = processor.tokenizer, []
     for text, image, opening in zip(texts, images, openings or [""] * len(texts), strict=True):
         content, image_tokens = [dict(type="text", text=text)], 0
@@ -299,8 +297,7 @@ def encode(processor, records, device="cpu"):
 
 
 def encode_completions(processor, texts, device="cpu"):
-    """N target texts -> tokens, mask (N, 1, T), right-padded, each closed by the end-of-turn
-    token."""
+    """N target texts -> tokens, mask (N, 1, T), right-padded, each with its end-of-turn token."""
     tokenizer = processor.tokenizer
     ids = tokenizer([text + tokenizer.eos_token for text in texts], padding=True,
                     padding_side="right", return_tensors="pt", add_special_tokens=False).to(device)
@@ -321,9 +318,9 @@ def rows_of(batch, rows):
 # ---- one pass of the network ---------------------------------------------------------------------
 
 def with_image_features(model, batch):
-    """The batch with "features" in place of pixels: for each image what the vision tower makes of
-    it, (levels, tokens, d), its embeddings and, in Qwen3-VL, the deepstack. Of a frozen tower one
-    call serves sampling, reference and update."""
+    """The batch with "features" in place of pixels: what the vision tower makes of each image,
+    (levels, tokens, d), embeddings and, in Qwen3-VL, the deepstack. Of a frozen tower one call
+    serves sampling, reference and update."""
     if "pixel_values" not in batch:
         return batch
     batch, net = dict(batch), network(model).model
@@ -340,8 +337,8 @@ def with_image_features(model, batch):
 
 
 def prompt_positions(net, batch):
-    """mRoPE positions of the prompt (3, N, P), and of each completion's first token (N,). A batch's
-    "skip" (N,), from the tiny base's warm-up, leaves positions free between the two."""
+    """mRoPE positions of the prompt (3, N, P), and of a completion's first token (N,). A batch's
+    "skip" (N,), of the tiny base's lessons, leaves positions free between the two."""
     ids = batch["input_ids"]
     positions, _ = net.model.get_rope_index(
         ids, mm_token_type_ids=(ids == net.config.image_token_id).int(),
@@ -368,10 +365,9 @@ def hidden_states(net, ids, mask, positions, batch=None, cache=None, prompt_leng
         x = x.masked_scatter(places[..., None], embeddings.to(x.dtype))
         if deepstack:
             deep = dict(visual_pos_masks=places, deepstack_visual_embeds=deepstack)
-    out = language(inputs_embeds=x, attention_mask=mask, position_ids=positions,
-                   prompt_length=prompt_length, past_key_values=cache, use_cache=cache is not None,
-                   **deep)
-    return out.last_hidden_state
+    return language(
+        inputs_embeds=x, attention_mask=mask, prompt_length=prompt_length, position_ids=positions,
+        past_key_values=cache, use_cache=cache is not None, **deep).last_hidden_state
 
 
 def grouped_attention(module, q, k, v, attention_mask, scaling=None, prompt_length=None, **kwargs):
@@ -380,24 +376,25 @@ def grouped_attention(module, q, k, v, attention_mask, scaling=None, prompt_leng
 
     With prompt_length P a row is a group's, [prompt | completion 1 | ... | completion G], and
     attention_mask (N, 1, P+T, P+T) that of the prompt and any one completion. Completions don't see
-    each other, so the row is cut: the prompt by itself, then G rows over [prompt, own], with
-    G*T*(P+T) scores and not (P+G*T)^2."""
+    each other, so the row is cut: the prompt sees itself, each completion the prompt and itself.
+    That takes G*T*(P+T) scores and not (P+G*T)^2."""
     if attention_mask is None:  # a stock forward pass of the same network
         return sdpa_attention_forward(module, q, k, v, None, scaling=scaling, **kwargs)
     if prompt_length is None:
         return attend(q, k, v, attention_mask, scaling).transpose(1, 2).contiguous(), None
     N, P, T = len(q), prompt_length, attention_mask.shape[-1] - prompt_length
+    G = (q.shape[2] - P) // T
 
-    def cut(x):  # (N, ., P+G*T, d) -> (N, ., P, d), (N*G, ., T, d)
-        return x[:, :, :P], x[:, :, P:].unflatten(2, (-1, T)).transpose(1, 2).flatten(0, 1)
+    def cut(x):  # (N, ., P+G*T, d) -> the prompt's (N, ., P, d), the completions' (N*G, ., T, d)
+        return x[:, :, :P], x[:, :, P:].unflatten(2, (G, T)).transpose(1, 2).flatten(0, 1)
+
+    def both(prompt, own):  # -> (N*G, ., P+T, d)
+        return torch.cat([prompt.repeat_interleave(G, 0), own], 2)
 
     (q, own_q), (k, own_k), (v, own_v) = cut(q), cut(k), cut(v)
-    G = len(own_q) // N
-    keys = torch.cat([k.repeat_interleave(G, 0), own_k], 2)  # (N*G, h, P+T, d)
-    values = torch.cat([v.repeat_interleave(G, 0), own_v], 2)
     own_mask = attention_mask[:, :, P:].repeat_interleave(G, 0)  # (N*G, 1, T, P+T)
     prompt = attend(q, k, v, attention_mask[:, :, :P, :P], scaling)  # (N, H, P, d)
-    own = attend(own_q, keys, values, own_mask, scaling)  # (N*G, H, T, d)
+    own = attend(own_q, both(k, own_k), both(v, own_v), own_mask, scaling)  # (N*G, H, T, d)
     own = own.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)  # (N, H, G*T, d)
     return torch.cat([prompt, own], 2).transpose(1, 2).contiguous(), None
 
@@ -408,8 +405,8 @@ transformers.AttentionMaskInterface.register(GROUPED, sdpa_mask)  # in a stock f
 
 def attend(q, k, v, mask, scaling):
     """softmax(q k^T * scaling) v: q (N, H, T, d), k, v (N, h, keys, d), mask (N, 1, T, keys) bool
-    -> (N, H, T, d). The H/h heads that share keys and values become more queries of one head, so
-    that those are not copied for each."""
+    -> (N, H, T, d). The H/h heads that share keys and values become queries of one head, so that
+    these are not copied."""
     N, H, T, d = q.shape
     shared = H // k.shape[1]
     q = q.reshape(N, H // shared, shared * T, d)
@@ -500,7 +497,8 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
     N, G, device = len(batch["input_ids"]), group_size, batch["input_ids"].device
     tokens = torch.full((N * G, max_new_tokens), batch["pad_id"], device=device)
     rows = torch.arange(N * G, device=device)  # the completions that have not left
-    graphed, look_every = device.type in GRAPHED, GRAPHED.get(device.type, 1)
+    graphed = device.type in GRAPHED
+    look_every = GRAPHED.get(device.type, 1)  # tokens: to look at what ended waits for the device
     positions, following = prompt_positions(net, batch)
     cache = KVCache(batch["attention_mask"], following, G, max_new_tokens, fixed=graphed)
 
@@ -516,9 +514,10 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
         logits = next_token_logits(net, h[:, -1], temperature).repeat_interleave(G, 0)
         if not (logits < torch.inf).all():  # nan neither: the draw would fail, on CUDA for good
             raise NotFinite("the policy can't be sampled: its logits are not finite")
-        tokens[:, 0] = y = draw(logits, temperature, top_p, generator)
+        y = draw(logits, temperature, top_p, generator)
+        tokens[:, 0] = y
         for t in range(1, max_new_tokens):
-            if (t - 1) % look_every == 0:  # on CUDA now and then: to look waits for the device
+            if (t - 1) % look_every == 0:
                 ended = torch.isin(tokens[rows, :t], batch["stop_ids"]).any(1)
                 going_on = (~ended).nonzero()[:, 0]
                 if len(going_on) == 0:
@@ -526,7 +525,8 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
                 if len(going_on) <= STAY * len(rows):  # not for every row: it copies the cache
                     cache.keep(going_on)
                     rows, y = rows[going_on], y[going_on]
-            tokens[rows, t] = y = draw(next_logits(y), temperature, top_p, generator)
+            y = draw(next_logits(y), temperature, top_p, generator)
+            tokens[rows, t] = y
     model.train(training)
     stops = torch.isin(tokens, batch["stop_ids"]).long()
     mask = stops.cumsum(1) == stops  # 0 == 0 before the first stop token, 1 == 1 there
@@ -536,9 +536,9 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
 
 
 class Graphed:
-    """A step as one CUDA graph, because launching its thousand small kernels takes longer than
-    running them. Shapes in a graph are fixed: it is captured again when rows have left. Where it
-    can't be, the step itself, with a warning."""
+    """A step as one CUDA graph: to launch its thousand small kernels takes longer than to run them.
+    Shapes in it are fixed: it is captured again when rows have left. Where it can't be, the step
+    itself, with a warning."""
 
     def __init__(self, step):
         self.step, self.rows = step, 0
@@ -573,8 +573,8 @@ class Graphed:
 
 def draw(logits, temperature, top_p, generator):
     """Logits (rows, V) -> one token each (rows,). top_p < 1 keeps the smallest set of tokens that
-    holds that much probability, which biases the ratio of Eq. (8): log-probabilities stay those of
-    the whole vocabulary."""
+    holds that much probability; log-probabilities stay those of the whole vocabulary, which biases
+    the ratio of Eq. (8)."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = logits.softmax(-1)
@@ -606,8 +606,8 @@ def finished(batch, tokens, mask):
 
 def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
     """log pi(y_t | I, Q, y_<t) of given completions (N, G, T) -> (N, G, T) float32, 0 outside
-    `mask`; with gradient if grad is enabled. The distribution is the one `sample` draws from. One
-    row per group, see grouped_attention."""
+    `mask`. The distribution is the one `sample` draws from. One row per group, see
+    grouped_attention."""
     net = network(model)
     (N, G, T), P = tokens.shape, batch["input_ids"].shape[1]
     positions, following = prompt_positions(net, batch)
@@ -700,14 +700,12 @@ def memory(net, *, cuda, world, lora, checkpointing, sampled, micro, G, image, p
 # ---- devices -------------------------------------------------------------------------------------
 
 def setup_devices():
-    """-> (rank, world size, device) of one process, or of those that torchrun started. Numbers are
-    summed up on the CPU by gloo, gradients on CUDA by NCCL."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    """-> (rank, world size, device) of one process, or of those that torchrun started."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        backend = "cpu:gloo,cuda:nccl"
+        backend = "cpu:gloo,cuda:nccl"  # numbers are summed on the CPU, gradients on CUDA
         expect(device.index < torch.cuda.device_count(), "--nproc_per_node: expected at most this "
                f"machine's number of GPUs, {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
@@ -722,7 +720,7 @@ def close_devices():
 
 
 def run(main):
-    """data.cli, with a sentence for a full device or disk and the name of the process."""
+    """data.cli, which also tells of a full device or disk, and which process met the error."""
     def named():
         try:
             main()
@@ -769,9 +767,9 @@ def meet():
 
 
 def sum_gradients(parameters):
-    """Add up the processes' gradients, once per optimiser step; each rank's loss is already
-    divided by global counts. In few large pieces: one by one took seven times as long on gloo.
-    After the backward passes: starting while the last one runs gained nothing measurable."""
+    """Add up the processes' gradients, whose losses are already divided by global counts. In few
+    large pieces: one by one took seven times as long on gloo. After the backward passes: to start
+    while the last one runs gained nothing measurable."""
     if not dist.is_initialized():
         return
     piece, floats = [], 0
