@@ -118,7 +118,7 @@ def is_tiny(name):
 
 
 def all_finite(tensors):
-    return all(bool(x.isfinite().all()) for x in tensors)
+    return all(x.isfinite().all() for x in tensors)
 
 
 def weights_digest(model):
@@ -240,13 +240,12 @@ def image_patches(processor, record):
     """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns. Kept
     as long as all of them fit into PIXEL_CACHE."""
     known, path = processor.patches, record["path"]
-    if path in known:
-        return known[path]
-    out = processor.image_processor(images=[load_image(record)], return_tensors="pt")
-    patches, grid = out["pixel_values"], out["image_grid_thw"]
-    if patches.nbytes * (len(known) + 1) <= PIXEL_CACHE:
-        known[path] = patches, grid
-    return patches, grid
+    if path not in known:
+        out = processor.image_processor(images=[load_image(record)], return_tensors="pt")
+        known[path] = out["pixel_values"], out["image_grid_thw"]
+        if out["pixel_values"].nbytes * len(known) > PIXEL_CACHE:
+            return known.pop(path)
+    return known[path]
 
 
 def tensors(processor, texts, images, device="cpu", openings=None):
