@@ -9,7 +9,6 @@ checkpoint's generation_config (the policy that is sampled must be the policy th
 import contextlib
 import copy
 import datetime
-import functools
 import json
 import os
 import shutil
@@ -43,18 +42,17 @@ transformers.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
 
 FAMILIES = "qwen2_vl", "qwen2_5_vl", "qwen3_vl"  # transformers' model types
-OTHERS = "for others eval.py --ckpt openai:BASE_URL#MODEL asks a chat server that runs them"
 GROUPED = "one_row_per_group"  # transformers' name for grouped_attention
 ATTENTION = dict(text_config=GROUPED, vision_config="sdpa")  # of every network here
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # not the vision tower
-ADAPTER = "adapter"         # folder in a checkpoint of GRPO under LoRA: the adapter by itself
+ADAPTER = "adapter"         # folder in a checkpoint of GRPO under LoRA
 MAX_PIXELS = 512 * 28 * 28  # pixels: a larger image is shrunk to at most 512 image tokens
 MAX_TEXT = 4096             # tokens of a question or an answer: attention's memory is their square
-PIXEL_CACHE = 2**29         # bytes of prepared image patches that are kept in memory
-LOGIT_FLOATS = 2**26        # floats: the most logits that exist at a time in token_logprobs
-GRAPHED = dict(cuda=16)     # devices on which a token's step is one graph: tokens between looks
+PIXEL_CACHE = 2**29         # bytes of image patches that are kept
+LOGIT_FLOATS = 2**26        # logits that exist at a time in token_logprobs
+GRAPHED = dict(cuda=16)     # devices on which a step is a graph: tokens between looks at what ended
 STAY = 0.8                  # share of unfinished rows at which the finished ones leave
-PIECE_FLOATS = 2**24        # floats: gradients that are summed over the processes at a time
+PIECE_FLOATS = 2**24        # gradients that are summed over the processes at a time
 LONGEST_WAIT = datetime.timedelta(minutes=30)  # of a process for another; F may be slow
 
 
@@ -67,14 +65,14 @@ class Processor:
     """Questions to ids, images to patches; the stock AutoProcessor needs torchvision for it."""
     tokenizer: object
     image_processor: object
-    patches: dict = field(default_factory=dict)  # path -> what image_patches has made of it
+    patches: dict = field(default_factory=dict)  # path -> its image_patches
 
 
 # ---- the network ---------------------------------------------------------------------------------
 
 def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
-    """A checkpoint (folder or hub name) -> (model in eval mode, Processor). DataError where there
-    is none of FAMILIES, or it is incomplete or not finite."""
+    """A checkpoint (folder or hub name) -> (model in eval mode, Processor). DataError where it is
+    none of FAMILIES, incomplete or not finite."""
     config = config_of(name)
     try:
         net, info = AutoModelForImageTextToText.from_pretrained(
@@ -86,9 +84,8 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
         expect(all_finite(net.parameters()), "some of its weights are not finite")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         images = Qwen2VLImageProcessorPil.from_pretrained(name)  # Auto.. may ask for torchvision
-        longest = min(max_pixels, images.size["longest_edge"])
-        shortest = min(images.size["shortest_edge"], longest)
-        images.size = {"shortest_edge": shortest, "longest_edge": longest}
+        edges = "shortest_edge", "longest_edge"  # pixels, whatever they are called
+        images.size = {edge: min(images.size[edge], max_pixels) for edge in edges}
         processor = Processor(tokenizer, images)
         one_token = torch.zeros(1), torch.tensor([[1, 1, images.merge_size**2]])
         prompt = tensors(processor, ["its text"], [one_token])["input_ids"][0]
@@ -104,14 +101,14 @@ def config_of(name):
     """A checkpoint's configuration; DataError where there is none of FAMILIES."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        config.get_text_config()
+        if config.model_type in FAMILIES:
+            return config
+        found = f"another architecture ({config.model_type})"
     except Exception as e:  # as in load
-        raise DataError(f"{name}: no such checkpoint, or one that needs code of its own: expected "
-                        "a folder with a config.json, or a name on the hub that can be reached "
-                        f"({type(e).__name__}); {OTHERS}") from e
-    expect(config.model_type in FAMILIES, f"{name}: a checkpoint of another architecture "
-           f"({config.model_type}); expected one of {', '.join(FAMILIES)}; {OTHERS}")
-    return config
+        found = f"no such checkpoint, or one that needs code of its own ({type(e).__name__})"
+    raise DataError(f"{name}: {found}; expected a folder with a config.json, or a name on the hub, "
+                    f"of {', '.join(FAMILIES)}; for others eval.py --ckpt openai:BASE_URL#MODEL "
+                    "asks a chat server")
 
 
 def is_tiny(name):
@@ -121,7 +118,7 @@ def is_tiny(name):
 
 
 def all_finite(tensors):
-    return all(bool(x.isfinite().all()) for x in tensors)
+    return all(x.isfinite().all() for x in tensors)
 
 
 def weights_digest(model):
@@ -134,16 +131,17 @@ def weights_digest(model):
 
 
 def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
-    """As `load`, but a checkpoint of GRPO under LoRA comes as it was trained, pi_SFT in `dtype`
-    under its adapter in fp32: see add_lora. The folder's fp32 weights less the adapter's part are
-    pi_SFT's, bit for bit."""
+    """As `load`, but a checkpoint of GRPO under LoRA comes as it was trained: pi_SFT in `dtype`
+    under an fp32 adapter, see add_lora. The folder's weights less the adapter's part are pi_SFT's,
+    bit for bit."""
     adapter = Path(name, ADAPTER)
     if dtype == torch.float32 or not adapter.is_dir():
         return load(name, dtype=dtype, device=device, max_pixels=max_pixels)
     net, processor = load(name, max_pixels=max_pixels)
     policy = PeftModel.from_pretrained(net, adapter, torch_device="cpu").eval()  # else cuda:0
-    for layer in lora_layers(policy):
-        layer.base_layer.weight.data -= layer.get_delta_weight("default")
+    for m in policy.modules():
+        if isinstance(m, LoraLayer):
+            m.base_layer.weight.data -= m.get_delta_weight("default")
     for key, p in policy.named_parameters():
         if "lora_" not in key:
             p.data = p.data.to(dtype)
@@ -151,31 +149,25 @@ def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
 
 
 def save(model, processor, folder, keep_adapter=False):
-    """Write a Hugging Face folder that stock AutoProcessor and AutoModelForImageTextToText load.
-
-    An adapter is merged into a copy; with keep_adapter that is in fp32, and the adapter is saved
-    too, for load_unmerged. A crash never leaves half a file. DataError where the weights can't be
-    written."""
-    net, adapted = model, isinstance(model, PeftModel)
-    if adapted:
+    """Write a folder that stock AutoProcessor and AutoModelForImageTextToText load; a crash never
+    leaves half a file. An adapter is merged into a copy; with keep_adapter that is in fp32, and the
+    adapter is saved too, for load_unmerged."""
+    beside = Path(folder, ".writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    net = model
+    if isinstance(model, PeftModel):
         device = network(model).device
         net = copy.deepcopy(model.cpu())  # a GPU may have no room for a second one
         model.to(device)
         if keep_adapter:
             net = net.float()
-        net = net.merge_and_unload()
-    beside = Path(folder, ".writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        net.save_pretrained(beside)
-        if adapted and keep_adapter:
             model.save_pretrained(beside / ADAPTER, save_embedding_layers=False)
-    except SafetensorError as e:  # an OSError in disguise
-        raise DataError(f"{beside}: the weights can't be written: {e}") from e
-
+        net = net.merge_and_unload()
+    net.save_pretrained(beside)
     processor.image_processor.save_pretrained(beside)
     processor.tokenizer.save_pretrained(beside)
+
     stock = type(net).__name__.replace("ForConditionalGeneration", "Processor")
     for name in ("preprocessor_config.json", "tokenizer_config.json"):
         config = json.loads((beside / name).read_text())
@@ -202,17 +194,17 @@ def autocast(model):
 
 
 def matrices_of(net):
-    """The layers whose weights autocast rounds to bf16 at each use: kept in bf16 they are the same.
-    Not a head that is also the embedding, which is read as it is."""
-    linear = [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
-    return [m for m in linear if m.weight is not net.get_input_embeddings().weight]
+    """The layers whose weights autocast rounds to bf16 at each use: they may as well be kept in
+    bf16. Not a head that is also the embedding, which is read as it is."""
+    embedding = net.get_input_embeddings().weight
+    return [m for m in net.modules()
+            if isinstance(m, torch.nn.Linear) and m.weight is not embedding]
 
 
 def enable_checkpointing(policy):
-    """Compute each layer again in the backward pass: a third slower, several times less memory.
-    transformers does so in train mode alone; there is no dropout."""
+    """Compute each layer again in the backward pass: a third slower, several times less memory."""
     policy.gradient_checkpointing_enable(dict(use_reentrant=False))
-    policy.train()
+    policy.train()  # transformers checkpoints in train mode alone; there is no dropout
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -225,17 +217,12 @@ def add_lora(net, rank, seed=0):
     return get_peft_model(net, config).eval()
 
 
-def lora_layers(model):
-    """The matrices that have an adapter; none in a model without."""
-    return [m for m in model.modules() if isinstance(m, LoraLayer)]
-
-
 @contextlib.contextmanager
 def lora_merged(model):
     """Inside, LoRA is part of an fp32 network's weights: one matrix product per token, not three.
     Not of a bf16 network's, which would round it away."""
-    layers = [m for m in lora_layers(model)
-              if not m.disable_adapters and m.base_layer.weight.dtype == torch.float32]
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)
+              and not m.disable_adapters and m.base_layer.weight.dtype == torch.float32]
     weights = [m.base_layer.weight.data for m in layers]
     try:
         for m in layers:
@@ -250,40 +237,36 @@ def lora_merged(model):
 # ---- records -> tensors --------------------------------------------------------------------------
 
 def image_patches(processor, record):
-    """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns. It
-    is decoded and cut once, as long as what is kept fits into PIXEL_CACHE."""
+    """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns. Kept
+    as long as all of them fit into PIXEL_CACHE."""
     known, path = processor.patches, record["path"]
-    if path in known:
-        return known[path]
-    out = processor.image_processor(images=[load_image(record)], return_tensors="pt")
-    patches, grid = out["pixel_values"], out["image_grid_thw"]
-    if patches.nbytes * (len(known) + 1) <= PIXEL_CACHE:
-        known[path] = patches, grid
-    return patches, grid
+    if path not in known:
+        out = processor.image_processor(images=[load_image(record)], return_tensors="pt")
+        known[path] = out["pixel_values"], out["image_grid_thw"]
+        if out["pixel_values"].nbytes * len(known) > PIXEL_CACHE:
+            return known.pop(path)
+    return known[path]
 
 
 def tensors(processor, texts, images, device="cpu", openings=None):
-    """N user messages, the image_patches of each (or None), and what the answers open with, if
-    anything -> the batch that `sample` and `token_logprobs` take: input_ids, attention_mask (N, P),
-    left-padded; pixel_values, a list of each image's patches; image_grid_thw (images, 3); stop_ids;
-    pad_id."""
-    tokenizer = processor.tokenizer
-    merge = processor.image_processor.merge_size
-    prompts = []
+    """N user messages, the image_patches of each (or None), what the answers open with -> the batch
+    that `sample` and `token_logprobs` take: input_ids, attention_mask (N, P), left-padded;
+    pixel_values, a list of each image's patches; image_grid_thw (images, 3); stop_ids; pad_id."""
+    tokenizer, prompts = processor.tokenizer, []
     for text, image, opening in zip(texts, images, openings or [""] * len(texts), strict=True):
-        content, image_tokens = [{"type": "text", "text": text}], 0
+        content, image_tokens = [dict(type="text", text=text)], 0
         if image is not None:
-            content.insert(0, {"type": "image"})
-            image_tokens = int(image[1].prod()) // merge**2
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}],
+            content.insert(0, dict(type="image"))
+            image_tokens = int(image[1].prod()) // processor.image_processor.merge_size**2
+        prompt = tokenizer.apply_chat_template([dict(role="user", content=content)],
                                                tokenize=False, add_generation_prompt=True)
         prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * image_tokens, 1)
         prompts.append(prompt + opening)
     batch = dict(tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
                            add_special_tokens=False).to(device))
     batch["pad_id"] = tokenizer.pad_token_id
-    batch["stop_ids"] = torch.tensor(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}),
-                                     device=device)
+    stop_ids = sorted({tokenizer.eos_token_id, tokenizer.pad_token_id})
+    batch["stop_ids"] = torch.tensor(stop_ids, device=device)
     shown = [image for image in images if image is not None]
     if shown:
         batch["pixel_values"] = [patches.to(device) for patches, _ in shown]
@@ -313,8 +296,7 @@ def encode(processor, records, device="cpu"):
 
 
 def encode_completions(processor, texts, device="cpu"):
-    """N target texts -> tokens, mask (N, 1, T), right-padded, each closed by the end-of-turn
-    token."""
+    """N target texts -> tokens, mask (N, 1, T), right-padded, each with its end-of-turn token."""
     tokenizer = processor.tokenizer
     ids = tokenizer([text + tokenizer.eos_token for text in texts], padding=True,
                     padding_side="right", return_tensors="pt", add_special_tokens=False).to(device)
@@ -323,8 +305,7 @@ def encode_completions(processor, texts, device="cpu"):
 
 def rows_of(batch, rows):
     """Questions `rows` (a slice or a list) of a batch in which each has an image, or none has."""
-    if isinstance(rows, slice):
-        rows = list(range(len(batch["input_ids"])))[rows]
+    rows = torch.arange(len(batch["input_ids"]))[rows].tolist()
     out = dict(batch)
     for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "features"):
         if name in batch:
@@ -336,17 +317,17 @@ def rows_of(batch, rows):
 # ---- one pass of the network ---------------------------------------------------------------------
 
 def with_image_features(model, batch):
-    """The batch with "features" in place of pixels: for each image what the vision tower makes of
-    it, (levels, tokens, d), its embeddings and, in Qwen3-VL, the deepstack. Of a frozen tower one
-    call serves sampling, reference and update."""
+    """The batch with "features" in place of pixels: what the vision tower makes of each image,
+    (levels, tokens, d), embeddings and, in Qwen3-VL, the deepstack. Of a frozen tower one call
+    serves sampling, reference and update."""
     if "pixel_values" not in batch:
         return batch
     batch, net = dict(batch), network(model).model
     # Under checkpointing a frozen tower's features would have a gradient too.
     learns = any(p.requires_grad for p in net.visual.parameters())
     with torch.set_grad_enabled(learns and torch.is_grad_enabled()), autocast(model):
-        pixels = torch.cat(batch.pop("pixel_values"))
-        out = net.get_image_features(pixels, batch["image_grid_thw"])
+        patches = torch.cat(batch.pop("pixel_values"))
+        out = net.get_image_features(patches, batch["image_grid_thw"])
     levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
     # A level is a tensor for each image; transformers 5.17 has Qwen3-VL's deepstack in one piece.
     levels = torch.stack([x if torch.is_tensor(x) else torch.cat(x) for x in levels])
@@ -355,8 +336,8 @@ def with_image_features(model, batch):
 
 
 def prompt_positions(net, batch):
-    """mRoPE positions of the prompt (3, N, P), and of each completion's first token (N,). A batch's
-    "skip" (N,), from the tiny base's warm-up, leaves positions free between the two."""
+    """mRoPE positions of the prompt (3, N, P), and of a completion's first token (N,). A batch's
+    "skip" (N,), of the tiny base's lessons, leaves positions free between the two."""
     ids = batch["input_ids"]
     positions, _ = net.model.get_rope_index(
         ids, mm_token_type_ids=(ids == net.config.image_token_id).int(),
@@ -368,26 +349,24 @@ def causal_mask(real):
     """real (N, S), 0 at padding -> (N, 1, S, S) bool: a place sees (True) what is real before it,
     and itself, padding too: a row of nothing but False has no softmax."""
     S = real.shape[1]
-    earlier = torch.ones(S, S, dtype=torch.bool, device=real.device).tril()
-    itself = torch.eye(S, dtype=torch.bool, device=real.device)
-    return (earlier & real.bool()[:, None] | itself)[:, None]
+    earlier = real.bool()[:, None].expand(-1, S, -1).tril()  # (N, S, S)
+    return (earlier | torch.eye(S, dtype=torch.bool, device=real.device))[:, None]
 
 
 def hidden_states(net, ids, mask, positions, batch=None, cache=None, prompt_length=None):
     """Token ids (n, S), positions (3, n, S) -> last hidden states (n, S, d). `batch` holds the
-    ids' images, if any; mask and prompt_length are grouped_attention's."""
+    features of the ids' images, if any; mask and prompt_length are grouped_attention's."""
     language = net.model.language_model
-    x, more = language.embed_tokens(ids), {}
+    x, deep = language.embed_tokens(ids), {}
     if batch and "features" in batch:
         embeddings, *deepstack = torch.cat(batch["features"], 1)  # (tokens, d)
         places = ids == net.config.image_token_id  # (n, S)
         x = x.masked_scatter(places[..., None], embeddings.to(x.dtype))
         if deepstack:
-            more = dict(visual_pos_masks=places, deepstack_visual_embeds=deepstack)
-    out = language(inputs_embeds=x, attention_mask=mask, prompt_length=prompt_length,
-                   position_ids=positions, past_key_values=cache, use_cache=cache is not None,
-                   **more)
-    return out.last_hidden_state
+            deep = dict(visual_pos_masks=places, deepstack_visual_embeds=deepstack)
+    return language(
+        inputs_embeds=x, attention_mask=mask, prompt_length=prompt_length, position_ids=positions,
+        past_key_values=cache, use_cache=cache is not None, **deep).last_hidden_state
 
 
 def grouped_attention(module, q, k, v, attention_mask, scaling=None, prompt_length=None, **kwargs):
@@ -395,26 +374,26 @@ def grouped_attention(module, q, k, v, attention_mask, scaling=None, prompt_leng
     attention_mask (N, 1, S, keys) says what each place sees.
 
     With prompt_length P a row is a group's, [prompt | completion 1 | ... | completion G], and
-    attention_mask (N, 1, P+T, P+T) that of the prompt and any one completion."""
+    attention_mask (N, 1, P+T, P+T) that of the prompt and any one completion. Completions don't see
+    each other, so the row is cut: the prompt sees itself, each completion the prompt and itself.
+    That takes G*T*(P+T) scores and not (P+G*T)^2."""
     if attention_mask is None:  # a stock forward pass of the same network
         return sdpa_attention_forward(module, q, k, v, None, scaling=scaling, **kwargs)
     if prompt_length is None:
         return attend(q, k, v, attention_mask, scaling).transpose(1, 2).contiguous(), None
-
-    # Completions don't see each other, so the row is cut: the prompt by itself, then G rows over
-    # [prompt, own], G*T*(P+T) scores and not (P+G*T)^2.
     N, P, T = len(q), prompt_length, attention_mask.shape[-1] - prompt_length
+    G = (q.shape[2] - P) // T
 
-    def cut(x):  # (N, ., P+G*T, d) -> (N, ., P, d), (N*G, ., T, d)
-        return x[:, :, :P], x[:, :, P:].unflatten(2, (-1, T)).transpose(1, 2).flatten(0, 1)
+    def cut(x):  # (N, ., P+G*T, d) -> the prompt's (N, ., P, d), the completions' (N*G, ., T, d)
+        return x[:, :, :P], x[:, :, P:].unflatten(2, (G, T)).transpose(1, 2).flatten(0, 1)
+
+    def both(prompt, own):  # -> (N*G, ., P+T, d)
+        return torch.cat([prompt.repeat_interleave(G, 0), own], 2)
 
     (q, own_q), (k, own_k), (v, own_v) = cut(q), cut(k), cut(v)
-    G = len(own_q) // N
-    keys = torch.cat([k.repeat_interleave(G, 0), own_k], 2)  # (N*G, h, P+T, d)
-    values = torch.cat([v.repeat_interleave(G, 0), own_v], 2)
     own_mask = attention_mask[:, :, P:].repeat_interleave(G, 0)  # (N*G, 1, T, P+T)
     prompt = attend(q, k, v, attention_mask[:, :, :P, :P], scaling)  # (N, H, P, d)
-    own = attend(own_q, keys, values, own_mask, scaling)  # (N*G, H, T, d)
+    own = attend(own_q, both(k, own_k), both(v, own_v), own_mask, scaling)  # (N*G, H, T, d)
     own = own.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)  # (N, H, G*T, d)
     return torch.cat([prompt, own], 2).transpose(1, 2).contiguous(), None
 
@@ -425,8 +404,8 @@ transformers.AttentionMaskInterface.register(GROUPED, sdpa_mask)  # in a stock f
 
 def attend(q, k, v, mask, scaling):
     """softmax(q k^T * scaling) v: q (N, H, T, d), k, v (N, h, keys, d), mask (N, 1, T, keys) bool
-    -> (N, H, T, d). The H/h heads that share keys and values become more queries of one head, so
-    that those are not copied for each."""
+    -> (N, H, T, d). The H/h heads that share keys and values become queries of one head, so that
+    these are not copied."""
     N, H, T, d = q.shape
     shared = H // k.shape[1]
     q = q.reshape(N, H // shared, shared * T, d)
@@ -439,17 +418,14 @@ def attend(q, k, v, mask, scaling):
     return out.reshape(N, H, T, d)  # the kernels of CUDA differ in the layout they answer in
 
 
-@functools.cache
-def ids_on(device, *ids):
-    """Ids as a tensor that is made once: a copy to the device at every token would wait for it."""
-    return torch.tensor(ids, device=device)
-
-
 def never_drawn(net):
-    """Ids that a completion may not hold: an image token without an image breaks the next pass."""
-    c = net.config
-    return ids_on(net.device, c.image_token_id, c.video_token_id,
-                  c.vision_start_token_id, c.vision_end_token_id)
+    """Ids that a completion may not hold: an image token without an image breaks the next pass.
+    The tensor is made once: a copy to the device at every token would wait for it."""
+    if not hasattr(net, "never_drawn"):
+        c = net.config
+        ids = (c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id)
+        net.register_buffer("never_drawn", torch.tensor(ids, device=net.device), persistent=False)
+    return net.never_drawn
 
 
 def next_token_logits(net, hidden, temperature):
@@ -463,27 +439,33 @@ def next_token_logits(net, hidden, temperature):
 # ---- sampling ------------------------------------------------------------------------------------
 
 class KVCache:
-    """Keys and values of the sampled rows, in buffers of their final length: transformers'
-    DynamicCache copies all of them at every token, which was 43 % of a rollout's time on the CPU.
+    """Keys and values of the sampled rows, G per prompt, in buffers of their final length:
+    transformers' DynamicCache copies all of them at every token, which was 43 % of a rollout's time
+    on the CPU.
 
-    prompt_mask (N, P); G rows per prompt; `room` places behind it. With `fixed` attention reads
-    all places at every token, else those that have been written."""
+    prompt_mask (N, P); `following` (N,), the mRoPE position of a completion's first token; `room`
+    places for a completion. With `fixed` attention reads all places at every token, else those that
+    have been written."""
 
-    def __init__(self, prompt_mask, G, room, fixed):
+    def __init__(self, prompt_mask, following, G, room, fixed):
         P = prompt_mask.shape[1]
         self.G, self.room, self.fixed = G, room, fixed
         self.layers = []  # keys and values of each, (2, rows, h, P+room, d)
-        self.at = torch.tensor([P - 1], device=prompt_mask.device)  # the last token's place
         self.end = P + room if fixed else P  # of what attention reads
+        # The last token: its place in the buffers, what it sees of them, its mRoPE position.
+        self.at = torch.tensor([P - 1], device=prompt_mask.device)
         self.seen = pad(prompt_mask.bool().repeat_interleave(G, 0), (0, room))  # (rows, P+room)
+        self.position = following.repeat_interleave(G)[:, None] - 1  # (rows, 1)
 
     def advance(self):
-        """Turn to the next token's place -> the mask of what that token sees, (rows, 1, 1, end)."""
+        """Turn to the next token -> the mask of what it sees, (rows, 1, 1, end), and its positions
+        (3, rows, 1). In place: a graph goes on with these very tensors."""
         self.at.add_(1)
         self.seen.index_fill_(1, self.at, True)
+        self.position.add_(1)
         if not self.fixed:
             self.end += 1
-        return self.seen[:, None, None, :self.end]
+        return self.seen[:, None, None, :self.end], self.position.expand(3, -1, -1)
 
     def update(self, k, v, layer, *_, **__):
         """A layer's new keys and values -> those to attend to. First come the prompt's (N, h, P,
@@ -493,13 +475,12 @@ class KVCache:
             both = torch.stack([k, v]).repeat_interleave(self.G, 1)  # (2, rows, h, P, d)
             self.layers.append(pad(both, (0, 0, 0, self.room)))
             return k, v
-        keys, values = self.layers[layer]
-        keys.index_copy_(2, self.at, k)
-        values.index_copy_(2, self.at, v)
-        return keys[:, :, :self.end], values[:, :, :self.end]
+        read = self.layers[layer][:, :, :, :self.end]  # (2, rows, h, end, d)
+        read.index_copy_(3, self.at, torch.stack([k, v]))
+        return tuple(read)
 
     def keep(self, rows):
-        self.seen = self.seen[rows]
+        self.seen, self.position = self.seen[rows], self.position[rows]
         for i, buffer in enumerate(self.layers):  # old and new are both there for one layer alone
             self.layers[i] = buffer[:, rows]
 
@@ -509,23 +490,20 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
     """G completions for each of the batch's N questions -> tokens (N, G, T) int64, mask bool.
 
     The mask holds every token up to and with the first stop token; T is the longest completion's
-    length. temperature 0 is greedy. To look at which rows have ended waits for the device: on CUDA
-    that is done now and then."""
+    length. temperature 0 is greedy."""
     net, training = network(model), model.training
     model.eval()  # gradient checkpointing would silently switch the cache off
     N, G, device = len(batch["input_ids"]), group_size, batch["input_ids"].device
     tokens = torch.full((N * G, max_new_tokens), batch["pad_id"], device=device)
-    graphed, look_every = device.type in GRAPHED, GRAPHED.get(device.type, 1)
+    rows = torch.arange(N * G, device=device)  # the completions that have not left
+    graphed = device.type in GRAPHED
+    look_every = GRAPHED.get(device.type, 1)  # tokens: to look at what ended waits for the device
     positions, following = prompt_positions(net, batch)
-    cache = KVCache(batch["attention_mask"], G, max_new_tokens, fixed=graphed)
-    # One row for each completion that has not left: which it is, and its next token's position.
-    rows = torch.arange(N * G, device=device)
-    position = following.repeat_interleave(G)[:, None]  # (rows, 1)
+    cache = KVCache(batch["attention_mask"], following, G, max_new_tokens, fixed=graphed)
 
     def step(y):
         """The rows' last tokens (rows,) -> logits of their next ones (rows, V)."""
-        h = hidden_states(net, y[:, None], cache.advance(), position.expand(3, -1, -1), cache=cache)
-        position.add_(1)
+        h = hidden_states(net, y[:, None], *cache.advance(), cache=cache)
         return next_token_logits(net, h[:, -1], temperature)
 
     next_logits = Graphed(step) if graphed else step
@@ -535,20 +513,19 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
         logits = next_token_logits(net, h[:, -1], temperature).repeat_interleave(G, 0)
         if not (logits < torch.inf).all():  # nan neither: the draw would fail, on CUDA for good
             raise NotFinite("the policy can't be sampled: its logits are not finite")
-        for t in range(max_new_tokens):
-            y = draw(logits, temperature, top_p, generator)
-            tokens[rows, t] = y
-            if t + 1 == max_new_tokens:
-                break
-            if t % look_every == 0:
-                ended = torch.isin(tokens[rows, :t + 1], batch["stop_ids"]).any(1)
+        y = draw(logits, temperature, top_p, generator)
+        tokens[:, 0] = y
+        for t in range(1, max_new_tokens):
+            if (t - 1) % look_every == 0:
+                ended = torch.isin(tokens[rows, :t], batch["stop_ids"]).any(1)
                 going_on = (~ended).nonzero()[:, 0]
                 if len(going_on) == 0:
                     break
                 if len(going_on) <= STAY * len(rows):  # not for every row: it copies the cache
                     cache.keep(going_on)
-                    rows, y, position = rows[going_on], y[going_on], position[going_on]
-            logits = next_logits(y)
+                    rows, y = rows[going_on], y[going_on]
+            y = draw(next_logits(y), temperature, top_p, generator)
+            tokens[rows, t] = y
     model.train(training)
     stops = torch.isin(tokens, batch["stop_ids"]).long()
     mask = stops.cumsum(1) == stops  # 0 == 0 before the first stop token, 1 == 1 there
@@ -558,9 +535,9 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
 
 
 class Graphed:
-    """A step as one CUDA graph, because launching its thousand small kernels takes longer than
-    running them. Shapes in a graph are fixed: it is captured again when rows have left. Where it
-    can't be, the step itself, with a warning."""
+    """A step as one CUDA graph: to launch its thousand small kernels takes longer than to run them.
+    Shapes in it are fixed: it is captured again when rows have left. Where it can't be, the step
+    itself, with a warning."""
 
     def __init__(self, step):
         self.step, self.rows = step, 0
@@ -595,8 +572,8 @@ class Graphed:
 
 def draw(logits, temperature, top_p, generator):
     """Logits (rows, V) -> one token each (rows,). top_p < 1 keeps the smallest set of tokens that
-    holds that much probability, which biases the ratio of Eq. (8): log-probabilities stay those of
-    the whole vocabulary."""
+    holds that much probability; log-probabilities stay those of the whole vocabulary, which biases
+    the ratio of Eq. (8)."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = logits.softmax(-1)
@@ -628,8 +605,8 @@ def finished(batch, tokens, mask):
 
 def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
     """log pi(y_t | I, Q, y_<t) of given completions (N, G, T) -> (N, G, T) float32, 0 outside
-    `mask`; with gradient if grad is enabled. The distribution is the one `sample` draws from. One
-    row per group, see grouped_attention."""
+    `mask`. The distribution is the one `sample` draws from. One row per group, see
+    grouped_attention."""
     net = network(model)
     (N, G, T), P = tokens.shape, batch["input_ids"].shape[1]
     positions, following = prompt_positions(net, batch)
@@ -722,28 +699,31 @@ def memory(net, *, cuda, world, lora, checkpointing, sampled, micro, G, image, p
 # ---- devices -------------------------------------------------------------------------------------
 
 def setup_devices():
-    """-> (rank, world size, device) of one process, or of those that torchrun started. Numbers are
-    summed up on the CPU by gloo, gradients on CUDA by NCCL."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
+    """-> (rank, world size, device) of one process, or of those that torchrun started."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"  # numbers are summed on the CPU, gradients on CUDA
         expect(device.index < torch.cuda.device_count(), "--nproc_per_node: expected at most this "
                f"machine's number of GPUs, {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
     return rank, world, device
 
 
+def close_devices():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def run(main):
-    """data.cli, with a sentence for a full device and the name of the process."""
+    """data.cli, which also tells of a full device or disk, and which process met the error."""
     def named():
         try:
             main()
-        except (DataError, torch.OutOfMemoryError) as e:
+        except (DataError, torch.OutOfMemoryError, SafetensorError) as e:
             where = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
             raise DataError(f"{where}{e}") from e
     cli(named)
@@ -760,12 +740,6 @@ def peers():
         why = str(e).splitlines()[0]
         raise DataError("another process has ended, and its own sentence says why, or it can't be "
                         f"reached: {why}") from e
-
-
-def all_reduce(x):
-    """Sum a tensor over the processes, in place."""
-    with peers():
-        dist.all_reduce(x)
 
 
 def gather(rows):
@@ -786,14 +760,15 @@ def sum_over_ranks(x):
 def meet():
     """Wait for the slowest process -> s, the mean of how long each waited here."""
     began = time.perf_counter()
-    world = sum_over_ranks(1)
-    return sum_over_ranks(time.perf_counter() - began) / world
+    gather([None])
+    waits = gather([time.perf_counter() - began])
+    return sum(waits) / len(waits)
 
 
 def sum_gradients(parameters):
-    """Add up the processes' gradients, once per optimiser step; each rank's loss is already
-    divided by global counts. In few large pieces: one by one took seven times as long on gloo.
-    After the backward passes: starting while the last one runs gained nothing measurable."""
+    """Add up the processes' gradients, whose losses are already divided by global counts. In few
+    large pieces: one by one took seven times as long on gloo. After the backward passes: to start
+    while the last one runs gained nothing measurable."""
     if not dist.is_initialized():
         return
     piece, floats = [], 0
@@ -804,7 +779,8 @@ def sum_gradients(parameters):
         floats += p.numel()
         if floats >= PIECE_FLOATS or p is parameters[-1]:
             flat = parameters_to_vector(piece)
-            all_reduce(flat)
+            with peers():
+                dist.all_reduce(flat)
             vector_to_parameters(flat, piece)
             piece, floats = [], 0
 
@@ -821,8 +797,3 @@ def peak_memory(device):
     except OSError:
         return 0.0
     return int(status.split("VmHWM:")[1].split()[0]) / 2**10
-
-
-def close_devices():
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 
 import data
@@ -174,9 +175,10 @@ def test_questions_are_dealt_evenly(world):
     assert max(lengths) - min(lengths) < longest
 
 
-@pytest.mark.parametrize("error", [data.DataError("x.png is missing"), torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB.")])
+@pytest.mark.parametrize("error", [data.DataError("x.png is missing"), torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB."),
+                                   safetensors.SafetensorError("I/O error: No space left on device")])
 def test_an_error_names_its_process(error, monkeypatch, capsys):
-    """One sentence and exit code 2, for bad input and for a full device, with the process that met it."""
+    """One sentence and exit code 2, for bad input, a full device and weights that find no room, with the process that met it."""
     def main():
         raise error
     monkeypatch.setenv("RANK", "3")
@@ -185,7 +187,8 @@ def test_an_error_names_its_process(error, monkeypatch, capsys):
     assert ended.value.code == 2 and capsys.readouterr().err == f"error: process 3: {error}\n"
 
 
-@pytest.mark.parametrize("call", [lambda: M.all_reduce(torch.zeros(1)), lambda: M.gather([1])], ids=["all_reduce", "gather"])
+@pytest.mark.parametrize("call", [lambda: M.sum_gradients([torch.nn.Parameter(torch.zeros(1))]), lambda: M.gather([1])],
+                         ids=["sum_gradients", "gather"])
 def test_a_call_that_fails_says_that_another_process_has_ended(call, monkeypatch):
     """What gloo and NCCL raise when another process dies is a sentence; a full device is not mistaken for it."""
     def fails(*args):
