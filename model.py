@@ -164,7 +164,10 @@ def save(model, processor, folder, keep_adapter=False):
             net = net.float()
             model.save_pretrained(beside / ADAPTER, save_embedding_layers=False)
         net = net.merge_and_unload()
-    net.save_pretrained(beside)
+    try:
+        net.save_pretrained(beside)
+    except SafetensorError as e:  # an OSError in disguise
+        raise DataError(f"{beside}: the weights can't be written: {e}") from e
     processor.image_processor.save_pretrained(beside)
     processor.tokenizer.save_pretrained(beside)
 
@@ -719,11 +722,11 @@ def close_devices():
 
 
 def run(main):
-    """data.cli, which also tells of a full device or disk, and which process met the error."""
+    """data.cli, with a sentence for a full device and the name of the process."""
     def named():
         try:
             main()
-        except (DataError, torch.OutOfMemoryError, SafetensorError) as e:
+        except (DataError, torch.OutOfMemoryError) as e:
             where = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
             raise DataError(f"{where}{e}") from e
     cli(named)
