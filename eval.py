@@ -503,7 +503,7 @@ PAGE = r"""<!doctype html>
     {% endfor %}
   </table></div>
 {% endfor %}
-{% if tables %}<p>Bars: the number's place between 0 and 100 %, one deviation to both sides.</p>
+{% if tables %}<p>A bar: its number between 0 and 100 %, one deviation to both sides.</p>
 {% endif %}
 
 <h2>Training, of runs whose log is there</h2>
