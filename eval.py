@@ -17,10 +17,8 @@ scored by the code that gives the rewards: rewards.score, with an F of judge.py.
     python eval.py --watch out/grpo      # while it trains: its curves, in out/grpo/watch.html
 
 Models that were not trained here (openai:, and folders without knobs.json or base.json) may answer
-without our tags: rewards.read_leniently. How they were read is counted under the tables.
-
-Left out on purpose: partial credit, majority votes. Rounding aside, greedy results depend neither
-on --batch nor on the number of processes; those at a temperature do.
+without our tags: rewards.read_leniently. Left out on purpose: partial credit, majority votes.
+Rounding aside, greedy results depend neither on --batch nor on the number of processes.
 """
 import argparse
 import json
@@ -32,11 +30,10 @@ import time
 from collections import Counter, defaultdict
 from contextlib import suppress
 from functools import partial
-from itertools import chain, product, zip_longest
+from itertools import chain, product
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import NamedTuple
 
 import jinja2  # comes with torch
 import numpy as np
@@ -50,20 +47,20 @@ from data import expect
 from judge import SPEC, Replies, Server, data_url, failures, make_judge
 
 KNOBS = dict(  # the flags, as argparse takes them
-    ckpt=dict(nargs="+", default=["out/grpo"], help="checkpoints, folders or names on the hub, or "
-              "NAME=A,B,..: one row with mean and standard deviation over A, B, .. [out/grpo]; "
-              "[NAME=]openai:BASE_URL#MODEL: a chat server's, the key in OPENAI_API_KEY, replies "
-              "kept in OUT/replies.jsonl, --batch requests at a time"),
+    ckpt=dict(nargs="+", default=["out/grpo"], help="checkpoints: folders, names on the hub, or "
+              "openai:BASE_URL#MODEL, a chat server's (key in OPENAI_API_KEY, replies kept in "
+              "OUT/replies.jsonl, --batch requests at a time). NAME=A,B,..: one row, mean and "
+              "deviation over A, B, .. [out/grpo]"),
     data=dict(nargs="+", default=[], help="files of records, .jsonl or Med-R1's .json (default: "
               "phantoms/phantoms.jsonl beside each checkpoint)"),
     split=dict(choices=data.SPLITS, default="test", help="which of their records [%(default)s]"),
     only=dict(nargs="+", default=[], help="KEY=VALUE they have, say modality=CT task=anatomy"),
     questions=dict(type=int, default=0, help="so many of them, the same each time, 0 = all [0]"),
     thinking=dict(choices=list(rewards.INSTRUCTIONS), help="where the thought stands, or none "
-                  "(default: as the checkpoint was trained, its knobs.json tells; else before)"),
+                  "(default: as the checkpoint was trained, by its knobs.json; else before)"),
     temperature=dict(type=float, default=0.0, help="of the sampling, 0 = greedy [%(default)s]"),
-    seeds=dict(nargs="+", type=int, default=[0], help="at a temperature every question is "
-               "answered once for each: mean and standard deviation over them [0]"),
+    seeds=dict(nargs="+", type=int, default=[0], help="of the sampling: every question is answered "
+               "once for each; mean and deviation over them [0]"),
     batch=dict(type=int, default=64, help="questions sampled at a time [%(default)s]"),
     max_new_tokens=dict(type=int, default=0, help="tokens at which a completion is cut off, "
                         "0 = 80 for a tiny checkpoint, else 512 [%(default)s]"),
@@ -80,18 +77,144 @@ KNOBS = dict(  # the flags, as argparse takes them
     image=dict(help="answer one question about this image file instead"),
     question=dict(help="that question"),
     options=dict(nargs="+", default=[], help="its options, 2 to 6 texts"),
-    watch=dict(nargs="+", default=[], help="folders of runs: instead, keep watch.html, their "
-               "curves, up to date while they train; in --out or the first of them"),
+    watch=dict(nargs="+", default=[], help="folders of runs: instead, keep their curves up to date "
+               "while they train, in watch.html of --out or of the first"),
 )
 LEAST = dict(questions=0, temperature=0, batch=1, max_new_tokens=0, max_pixels=1)
-SHOWN = 60        # questions on the page at most
-POINTS = 200      # of a curve that are drawn at most
-THUMBNAIL = 224   # px, longer side of an image on the page
-RENEWED = 5       # s after which the page of a run that is watched is written and loaded anew
+RATES = dict(overall="acc", format="fmt", consistency="con", grounding="grounding")  # of rows
+CHANGES = dict(accuracy="acc", consistency="con", grounding="grounding")
 TIMEOUT = 300.0   # s that a chat server may take for an answer
 RESAMPLES = 2000  # of an interval
+SHOWN = 60        # questions on the page at most
+THUMBNAIL = 224   # px, longer side of an image there
+POINTS = 200      # of a curve at most
+RENEWED = 5       # s after which the page of a run that is watched is written and loaded anew
 
-PAPER_OVERALL = {  # Tables 2 and 3, by the name that a row has here
+# ---- the measurement -----------------------------------------------------------------------------
+
+def completions(policy, processor, records, *, max_new_tokens, temperature=0.0, seed=0, rank=0,
+                batch=64):
+    """Yields (text, whether it was cut off at max_new_tokens) for each record's question. DataError
+    for an image that can't be read."""
+    device = next(policy.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed + 1_000_003 * rank)  # each its own stream
+    for start in range(0, len(records), batch):
+        inputs = M.encode(processor, records[start:start + batch], device)
+        tokens, mask = M.sample(policy, inputs, group_size=1, max_new_tokens=max_new_tokens,
+                                temperature=temperature, generator=generator)  # (n, 1, T)
+        texts = [group[0] for group in M.decode(processor, tokens, mask)]
+        ended = M.finished(inputs, tokens, mask)[:, 0]                         # (n)
+        yield from zip(texts, (~ended).tolist(), strict=True)
+
+
+def scored(said, records, judge, score=rewards.score):
+    """(text, cut_off) for each record -> one dict (row) per record, in their order: what `score`
+    (or rewards.score_leniently; fmt, acc and con are Eqs. 4-6) and rewards.grounding tell of it,
+    path and group of the record, cut_off."""
+    said = list(said)
+    rows = score([text for text, _ in said], records, judge)
+    for row, record, (_, cut_off) in zip(rows, records, said, strict=True):
+        row |= dict(path=record["path"], group=record["group"], cut_off=cut_off)
+        row |= rewards.grounding(row["thought"], record.get("shows"))
+    return rows
+
+
+def evaluate(policy, processor, records, judge, **knobs):
+    """The rows of the policy's completions; knobs are those of `completions`."""
+    return scored(completions(policy, processor, records, **knobs), records, judge)
+
+
+def subset(records, n):
+    """The first n (0: all) of a fixed shuffled order, in the file's order: 100 are among 200."""
+    order = random.Random(0).sample(range(len(records)), len(records))
+    return [records[i] for i in sorted(order[:n or None])]
+
+
+def grouped(rows, key, order=()):
+    """Rows -> {value of `key`: its rows}: the values of `order` first, others sorted behind."""
+    groups = {value: [] for value in order}
+    for row in sorted(rows, key=itemgetter(key)):
+        groups.setdefault(row[key], []).append(row)
+    return {value: members for value, members in groups.items() if members}
+
+
+def spread(rows, key="acc"):
+    """Rows of one or several runs -> a figure: "mean" of `key` over the runs (None without a
+    number), "std" over them (n - 1 in the denominator; 0 for one run), "n" questions, "runs". A run
+    is a checkpoint where there are several, else a seed of the sampling. nan is left out."""
+    run = "ckpt" if len({row["ckpt"] for row in rows}) > 1 else "seed"
+    known = [row for row in rows if not rewards.failed(row[key])]
+    means = [fmean(row[key] for row in of_run) for of_run in grouped(known, run).values()]
+    return {"mean": fmean(means) if means else None,
+            "std": stdev(means) if len(means) > 1 else 0.0,
+            "n": len(rows) // len({row["seed"] for row in rows}),
+            "runs": len(means)}
+
+
+def summary(rows):
+    """Rows of one name -> its entry in results.json: fractions, as section 4.1 defines them.
+
+    Accuracy is right answers / questions, of a task or of all (not the mean of the tasks); an
+    unreadable answer is wrong. judge_failed: completions left out of consistency. read_as: how
+    many were read in which way, {} for a model trained here; those that "failed" got no reply and
+    are left out of every mean, though not of n."""
+    tasks = grouped(rows, "task", data.TASKS)
+    modalities = grouped(rows, "modality", data.MODALITIES)
+    ways = Counter(row["read_as"] for row in rows if "read_as" in row)
+    return {rate: spread(rows, key) for rate, key in RATES.items()} | dict(
+        tasks={x: spread(members) for x, members in tasks.items()},
+        modality={x: spread(members) for x, members in modalities.items()},
+        grounding_by_task={x: spread(members, "grounding") for x, members in tasks.items()},
+        seeds=sorted({row["seed"] for row in rows}),
+        checkpoints=list(dict.fromkeys(row["ckpt"] for row in rows)),
+        judge_failed=sum(rewards.failed(row["verdict"]) for row in rows),
+        cut_off=spread(rows, "cut_off")["mean"],
+        read_as=dict(sorted(ways.items())))
+
+
+def difference(before, after):
+    """Rows of two names -> {figure: after minus before, see bootstrap}; {} if they answered other
+    questions. Checkpoints pair by place: of NAME=A,B and NAME=C,D, C with A. A question on which
+    one of the two has no value is left out."""
+    asked = itemgetter("path", "id", "seed")
+    if list(map(asked, before)) != list(map(asked, after)):
+        return {}
+    figures = {}
+    for name, key in CHANGES.items():
+        sets = {}  # checkpoint: group: changes
+        for old, new in zip(before, after, strict=True):
+            changes = sets.setdefault(new["ckpt"], {}).setdefault(new["group"], [])
+            if not rewards.failed(new[key] - old[key]):
+                changes.append(new[key] - old[key])
+        known = [groups for groups in sets.values() if any(groups.values())]
+        if known:
+            figures[name] = bootstrap(known)
+    return figures
+
+
+def bootstrap(sets):
+    """For each checkpoint {group: changes} -> their "mean", and "low" and "high" of its 95 %
+    interval: about other images, not about other seeds of the training. What is drawn again is a
+    group (an image; of real data a patient), since its questions are right or wrong together;
+    checkpoints asked about the same groups get the same draw."""
+    rng = np.random.default_rng(0)
+    draws, means, drawn = {}, [], []
+    for groups in sets:
+        names = tuple(groups)
+        if names not in draws:
+            draws[names] = rng.integers(len(names), size=(RESAMPLES, len(names)))
+        sums = np.array([(sum(changes), len(changes)) for changes in groups.values()])
+        again = sums[draws[names]].sum(1)  # (RESAMPLES, 2)
+        with np.errstate(invalid="ignore"):  # nan where groups without a value alone were drawn
+            drawn.append(again[:, 0] / again[:, 1])
+        means.append(sums[:, 0].sum() / sums[:, 1].sum())
+    low, high = np.nanquantile(np.mean(drawn, 0), (0.025, 0.975)).tolist()
+    return {"mean": float(np.mean(means)), "low": low, "high": high}
+
+# ---- the tables ----------------------------------------------------------------------------------
+
+# Tables 2 and 3 of the paper: overall accuracy, by the name that a row has here
+PAPER_OVERALL = {
     "RL-only": "73.22 ± 2.58", "SFT": "75.41 ± 1.19", "Acc-only": "78.85 ± 1.08",
     "Con-only": "81.73 ± 1.12", "Con-GRPO": "85.15 ± 0.95", "Format-focused": "77.13 ± 1.35",
     "Accuracy-focused": "82.54 ± 1.02", "Consistency-focused": "84.21 ± 0.98",
@@ -118,299 +241,123 @@ MedAD-R1           3000  98.87 0.35  78.24 0.84  55.90 1.02  97.14 0.76  79.49 1
 """
 
 
-def paper_lines():
-    """Table 1 -> {name: {column: text}}."""
-    lines = {}
-    for line in PAPER.strip().split("\n"):
-        name, params, *numbers = line.split()
-        figures = map("{} ± {}".format, numbers[::2], numbers[1::2])
-        columns = ("params, M", *data.TASKS, "overall")
-        lines[f"{name} (paper)"] = dict(zip(columns, [params, *figures], strict=True))
-    return lines
-
-# ---- the measurement -----------------------------------------------------------------------------
-
-def completions(policy, processor, records, *, max_new_tokens, temperature=0.0, seed=0, rank=0,
-                batch=64):
-    """Yields (text, whether it was cut off at max_new_tokens) for each record's question. DataError
-    for an image that can't be read."""
-    device = next(policy.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed + 1_000_003 * rank)  # each its own stream
-    for start in range(0, len(records), batch):
-        inputs = M.encode(processor, records[start:start + batch], device)
-        tokens, mask = M.sample(policy, inputs, group_size=1, max_new_tokens=max_new_tokens,
-                                temperature=temperature, generator=generator)  # (n, 1, T)
-        texts = [group[0] for group in M.decode(processor, tokens, mask)]
-        ended = M.finished(inputs, tokens, mask)[:, 0]                         # (n)
-        yield from zip(texts, (~ended).tolist(), strict=True)
-
-
-def scored(said, records, judge, score=rewards.score, progress=False):
-    """(text, cut_off) for each record -> one dict (row) per record, in their order: what `score`
-    (or rewards.score_leniently; fmt, acc and con are Eqs. 4-6) and rewards.grounding tell of it,
-    path and group of the record, cut_off. progress: the bar's name."""
-    said = list(tqdm(said, progress, len(records), disable=not progress))
-    rows = score([text for text, _ in said], records, judge)
-    for row, record, (_, cut_off) in zip(rows, records, said, strict=True):
-        row |= dict(path=record["path"], group=record["group"], cut_off=cut_off)
-        row |= rewards.grounding(row["thought"], record.get("shows"))
-    return rows
-
-
-def evaluate(policy, processor, records, judge, *, progress=False, **knobs):
-    """The rows of the policy's completions; knobs are those of `completions`."""
-    said = completions(policy, processor, records, **knobs)
-    return scored(said, records, judge, progress=progress)
-
-
-def subset(records, n):
-    """The first n (0: all) of a fixed shuffled order, in the file's order: 100 are among 200."""
-    order = random.Random(0).sample(range(len(records)), len(records))
-    return [records[i] for i in sorted(order[:n or None])]
-
-
-def grouped(rows, key, order=()):
-    """Rows -> {value of `key`: its rows}: the values of `order` first, others sorted behind."""
-    groups = {value: [] for value in order}
-    for row in sorted(rows, key=lambda row: row[key]):
-        groups.setdefault(row[key], []).append(row)
-    return {value: members for value, members in groups.items() if members}
-
-
-def spread(rows, key="acc"):
-    """Rows of one or several runs -> a figure: "mean" of `key` over the runs (None without a
-    number), "std" over them (n - 1 in the denominator; 0 for one run), "n" questions, "runs".
-
-    A run is a checkpoint where there are several, else a seed of the sampling. nan is left out.
-    """
-    run = "ckpt" if len({row["ckpt"] for row in rows}) > 1 else "seed"
-    values = defaultdict(list)
-    for row in rows:
-        if not rewards.failed(row[key]):
-            values[row[run]].append(row[key])
-    means = list(map(fmean, values.values()))
-    mean = fmean(means) if means else None
-    std = stdev(means) if len(means) > 1 else 0.0
-    n = len(rows) // len({row["seed"] for row in rows})
-    return {"mean": mean, "std": std, "n": n, "runs": len(means)}
-
-
-def summary(rows):
-    """Rows of one name -> its entry in results.json: fractions, as section 4.1 defines them.
-
-    A task's accuracy is its right answers / its questions; overall is all right answers / all
-    questions, not the mean of the tasks. A completion without a readable answer is wrong.
-    judge_failed: completions on which F failed, left out of consistency.
-    read_as: how many completions were read in which way, {} for a model trained here; those that
-    "failed" got no reply and are left out of every mean, though not of n.
-    """
-    tasks = grouped(rows, "task", data.TASKS)
-    modalities = grouped(rows, "modality", data.MODALITIES)
-    read_as = Counter(row["read_as"] for row in rows if "read_as" in row)
-    return {
-        "overall": spread(rows),
-        "tasks": {task: spread(members) for task, members in tasks.items()},
-        "modality": {modality: spread(members) for modality, members in modalities.items()},
-        "format": spread(rows, "fmt"),
-        "consistency": spread(rows, "con"),
-        "grounding": spread(rows, "grounding"),
-        "grounding_by_task": {x: spread(members, "grounding") for x, members in tasks.items()},
-        "seeds": sorted({row["seed"] for row in rows}),
-        "checkpoints": list(dict.fromkeys(row["ckpt"] for row in rows)),
-        "judge_failed": sum(rewards.failed(row["verdict"]) for row in rows),
-        "cut_off": spread(rows, "cut_off")["mean"],
-        "read_as": dict(sorted(read_as.items())),
-    }
-
-
-def difference(before, after):
-    """Rows of two names -> {figure: after minus before, see bootstrap}; {} if they answered other
-    questions. Checkpoints pair by place: of NAME=A,B and NAME=C,D, C with A. A question on which
-    one of the two has no value is left out."""
-    asked = itemgetter("path", "id", "seed")
-    if list(map(asked, before)) != list(map(asked, after)):
-        return {}
-    figures = {}
-    for name, key in dict(accuracy="acc", consistency="con", grounding="grounding").items():
-        sets = {}  # checkpoint: group: changes
-        for old, new in zip(before, after, strict=True):
-            changes = sets.setdefault(new["ckpt"], {}).setdefault(new["group"], [])
-            if not rewards.failed(new[key] - old[key]):
-                changes.append(new[key] - old[key])
-        known = [groups for groups in sets.values() if any(groups.values())]
-        if known:
-            figures[name] = bootstrap(known)
-    return figures
-
-
-def bootstrap(sets):
-    """For each checkpoint {group: changes} -> their "mean", and "low" and "high" of its 95 %
-    interval: about other images, not about other seeds of the training. What is drawn again is a
-    group (an image; of real data a patient), since its questions are right or wrong together;
-    checkpoints asked about the same groups get the same draw."""
-    rng = np.random.default_rng(0)
-    draws, means, drawn = {}, [], []
-    for groups in sets:
-        names = tuple(groups)
-        if names not in draws:
-            draws[names] = rng.integers(len(names), size=(RESAMPLES, len(names)))
-        sums = np.array([(sum(changes), len(changes)) for changes in groups.values()])
-        again = sums[draws[names]].sum(1)  # (RESAMPLES, 2)
-        drawn.append(again[:, 0] / again[:, 1])
-        means.append(sums[:, 0].sum() / sums[:, 1].sum())
-    low, high = np.quantile(np.mean(drawn, 0), (0.025, 0.975)).tolist()
-    return {"mean": float(np.mean(means)), "low": low, "high": high}
-
-# ---- the report ----------------------------------------------------------------------------------
-
-class Table(NamedTuple):
-    """square: a map in colours, with its diagonal where a line and a column have the same name."""
-    title: str
-    cells: list  # [header, line, ...] of texts
-    numbers: list = []  # of the lines: what each cell is compared by, or None
-    square: bool = False
-
-    def best(self):
-        """The places (line, column) of each column's largest number, if any is smaller."""
-        places = set()
-        for j in range(len(self.cells[0])):
-            column = [line[j] for line in self.numbers]
-            known = {x for x in column if x is not None}
-            if len(known) > 1:
-                places |= {(i, j) for i, x in enumerate(column) if x == max(known)}
-        return places
-
-
-def percent(figure):
-    """A figure in %: with its deviation if it is of several runs, with its interval if it is a
-    difference; "-" for none. A text stays."""
-    if isinstance(figure, str):
-        return figure
-    if figure is None or figure["mean"] is None:
-        return "-"
-    mean = 100 * figure["mean"]
-    if "low" in figure:
-        return f"{mean:+.1f} ({100 * figure['low']:+.1f} to {100 * figure['high']:+.1f})"
-    if figure["runs"] > 1:
-        return f"{mean:.1f} ± {100 * figure['std']:.1f}"
-    return f"{mean:.1f}"
-
-
-def grid(title, lines, square=False):
-    """{name: {column: figure or text}} -> a Table."""
-    columns = {}  # a dict keeps the order in which they came
-    for figures in lines.values():
-        columns |= figures
-    cells, numbers = [["model", *columns]], []
-    for name, figures in lines.items():
-        figures = [figures.get(column) for column in columns]
-        cells.append([name, *map(percent, figures)])
-        numbers.append([None, *map(number, figures)])
-    return Table(title, cells, numbers, square)
-
-
-def number(figure):
-    """What a figure is compared by, None for texts and differences."""
-    if isinstance(figure, dict) and "runs" in figure and figure["mean"] is not None:
-        return round(100 * figure["mean"], 1)
-    return None
-
-
-def tables(results):
-    """{name: entry} -> Tables: as in Table 1, by modality, square or differences of the rows."""
-    tasks = dict.fromkeys(data.TASKS)
-    for entry in results.values():
-        tasks |= dict.fromkeys(entry["tasks"])
+def tables(results, paper=False, matrix=None):
+    """{name: entry} -> tables, see `table`: as Table 1, by modality, and Med-R1's square or the
+    differences between rows."""
+    tasks = dict.fromkeys(chain(data.TASKS, *(entry["tasks"] for entry in results.values())))
     lines = {}
     for name, entry in results.items():
         params = f"{entry['params'] / 1e6:.1f}" if entry["params"] else "-"
         lines[name] = {"params, M": params} | tasks | entry["tasks"]
-        for rate in ("overall", "format", "consistency", "grounding"):
-            lines[name][rate] = entry[rate]
-        lines[name]["n"] = str(entry["overall"]["n"])
-        if entry.get("paper"):
+        lines[name] |= {rate: entry[rate] for rate in RATES} | {"n": str(entry["overall"]["n"])}
+    if paper:
+        for name in results:
             lines[name]["overall in the paper"] = PAPER_OVERALL.get(name, "-")
-    if entry.get("paper"):
-        lines |= paper_lines()
+        for line in PAPER.strip().split("\n"):
+            name, params, *numbers = line.split()
+            figures = map("{} ± {}".format, numbers[::2], numbers[1::2])
+            lines[f"{name} (paper)"] = {"params, M": params} | dict(
+                zip((*data.TASKS, "overall"), figures, strict=True))
 
     def part(key):
         return {name: entry.get(key, {}) for name, entry in results.items()}
-    found = [grid("Accuracy by task", lines), grid("Accuracy by modality", part("modality"))]
-    matrix = entry.get("matrix")
+    found = [table("Accuracy by task", lines), table("Accuracy by modality", part("modality"))]
     if matrix:
         found.append(square(matrix, part("tasks" if matrix == "task" else matrix)))
     elif any(part("difference").values()):
-        found.append(grid("Each row minus the one before, on the same questions, in points; 95 % "
-                          "intervals over images, for these checkpoints", part("difference")))
+        found.append(table("Each row minus the one before, on the same questions, in points; 95 % "
+                           "intervals over images, for these checkpoints", part("difference")))
     return found
 
 
 def square(key, lines):
-    """Med-R1's matrix, {name: {value: figure}}: a line for each checkpoint, a column for each value
+    """Med-R1's matrix, {name: {value: figure}}: a row for each checkpoint, a column for each value
     of `key` that was asked. A column's mean is over the checkpoints named after a value."""
-    def mean_of(figures):
+    def mean(figures):
         means = [x["mean"] for x in figures if x and x["mean"] is not None]
-        return {"mean": fmean(means) if means else None, "runs": 1}
+        return {"mean": fmean(means) if means else None, "std": 0.0, "runs": 1}
 
-    lines = {name: figures | {"mean": mean_of(figures.values())} for name, figures in lines.items()}
+    lines = {name: figures | {"mean": mean(figures.values())} for name, figures in lines.items()}
     own = [figures for name, figures in lines.items() if name in figures]
-    means = {column: mean_of(figures.get(column) for figures in own) for column in own[0]}
-    return grid(f"Accuracy, trained on one {key} alone (line), asked about all",
-                lines | {"mean": means}, square=True)
+    lines["mean"] = {column: mean(figures.get(column) for figures in own) for column in own[0]}
+    return table(f"Accuracy, trained on one {key} alone (line), asked about all", lines)
 
 
-def markdown(table):
-    """A Table -> title and table in Markdown, the first column on the left, a diagonal in bold."""
-    header, *lines = table.cells
-    text = f"{table.title}\n\n"
-    for cells in (header, ["---"] + ["---:"] * (len(header) - 1), *lines):
-        cells = [" ".join(cell.replace("|", "\\|").split()) for cell in cells]
-        if table.square and cells[0] in header[1:-1]:
-            i = header.index(cells[0])
-            cells[i] = f"**{cells[i]}**"
-        text += f"| {' | '.join(cells)} |\n"
+def table(title, lines):
+    """{name: {column: figure or text}} -> (title, columns, {name: [(text, mean, std, look), ..]}),
+    see `percent`. look: "own" where row and column have one name, or "best" of its column."""
+    columns = list(dict.fromkeys(chain(*lines.values())))  # in the order in which they came
+    rows = {name: [] for name in lines}
+    for column in columns:
+        cells = {name: percent(figures.get(column)) for name, figures in lines.items()}
+        means = {mean for _, mean, _ in cells.values()} - {None}
+        for name, (text, mean, std) in cells.items():
+            look = "best" if len(means) > 1 and mean == max(means) else ""
+            if name == column != "mean":
+                look = "own"
+            rows[name].append((text, mean, std, look))
+    return title, columns, rows
+
+
+def percent(figure):
+    """A figure in % -> (text, mean, deviation). For a text, which stays, a difference, which has
+    its interval, and None mean and deviation are None."""
+    if isinstance(figure, str):
+        return figure, None, None
+    if not figure or figure["mean"] is None:
+        return "-", None, None
+    mean = 100 * figure["mean"]
+    if "low" in figure:
+        low, high = 100 * figure["low"], 100 * figure["high"]
+        return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", None, None
+    std = 100 * figure["std"]
+    text = f"{mean:.1f} ± {std:.1f}" if figure["runs"] > 1 else f"{mean:.1f}"
+    return text, round(mean, 1), round(std, 1)
+
+
+def markdown(title, columns, rows):
+    """A table in Markdown, the first column on the left, what is "own" in bold."""
+    lines = [["model", *columns], ["---"] + ["---:"] * len(columns)]
+    for name, cells in rows.items():
+        texts = [f"**{text}**" if look == "own" else text for text, _, _, look in cells]
+        lines.append([name, *texts])
+    text = f"{title}\n\n"
+    for line in lines:
+        line = [" ".join(cell.replace("|", "\\|").split()) for cell in line]
+        text += f"| {' | '.join(line)} |\n"
     return text
 
 
 def given_option(row):
     """The text of the option that a row's completion answers."""
-    if rewards.failed(row["acc"]):
-        return "no reply"
     if row["given"] is None:
-        return "unreadable"
+        return "no reply" if rewards.failed(row["acc"]) else "unreadable"
     return row["options"][data.LETTERS.index(row["given"])]
 
 
-def commonest(answers):
-    """The three answers given most, as "Normal 80 %, Abnormal 20 %"."""
-    found = Counter(answers).most_common(3)
-    return ", ".join(f"{x} {100 * n / len(answers):.0f} %" for x, n in found)
+def answers_given(results, rows):
+    """{name: entry}, {name: its rows} -> a table. By the commonest answers a collapse to one of
+    them is seen."""
+    def commonest(answers):
+        found = Counter(answers).most_common(3)
+        return ",\n".join(f"{x} {100 * n / len(answers):.0f} %" for x, n in found)
 
+    lines = {name: {} for name in results}
+    for name, answers in rows.items():
+        for task, members in grouped(answers, "task", data.TASKS).items():
+            lines[name][task] = commonest([given_option(row) for row in members])
+        ways = results[name]["read_as"].items()
+        silent = sum(rewards.failed(row["grounding"]) for row in answers)
+        lines[name] |= {
+            "letter": commonest([row["given"] or given_option(row) for row in answers]),
+            "read as\n(failed: no reply)": ",\n".join(f"{how} {n}" for how, n in ways) or "-",
+            "F failed": str(results[name]["judge_failed"]),
+            "no statement\nto ground": str(silent),
+            "cut off": f"{results[name]['cut_off'] or 0:.2%}"}
+    return table("The commonest answers, and how completions were read", lines)
 
-def remarks(results, rows):
-    """Lines under the tables. By the commonest answers a collapse to one of them is seen."""
-    lines = []
-    for name, entry in results.items():
-        told = {}
-        for task, members in grouped(rows[name], "task", data.TASKS).items():
-            told[f"{task}, answers given"] = commonest([given_option(row) for row in members])
-        told["letters given"] = commonest([row["given"] or given_option(row) for row in rows[name]])
-        ways = [f"{how} {n}" for how, n in entry["read_as"].items()]
-        told["answers read as (failed: no reply, in no mean)"] = ", ".join(ways)
-        told["left out of consistency, F failed"] = entry["judge_failed"]
-        if entry["grounding"]["mean"] is not None:
-            unread = sum(rewards.failed(row["grounding"]) for row in rows[name])
-            told["left out of grounding, no statement or no truth known"] = unread
-        if entry["cut_off"]:
-            told["completions cut off at the limit"] = f"{entry['cut_off']:.2%}"
-        lines += [f"{name}, {what}: {x}" for what, x in told.items() if x]
-    return lines
+# ---- the charts ----------------------------------------------------------------------------------
 
-
-# ---- the page ------------------------------------------------------------------------------------
-
-KINDS = {  # of answers: their accuracy, or accuracy and consistency
-    "right": (1,), "wrong": (0,), "consistent-but-wrong": (0, 1), "right-but-inconsistent": (1, 0)}
 CURVES = dict(  # figures of metrics.jsonl, and their charts' titles
     reward="reward, Eq. (3)", format="format reward, Eq. (4)",
     accuracy="accuracy reward, Eq. (5)", consistency="consistency reward, Eq. (6)",
@@ -420,183 +367,20 @@ CURVES = dict(  # figures of metrics.jsonl, and their charts' titles
     seconds_rollout="seconds of sampling", seconds_reference="seconds of the reference",
     seconds_judge="seconds of F", seconds_waiting="seconds waited for the slowest process",
     seconds_update="seconds of the update")
-CHART = """\
-<text x="4" y="12" font-weight="bold">{{ chart.title }}</text>
-{% for x, text in chart.xs.items() %}
-  <polyline class="grid" points="{{ chart.x(x) }},24 {{ chart.x(x) }},{{ chart.height - 34 }}"/>
-  <text x="{{ chart.x(x) }}" y="{{ chart.height - 20 }}" text-anchor="middle">{{ text }}</text>
-{% endfor %}
-{% for y, text in chart.ys.items() %}
-  <polyline class="grid" points="{{ chart.left }},{{ chart.y(y) }} 348,{{ chart.y(y) }}"/>
-  <text x="{{ chart.left - 5 }}" y="{{ chart.y(y) + 4 }}" text-anchor="end">{{ text }}</text>
-{% endfor %}
-<text x="348" y="{{ chart.height - 6 }}" text-anchor="end">{{ chart.unit }}</text>
-{% for name, k, strokes, dots in chart.lines %}
-  <g class="of" style="--k: {{ k }}"><title>{{ name }}</title>
-  {% for look, points in strokes %}
-    <polyline class="{{ look }}" points="{{ chart.path(points) }}"/>
-  {% endfor %}
-  {% for x, y in dots %}<circle cx="{{ chart.x(x) }}" cy="{{ chart.y(y) }}" r="3"/>{% endfor %}
-  </g>
-{% endfor %}
-"""
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
-  style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-{% if renewed %}<meta http-equiv="refresh" content="{{ renewed }}">{% endif %}
-<title>{{ title }}</title>
-<style>
-  :root { color-scheme: light dark; --light: 34% }
-  @media (prefers-color-scheme: dark) { :root { --light: 68% } }
-  body { font: 15px/1.45 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
-    overflow-wrap: anywhere }
-  p { margin: .3em 0 } .what { font-size: 13px; opacity: .75 }
-  .yes { color: hsl(140 65% var(--light)) } .no { color: hsl(0 65% var(--light)) }
-  caption, th, td { padding: 2px 9px; text-align: right; white-space: nowrap }
-  caption, th:first-child { text-align: left } caption, .best { font-weight: bold }
-  td[style] { background: hsl(200 70% 45% / calc(.75 * var(--share))) }
-  .own { outline: 2px solid; outline-offset: -3px }
-  .scroll { overflow: auto; margin: 1em 0 } th[scope=row] { font-weight: normal }
-  #minutes:checked ~ .charts .step, #step:checked ~ .charts .minutes { display: none }
-  .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21em, 100%), 1fr)) }
-  figure { margin: .6em; max-width: 32em; font-size: 13px }
-  svg { width: 100%; overflow: visible; font-size: 11px; fill: currentColor }
-  .of { color: hsl(calc(215 + 137.5 * var(--k)) 65% var(--light)) }
-  polyline { fill: none; stroke: currentColor; stroke-width: 1.7 }
-  .raw { opacity: .25; stroke-width: 1 } .grid { opacity: .2; stroke-width: 1 }
-  select { max-width: 100% }
-  section { display: flex; flex-wrap: wrap; gap: 1.2em; padding: 1em 0; border-top: 1px solid #888 }
-  section div { flex: 1 14em } [hidden] { display: none !important }
-  img { width: 160px; height: max-content }
-  .said { white-space: pre-wrap; max-height: 18em; overflow: auto }
-</style>
-<h1>{{ title }}</h1>
-<p>{{ what }}</p>
-{% for name, folders in runs.items() if folders != [name] %}
-  <p class="what">{{ name }}: {{ folders | join(", ") }}</p>
-{% endfor %}
-
-{% for table in tables %}
-  <div class="scroll" tabindex="0"><table><caption>{{ table.title }}</caption>
-    <tr>{% for cell in table.cells[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr>
-    {% set best = [] if table.square else table.best() %}
-    {% for cells in table.cells[1:] %}{% set i = loop.index0 %}
-      <tr><th scope="row">{{ cells[0] }}</th>
-      {% for cell in cells[1:] %}{% set j = loop.index %}
-        {% set own = table.square and table.cells[0][j] == cells[0] and not loop.last %}
-        {% set x = table.numbers[i][j] if table.square else none %}
-        <td class="{{ "best" if (i, j) in best }}{{ "own" if own }}"
-          {%- if x is not none %} style="--share: {{ x / 100 }}"{% endif %}>{{ cell }}</td>
-      {% endfor %}</tr>
-    {% endfor %}
-  </table></div>
-{% endfor %}
-{% if remarks %}
-  <details class="what"><summary>Answers given, and what was left out</summary>
-    {% for line in remarks %}<p>{{ line }}</p>{% endfor %}</details>
-{% endif %}
-<p class="what">Accuracy, with bars of one deviation. Training, of runs whose log is there: faint as
-  logged, strong the mean over a twentieth of the steps before.</p>
-<input type="radio" name="over" id="step" checked><label for="step">over steps</label>
-<input type="radio" name="over" id="minutes"><label for="minutes">over minutes of training</label>
-<div class="charts">
-{% for chart in charts %}
-  <figure class="{{ chart.unit }}"><svg viewBox="0 0 360 {{ chart.height }}" role="img">
-    <title>{{ chart.title }}</title>
-    {% include "chart" %}
-  </svg><figcaption>
-    {% for name, k, _, _ in chart.lines %}{% if loop.changed(name) %}
-      <span class="of" style="--k: {{ k }}">&#9679; {{ name }}</span>
-    {% endif %}{% endfor %}
-  </figcaption></figure>
-{% endfor %}
-</div>
-
-{% if shown %}
-  <h2>Questions and answers</h2>
-  <form>
-    {% for key, choices in filters.items() %}
-      <label>{{ key }} <select name="{{ key }}"><option value="">any</option>
-        {% for x in choices %}<option value="{{ x }}">{{ x }}</option>{% endfor %}</select></label>
-    {% endfor %}
-    <output name="count"></output> of {{ shown | length }} shown
-  </form>
-{% for answers in shown %}
-  {% set asked = answers.values() | first %}
-  <section data-task="{{ asked.task }}">
-    <img src="{{ image_of(asked) }}" alt="{{ asked.modality }}, the image of {{ asked.id }}">
-    <div>
-      <p class="what">{{ asked.id }}, {{ asked.task }}, {{ asked.modality }}</p>
-      <p><b>{{ asked.question }}</b></p>
-      {% for option in asked.options %}
-        {% set letter = letters[loop.index0] %}
-        <p{% if letter == asked.answer %} class="yes"{% endif %}>{{ letter }}) {{ option }}</p>
-      {% endfor %}
-    </div>
-    {% for name, row in answers.items() %}
-      <div data-model="{{ name }}" class="{{ kinds_of(row) | join(" ") }}">
-        <p><b>{{ name }}</b>{% if row.cut_off %}, cut off at the limit{% endif %}</p>
-        <p class="said" dir="auto">{{ row.completion | truncate(4000, True,
-          " .. (the rest is in completions-*.jsonl)") }}</p>
-        <p class="{{ "yes" if row.acc == 1 else "no" }}">{{ given(row) }}</p>
-        <p class="what">accuracy {{ row.acc }}, format {{ row.fmt }}, consistency {{ row.con }};
-          F: {{ "failed" if row.verdict != row.verdict else row.verdict or "undecided" }}</p>
-        {% set seen, was_cut = visible(row.thought or "") %}
-        {% if was_cut %}
-          <details class="what"><summary>without letters and answer statements, as F sees it
-            (unless --judge_sees raw)</summary><p class="said" dir="auto">{{ seen }}</p></details>
-        {% endif %}
-        {% for sentence in row.false_statements %}
-          <p class="no">Not so in the image: {{ sentence }}</p>
-        {% endfor %}
-      </div>
-    {% endfor %}
-  </section>
-{% endfor %}
-<script>
-const form = document.forms[0];
-form.onchange = () => {
-  const {task, answer, model} = Object.fromEntries(new FormData(form));
-  let wanted = model ? `[data-model="${CSS.escape(model)}"]` : "[data-model]";
-  if (answer) wanted += "." + answer;
-  let count = 0;
-  for (const section of document.querySelectorAll("section")) {
-    section.hidden = task && task != section.dataset.task || !section.querySelector(wanted);
-    count += !section.hidden;
-  }
-  form.elements.count.value = count;
-};
-form.onchange();  // a browser may have kept what was chosen
-</script>
-{% endif %}
-</html>
-"""
-TEMPLATES = jinja2.Environment(loader=jinja2.DictLoader({"page": PAGE, "chart": CHART}),
-                               autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
-class Chart(NamedTuple):
-    """lines: [(name, its number, strokes, dots)], a stroke (class, [(x, y), ..]), a dot (x, y).
-    xs, ys: the ticks, {place: its text}, from end to end of an axis: beyond nothing is drawn."""
-    title: str
-    lines: list
-    xs: dict
-    ys: dict
-    unit: str         # of x
-    left: int = 40    # px, where the texts of ys end
-    height: int = 200
+def chart(title, lines, unit):
+    """{name: [(look, [(x, y), ..]), ..]} -> what CHART draws, with the ticks of both axes. look:
+    "", "raw" (faint), or "dot" from a point to itself. unit: of x."""
+    points = [xy for strokes in lines.values() for _, stroke in strokes for xy in stroke]
+    xs, ys = ticks([0, *(x for x, _ in points)]), ticks([y for _, y in points])
+    return dict(title=title, lines=lines, unit=unit, xs=xs, ys=ys)
 
-    def x(self, value):
-        low, *_, high = self.xs
-        return np.interp(value, (low, high), (self.left, 348)).round(1)
 
-    def y(self, value):
-        low, *_, high = self.ys
-        return np.interp(value, (low, high), (self.height - 34, 24)).round(1)
-
-    def path(self, points):
-        return " ".join(f"{self.x(x)},{self.y(y)}" for x, y in points)
+def place(value, axis, start, end):
+    """px of a value between the first tick of an axis and the last."""
+    low, *_, high = axis
+    return np.interp(value, (low, high), (start, end)).round(1)
 
 
 def ticks(values):
@@ -623,54 +407,174 @@ def steps_of(folder):
 
 
 def curve(points):
-    """[(step, figure), ..] -> strokes and dots: faint, as logged, and strong, the mean over a
-    twentieth of the steps before."""
+    """[(step, figure), ..] -> strokes: as logged, the mean over a twentieth of the steps before,
+    and dots if they are few."""
     x, y = np.array(points, dtype=float).T                           # (n), (n)
     window = np.ones(math.ceil(len(x) / 20))
     mean = np.convolve(y, window)[:len(x)] / np.convolve(y**0, window)[:len(x)]
     some = np.linspace(0, len(x) - 1, min(len(x), POINTS)).astype(int)
     raw, mean = (np.stack([x, line], 1)[some].tolist() for line in (y, mean))
-    return [("raw", raw), ("", mean)], raw if len(raw) <= 20 else []
+    dots = [("dot", [point, point]) for point in raw] if len(raw) <= 20 else []
+    return [("raw", raw), ("", mean), *dots]
 
 
 def curves(runs):
-    """{name: folders of its runs} -> Charts over steps and over minutes for each of CURVES that
-    some of them logged. Of the losses SFT's is shown alone: Con-GRPO's tells little."""
-    logs, charts = [], []
-    for k, (name, folders) in enumerate(runs.items()):
-        logs += [(name, k, steps_of(folder)) for folder in folders]
+    """{name: folders of its runs} -> charts over steps and over minutes of each of CURVES that some
+    of them logged. Of the losses SFT's is shown alone: Con-GRPO's tells little."""
+    logs = {name: list(map(steps_of, folders)) for name, folders in runs.items()}
+    charts = []
     for key, over in product(CURVES, ("step", "minutes")):
-        lines, xs, ys = [], [0], []
-        for name, k, steps in logs:
-            points = [(x[over], x[key]) for x in steps if x.get(key) is not None]
-            if points and (key != "loss" or "reward" not in steps[0]):
-                lines.append((name, k, *curve(points)))
-                xs += [x for x, _ in points]
-                ys += [y for _, y in points]
-        if lines:
-            charts.append(Chart(CURVES[key], lines, ticks(xs), ticks(ys), over))
+        lines = {name: [] for name in runs}
+        for name in runs:
+            for steps in logs[name]:
+                points = [(x[over], x[key]) for x in steps if x.get(key) is not None]
+                if points and (key != "loss" or "reward" not in steps[0]):
+                    lines[name] += curve(points)
+        if any(lines.values()):
+            charts.append(chart(CURVES[key], lines, over))
     return charts
 
+# ---- the page ------------------------------------------------------------------------------------
 
-def accuracy_chart(results):
-    """{name: entry} -> Chart, in %: per task a dot for each name, and to both sides of it a bar of
-    one standard deviation where the name has several runs."""
-    tasks, lines = {}, []
-    for entry in results.values():
-        tasks |= entry["tasks"]
-    tasks = ["overall", *reversed(tasks)]  # from below
-    for k, (name, entry) in enumerate(results.items()):
-        bars, dots = [], []
-        for task, figure in {"overall": entry["overall"], **entry["tasks"]}.items():
-            if figure["mean"] is not None:
-                x, std = 100 * figure["mean"], 100 * figure["std"]
-                y = tasks.index(task) + 0.35 - 0.7 * (k + 0.5) / len(results)
-                bars.append(("", [(x - std, y), (x + std, y)]))
-                dots.append((x, y))
-        lines.append((name, k, bars, dots))
-    ys = {-0.5: "", **dict(enumerate(tasks)), len(tasks) - 0.5: ""}
-    left, height = 12 + 6 * max(map(len, tasks)), 58 + len(tasks) * (12 + 9 * len(lines))
-    return Chart("Accuracy", lines, ticks([0, 100]), ys, "%", left, height)
+CHART = """\
+<text x="4" y="12" font-weight="bold">{{ chart.title }}</text>
+{% for value, text in chart.xs.items() %}{% set x = place(value, chart.xs, 40, 348) %}
+  <polyline class="grid" points="{{ x }},24 {{ x }},166"/>
+  <text x="{{ x }}" y="180" text-anchor="middle">{{ text }}</text>
+{% endfor %}
+{% for value, text in chart.ys.items() %}{% set y = place(value, chart.ys, 166, 24) %}
+  <polyline class="grid" points="40,{{ y }} 348,{{ y }}"/>
+  <text x="35" y="{{ y + 4 }}" text-anchor="end">{{ text }}</text>
+{% endfor %}
+<text x="348" y="194" text-anchor="end">{{ chart.unit }}</text>
+{% for name, strokes in chart.lines.items() %}
+  <g class="of" style="--k: {{ loop.index0 }}"><title>{{ name }}</title>
+  {% for look, points in strokes %}
+    <polyline class="{{ look }}" points="{% for x, y in points %}
+      {{- place(x, chart.xs, 40, 348) }},{{ place(y, chart.ys, 166, 24) }} {% endfor %}"/>
+  {% endfor %}
+  </g>
+{% endfor %}
+"""
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+  style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+{% if renewed %}<meta http-equiv="refresh" content="{{ renewed }}">{% endif %}
+<title>{{ title }}</title>
+<style>
+  :root { color-scheme: light dark; --light: 34% }
+  @media (prefers-color-scheme: dark) { :root { --light: 68% } }
+  body { font: 15px/1.45 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
+    overflow-wrap: anywhere }
+  .scroll { overflow: auto; margin: 1em 0 }
+  caption, th, td { padding: 2px 9px; text-align: right; white-space: pre }
+  caption, th:first-child { text-align: left }
+  caption, .best { font-weight: bold } th[scope=row] { font-weight: normal }
+  td[style] { background: linear-gradient(90deg, transparent calc(var(--mean) - var(--std) - 1px),
+    currentColor 0 calc(var(--mean) + var(--std) + 1px), transparent 0) bottom / 100% 3px no-repeat,
+    hsl(200 70% 45% / calc(.6 * var(--mean))) }
+  .own { outline: 2px solid; outline-offset: -3px }
+  #minutes:checked ~ .charts .step, #step:checked ~ .charts .minutes { display: none }
+  .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21em, 100%), 1fr)) }
+  .of { color: hsl(calc(215 + 137.5 * var(--k)) 65% var(--light)); margin: .3em }
+  svg { margin: .6em; font-size: 11px; fill: currentColor }
+  polyline { fill: none; stroke: currentColor; stroke-width: 1.7 }
+  .raw { opacity: .25; stroke-width: 1 } .grid { opacity: .2; stroke-width: 1 }
+  .dot { stroke-width: 6; stroke-linecap: round }
+  section { display: flex; flex-wrap: wrap; gap: 1.2em; border-top: 1px solid }
+  section p { flex: 1 14em; max-height: 20em; overflow: auto; white-space: pre-wrap;
+    unicode-bidi: plaintext; padding-left: .6em; border-left: 4px solid transparent }
+  .right { border-color: hsl(140 65% var(--light)) } .wrong { border-color: hsl(0 65% 50%) }
+  img { width: 160px; height: max-content; margin: 1em 0 } [hidden] { display: none }
+</style>
+<h1>{{ title }}</h1>
+<p>{{ what }}</p>
+
+{% for title, columns, rows in tables %}
+  <div class="scroll" tabindex="0"><table><caption>{{ title }}</caption>
+    <tr>{% for x in ["model"] + columns %}<th scope="col">{{ x }}</th>{% endfor %}</tr>
+    {% for name, cells in rows.items() %}
+      <tr><th scope="row">{{ name }}</th>
+      {% for text, mean, std, look in cells %}
+        <td class="{{ look }}"{% if mean is not none %}
+          style="--mean: {{ mean }}%; --std: {{ std }}%"{% endif %}>{{ text }}</td>
+      {% endfor %}</tr>
+    {% endfor %}
+  </table></div>
+{% endfor %}
+{% if tables %}<p>A bar: its number between 0 and 100 %, one deviation to both sides.</p>
+{% endif %}
+
+<h2>Training, of runs whose log is there</h2>
+<p>Faint as logged, strong the mean over a twentieth of the steps before.</p>
+{% for name, folders in runs.items() %}
+  <p class="of" style="--k: {{ loop.index0 }}">&#9679; {{ name }}
+    {%- if folders != [name] %}: {{ folders | join(", ") }}{% endif %}</p>
+{% endfor %}
+<input type="radio" name="over" id="step" checked><label for="step">over steps</label>
+<input type="radio" name="over" id="minutes"><label for="minutes">over minutes of training</label>
+<div class="charts">
+{% for chart in charts %}
+  <svg class="{{ chart.unit }}" viewBox="0 0 360 200" role="img"><title>{{ chart.title }}</title>
+    {% include "chart" %}
+  </svg>
+{% endfor %}
+</div>
+
+{% if shown %}
+<h2>Questions and answers</h2>
+<form>
+  {% for key, choices in filters.items() %}
+    <label>{{ key }} <select name="{{ key }}"><option value="">any</option>
+      {% for x in choices %}<option value="{{ x }}">{{ x }}</option>{% endfor %}</select></label>
+  {% endfor %}
+  <output name="count"></output> of {{ shown | length }} shown
+</form>
+{% for answers in shown %}
+  {% set asked = answers.values() | first %}
+  <section data-task="{{ asked.task }}">
+    <img src="{{ image_of(asked) }}" alt="{{ asked.modality }}, the image of {{ asked.id }}">
+    <p>{{ asked.id }}, {{ asked.task }}, {{ asked.modality }}
+
+<b>{{ asked.question }}</b>
+{{ options_text(asked.options) }}right: {{ asked.answer }}</p>
+    {% for name, row in answers.items() %}
+      <p data-model="{{ name }}" class="{{ kinds_of(row) | join(" ") }}"><b>{{ name }}</b>
+{{ row.completion | truncate(4000, True, " .. (the rest is in completions-*.jsonl)") }}
+
+{% if row.cut_off %}cut off at the limit{{ "\n" }}{% endif %}
+read as: {{ given_option(row) }}
+accuracy {{ row.acc }}, format {{ row.fmt }}, consistency {{ row.con }}
+F: {{ "failed" if row.verdict != row.verdict else row.verdict or "undecided" }}
+{% set seen, was_cut = visible_thought(row.thought or "") %}
+{% if was_cut %}F saw (unless --judge_sees raw): {{ seen }}{{ "\n" }}{% endif %}
+{% for x in row.false_statements %}not so in the image: {{ x }}{{ "\n" }}{% endfor %}</p>
+    {% endfor %}
+  </section>
+{% endfor %}
+<script>
+const form = document.forms[0];
+form.onchange = () => {
+  const {task, answer, model} = Object.fromEntries(new FormData(form));
+  let wanted = model ? `[data-model="${CSS.escape(model)}"]` : "[data-model]";
+  if (answer) wanted += "." + answer;
+  let count = 0;
+  for (const section of document.querySelectorAll("section")) {
+    section.hidden = task && task != section.dataset.task || !section.querySelector(wanted);
+    count += !section.hidden;
+  }
+  form.elements.count.value = count;
+};
+form.onchange();  // a browser may have kept what was chosen
+</script>
+{% endif %}
+</html>
+"""
+
+
+KINDS = {  # of answers: their accuracy, or accuracy and consistency
+    "right": (1,), "wrong": (0,), "consistent-but-wrong": (0, 1), "right-but-inconsistent": (1, 0)}
 
 
 def kinds_of(row):
@@ -680,37 +584,44 @@ def kinds_of(row):
 
 
 def examples(rows):
-    """{name: its rows} -> SHOWN questions at most, each {name: its row}: in turn one for each name,
-    task and kind, so that every choice on the page has some. Of a name's several answers to a
-    question the first checkpoint's and seed's is shown."""
-    questions, pools = defaultdict(dict), defaultdict(list)
+    """{name: its rows} -> SHOWN questions at most, each {name: its row}, in a fixed random order:
+    the first of each name, task and kind, so that every choice on the page has some, then the
+    second ones. Of a name's several answers that of its first checkpoint and seed is shown."""
+    questions = defaultdict(dict)
     for name, answers in rows.items():
         for row in answers:
             questions[row["path"], row["id"]].setdefault(name, row)
-    for question in random.Random(0).sample(list(questions), len(questions)):
-        for name, row in questions[question].items():
-            for kind in kinds_of(row):
-                pools[name, row["task"], kind].append(question)
-    chosen = dict.fromkeys(chain(*zip_longest(*pools.values())))  # each once
-    chosen.pop(None, None)  # which stands where a pool is empty
-    return [questions[question] for question in list(chosen)[:SHOWN]]
+    seen, found = Counter(), []
+    for question in random.Random(0).sample(list(questions.values()), len(questions)):
+        kinds = [(name, row["task"], x) for name, row in question.items() for x in kinds_of(row)]
+        if kinds:
+            found.append((min(seen[kind] for kind in kinds), question))
+        seen.update(kinds)
+    found.sort(key=itemgetter(0))
+    return [question for _, question in found[:SHOWN]]
 
 
-def html(title, what, runs, charts, **parts):
-    """The self-contained page -> str. Whatever a model or a file says is escaped."""
-    return TEMPLATES.get_template("page").render(
-        title=title, what=what, runs=runs, charts=charts + curves(runs), letters=data.LETTERS,
-        kinds_of=kinds_of, given=given_option, visible=rewards.visible_thought,
-        image_of=partial(data_url, side=THUMBNAIL, kind="JPEG"), **parts)
+# the pages are self-contained, and whatever a model or a file says is escaped in them
+TEMPLATES = jinja2.Environment(loader=jinja2.DictLoader({"page": PAGE, "chart": CHART}),
+                               autoescape=True, trim_blocks=True, lstrip_blocks=True)
+TEMPLATES.globals |= dict(
+    place=place, given_option=given_option, visible_thought=rewards.visible_thought,
+    options_text=rewards.options_text, kinds_of=kinds_of,
+    image_of=partial(data_url, side=THUMBNAIL, kind="JPEG"))
+page = TEMPLATES.get_template("page").render
 
 
-def page(results, rows, what):
-    """eval.html -> str. results: {name: entry}, rows: {name: its rows}."""
+def write_report(out, results, rows, what, paper=False, matrix=None):
+    """report.md, which is printed too, and eval.html."""
+    found = [*tables(results, paper, matrix), answers_given(results, rows)]
+    text = "\n".join([f"{what}\n", *(markdown(*table) for table in found)])
+    data.write_text(out / "report.md", text)
     runs = {name: entry["checkpoints"] for name, entry in results.items()}
-    tasks = {row["task"] for answers in rows.values() for row in answers}
-    return html("Evaluation", what, runs, [accuracy_chart(results)], tables=tables(results),
-                remarks=remarks(results, rows), shown=examples(rows),
-                filters={"task": sorted(tasks), "answer": KINDS, "model": rows})
+    tasks = sorted({row["task"] for answers in rows.values() for row in answers})
+    data.write_text(out / "eval.html", page(
+        title="Evaluation", what=what, tables=found, runs=runs, charts=curves(runs),
+        shown=examples(rows), filters=dict(task=tasks, answer=KINDS, model=rows)))
+    print(f"\n{text}\n{out}: results.json, report.md, eval.html, completions-*.jsonl")
 
 
 def watch(folders, out):
@@ -720,40 +631,13 @@ def watch(folders, out):
         expect(os.path.isdir(folder), f"--watch {folder}: no such folder, expected a run's")
     out.mkdir(parents=True, exist_ok=True)
     print(f"{out / 'watch.html'}: open it in a browser; Ctrl-C ends this")
+    runs = {folder: [folder] for folder in folders}
     with suppress(KeyboardInterrupt):
         while True:
-            what, runs = f"As of {time.strftime('%X')}.", {folder: [folder] for folder in folders}
-            text = html(", ".join(folders), what, runs, [], renewed=RENEWED)
-            data.write_text(out / "watch.html", text)
+            data.write_text(out / "watch.html", page(
+                title=", ".join(folders), what=f"As of {time.strftime('%X')}.", runs=runs,
+                charts=curves(runs), renewed=RENEWED))
             time.sleep(RENEWED)
-
-
-def write_report(out, results, rows, what):
-    """report.md, which is printed too, and eval.html."""
-    lines = [f"{what}\n", *map(markdown, tables(results))]
-    lines += [f"- {line}" for line in remarks(results, rows)]
-    text = "\n".join(lines) + "\n"
-    data.write_text(out / "report.md", text)
-    data.write_text(out / "eval.html", page(results, rows, what))
-    print(f"\n{text}\n{out}: results.json, report.md, eval.html, completions-*.jsonl")
-
-
-def json_object(path):
-    """What a JSON file holds, {} if there is none; DataError if it is no object."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        found = None
-    expect(isinstance(found, dict), f"{path}: not a JSON object, expected what an earlier run "
-                                    "left: remove it, or name another folder")
-    return found
-
-
-def without_nan(row):
-    """JSON has no nan: null it is."""
-    return {key: None if rewards.failed(value) else value for key, value in row.items()}
 
 # ---- the command line ----------------------------------------------------------------------------
 
@@ -767,10 +651,11 @@ def parse_args(argv):
     for name, least in LEAST.items():
         value = getattr(args, name)
         expect(least <= value < math.inf, f"--{name} {value}: expected at least {least}")
-    expect(len(args.seeds) == 1 or args.temperature > 0,
+    seeds = set(args.seeds)
+    expect(len(seeds) == len(args.seeds) and min(seeds) >= 0 and max(seeds) < 2**32,
+           "--seeds: expected different ones from 0 to 2^32 - 1")
+    expect(len(seeds) == 1 or args.temperature > 0,
            "--seeds needs a --temperature above 0: greedy answers are the same for each")
-    fine = len(set(args.seeds)) == len(args.seeds) and all(0 <= x < 2**32 for x in args.seeds)
-    expect(fine, "--seeds: expected different ones from 0 to 2^32 - 1")
     return args
 
 
@@ -779,17 +664,15 @@ def checkpoints_of(texts):
     checkpoints = {}
     for text in texts:
         name, equals, rest = text.partition("=")
-        paths = rest.split(",")
         if not equals or text.startswith("openai:") or os.path.isdir(text):
-            name, paths = text, [text]
-        elif rest.startswith("openai:"):  # its address and model may hold "=" and ","
-            paths = [rest]
-        for path in paths:
-            served, known = path.startswith("openai:"), SPEC.fullmatch(path)
-            expect(not served or known and ",openai:" not in path, "--ckpt openai:..: expected one "
-                   "openai:BASE_URL#MODEL, the key in OPENAI_API_KEY")
-        expect(name and all(paths), f"--ckpt {text}: expected a checkpoint, or NAME=A,B,..")
-        expect(name not in checkpoints, f"--ckpt: {name} is there twice, expected it once")
+            name = rest = text
+        whole = rest == name or rest.startswith("openai:")  # these may hold a ","
+        paths = [rest] if whole else rest.split(",")
+        served = [path for path in paths if path.startswith("openai:")]
+        expect(all(SPEC.fullmatch(x) and ",openai:" not in x for x in served), "--ckpt openai:..: "
+               "expected one openai:BASE_URL#MODEL, the key in OPENAI_API_KEY")
+        expect(name and all(paths) and name not in checkpoints,
+               f"--ckpt {text}: expected a checkpoint, or NAME=A,B,.., and each name once")
         checkpoints[name] = paths
     return checkpoints
 
@@ -801,31 +684,45 @@ def folder_of(ckpt):
 
 
 def file_names(names, out):
-    """List of --ckpt's names -> {name: its file of completions}; DataError if two had the same."""
+    """--ckpt's names -> {name: its file of completions}; DataError if two had the same."""
     files = {}
     for name in names:
         label = os.path.relpath(name, out) if os.path.isdir(name) else name
         label = re.sub(r"[^\w.]+", "-", label).strip("-.")
         files[name] = out / f"completions-{label}.jsonl"
-    expect(len(set(files.values())) == len(files), f"--ckpt {names}: expected different names")
+    expect(len(set(files.values())) == len(files), f"--ckpt {[*names]}: expected different names")
     return files
 
 
-def thinking_of(ckpt, args):
-    """--thinking, else what the checkpoint's knobs.json tells, else "before"."""
-    path = Path(ckpt, "knobs.json")
-    thinking = args.thinking or json_object(path).get("thinking", "before")
-    expect(thinking in rewards.INSTRUCTIONS, f"{path}: thinking {thinking!r} is not known")
-    return thinking
+def json_object(path):
+    """What a JSON file holds, {} if there is none; DataError if it is no object."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError):
+        raise data.DataError(f"{path}: not a JSON object, expected what an earlier run left: "
+                             "remove it, or name another folder") from None
+
+
+def without_nan(row):
+    """JSON has no nan: null it is."""
+    return {key: None if rewards.failed(value) else value for key, value in row.items()}
 
 
 def questions_of(ckpt, args):
-    """The records that a checkpoint answers: of --data, or of the phantoms beside it."""
+    """The records that a checkpoint answers: of --data, of the phantoms beside it, or --image."""
+    knobs = Path(ckpt, "knobs.json")
+    thinking = args.thinking or json_object(knobs).get("thinking", "before")
+    expect(thinking in rewards.INSTRUCTIONS, f"{knobs}: thinking {thinking!r} is not known")
+    if args.image:
+        item = dict.fromkeys(("task", "modality", "answer", "group"), "")
+        return [item | dict(id="--image", path=args.image, question=args.question,
+                            options=args.options, thinking=thinking)]
     phantoms = folder_of(ckpt) / "phantoms" / "phantoms.jsonl"
     expect(args.data or phantoms.is_file(),
            f"{phantoms} is not there, expected the phantoms, or --data FILE")
-    files, thinking = args.data or phantoms, thinking_of(ckpt, args)
-    records = data.read_records(files, args.split, args.only, thinking)
+    records = data.read_records(args.data or phantoms, args.split, args.only, thinking)
     records = subset(records, args.questions)
     data.check_images(records)
     return records
@@ -852,37 +749,32 @@ def answer(ckpt, records, judge, args, replies):
             score = rewards.score
     rows = []
     for seed in args.seeds:
-        said = ask(temperature=args.temperature, seed=seed)
-        answers = scored(said, records, judge, score, rank == 0 and f"{ckpt}, seed {seed}")
+        said = tqdm(ask(temperature=args.temperature, seed=seed), f"{ckpt}, seed {seed}",
+                    len(records), disable=rank > 0)
+        answers = scored(said, records, judge, score)
         rows += [dict(ckpt=ckpt, seed=seed) | row for row in answers]
     if any(row.get("read_as") == "failed" for row in rows):  # a server's alone
         print(f"{ckpt}: some questions got no reply: {failures(server.usage)}")
     return rows, params
 
 
-def answer_one(checkpoints, args):
-    """--image, --question, --options: print what each checkpoint says, and how it is read."""
-    expect(args.image and args.question, "one question needs --image, --question and --options")
-    data.check_options(args.options)
-    item = dict(id="--image", path=args.image, question=args.question, options=args.options)
-    item |= dict.fromkeys(("task", "modality", "answer", "group"), "")
-    for ckpt in chain(*checkpoints.values()):
-        item["thinking"] = thinking_of(ckpt, args)
-        rows, _ = answer(ckpt, [item], make_judge(), args, Replies())
-        for row in rows:
-            print(f"{ckpt}\n  {row['completion']}\n  read as: {given_option(row)}")
-
-
 def main(argv=None):
     args = parse_args(argv)
-    checkpoints = checkpoints_of(args.ckpt)
     if args.watch:
         return watch(args.watch, Path(args.out or args.watch[0]))
-    if args.image or args.question or args.options:
-        return answer_one(checkpoints, args)
+    checkpoints = checkpoints_of(args.ckpt)
     ckpts = list(chain(*checkpoints.values()))
+    if args.image or args.question or args.options:
+        expect(args.image and args.question, "one question needs --image, --question and --options")
+        data.check_options(args.options)
+        for ckpt in ckpts:
+            rows, _ = answer(ckpt, questions_of(ckpt, args), make_judge(), args, Replies())
+            for row in rows:
+                print(f"{ckpt}\n  {row['completion']}\n  read as: {given_option(row)}")
+        return
+
     out = Path(args.out or folder_of(ckpts[0]))
-    files = file_names(list(checkpoints), out)
+    files = file_names(checkpoints, out)
     replies = Replies(out / "replies.jsonl")
     rank, world, _ = M.setup_devices()  # before a judge is loaded: each process has its own GPU
     judge = make_judge(args.judge, args.judge_sees, cache=replies.file)
@@ -896,17 +788,15 @@ def main(argv=None):
     path = out / "results.json"
     json_object(path)  # if it can't be read, say so now and not after an hour of sampling
 
-    results, rows, before = {}, {}, None
+    results, rows, before = {}, {}, []
     for name, paths in checkpoints.items():
         rows[name] = []
         for ckpt in paths:
             answers, params = answer(ckpt, questions[ckpt][rank::world], judge, args, replies)
             rows[name] += sorted(M.gather(answers), key=itemgetter("seed", "path", "id"))
-        results[name] = summary(rows[name]) | dict(params=params, knobs=vars(args),
-                                                   paper=args.paper, matrix=args.matrix)
-        if before:
-            results[name]["difference"] = difference(rows[before], rows[name])
-        before = name
+        results[name] = summary(rows[name]) | dict(
+            params=params, knobs=vars(args), difference=difference(before, rows[name]))
+        before = rows[name]
         if rank == 0:
             data.write_records(map(without_nan, rows[name]), files[name])
             text = json.dumps(json_object(path) | results, indent=1, ensure_ascii=False)
@@ -916,7 +806,7 @@ def main(argv=None):
     way = f"temperature {args.temperature:g}, seeds {args.seeds}" if args.temperature else "greedy"
     what = f"In %; split {args.split} of {source}; {way}; F: {args.judge}, {args.judge_sees}."
     if rank == 0:
-        write_report(out, results, rows, what)
+        write_report(out, results, rows, what, args.paper, args.matrix)
     M.close_devices()
 
 

@@ -31,12 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import eval as evaluation
 
-HEIGHT, CHARACTER = 210, 5.4                # px, of a chart 360 wide; width of a name's letter
+CHARACTER = 5.4                             # px, width of a name's letter
 STYLE = """
   svg { font: 9px sans-serif }
-  .of { color: hsl(calc(215 + 137.5 * var(--k)) 70% 36%) } circle, .of text { fill: currentColor }
+  .of { color: hsl(calc(215 + 137.5 * var(--k)) 70% 36%) } .of text { fill: currentColor }
   polyline { fill: none; stroke: currentColor; stroke-width: 1.4; stroke-linejoin: round }
   .raw { opacity: .3; stroke-width: .7 } .grid { stroke: #ddd; stroke-width: .5 }
+  .dot { stroke-width: 6; stroke-linecap: round }
 """
 TASKS = ("location", "pathology", "anomaly", "modality")
 PICTURE, COLUMN, LINE = 150, 330, 17        # px: a phantom, a checkpoint's column, a line of text
@@ -44,13 +45,16 @@ PICTURE, COLUMN, LINE = 150, 330, 17        # px: a phantom, a checkpoint's colu
 # ---- charts --------------------------------------------------------------------------------------
 
 def draw(file, chart):
-    """A Chart -> an SVG. The names stand on the right, at the height of their lines' ends."""
-    width = 360 + CHARACTER * max(len(name) for name, *_ in chart.lines)
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {chart.height}">',
+    """A chart of eval.py -> an SVG. The names stand on the right, at the height of their lines'
+    ends: a line is the last of its name's strokes."""
+    width = 360 + CHARACTER * max(map(len, chart["lines"]))
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 200">',
            f'<style>{STYLE}</style><rect width="100%" height="100%" fill="white"/>',
            evaluation.TEMPLATES.get_template("chart").render(chart=chart)]
-    place = 0
-    ends = [(chart.y(strokes[-1][1][-1][1]), name, k) for name, k, strokes, _ in chart.lines]
+    place, ends = 0, []
+    for k, (name, strokes) in enumerate(chart["lines"].items()):
+        _, line = strokes[-1]
+        ends.append((evaluation.place(line[-1][1], chart["ys"], 166, 24), name, k))
     for height, name, k in sorted(ends):
         place = max(height + 3, place + 12)  # below the name above
         svg.append(f'<g class="of" style="--k: {k}"><text x="356" y="{place}">'
@@ -82,18 +86,13 @@ def mean_line(seeds):
 
 def curve(file, arguments):
     """["NAME=A+B,C+D"] -> an SVG."""
-    lines, xs, ys = [], [0], []
-    for k, argument in enumerate(arguments):
+    lines = {}
+    for argument in arguments:
         name, _, runs = argument.rpartition("=")
         seeds = [points_of(run.split("+")) for run in runs.split(",")]
-        for x, y in itertools.chain(*seeds):
-            xs.append(x)
-            ys.append(y)
         pale = [("raw", points) for points in seeds if len(seeds) > 1]
-        lines.append((name, k, [*pale, ("", mean_line(seeds))], []))
-    draw(file, evaluation.Chart("held-out accuracy, %", lines, evaluation.ticks(xs),
-                                evaluation.ticks(ys), "minutes of training, one thread",
-                                height=HEIGHT))
+        lines[name] = [*pale, ("", mean_line(seeds))]
+    draw(file, evaluation.chart("held-out accuracy, %", lines, "minutes of training, one thread"))
 
 
 def lines_with_bars(file, x_title, arguments):
@@ -109,19 +108,19 @@ def lines_with_bars(file, x_title, arguments):
     texts = list(dict.fromkeys(itertools.chain(*figures.values())))
     if all(re.fullmatch(r"[\d.]+", text) for text in texts):
         texts.sort(key=float)
-    lines, ys = [], []
+    lines = {}
     for k, (name, values) in enumerate(figures.items()):
         beside = 0.02 * (k - (len(figures) - 1) / 2)  # so that error bars don't hide each other
-        points, bars = [], []
+        line, lines[name] = [], []
         for x in sorted(values, key=texts.index):
             place, (y, deviation) = texts.index(x) + beside, values[x]
-            points.append((place, y))
-            bars.append(("", [(place, y - deviation), (place, y + deviation)]))
-            ys += [y - deviation, y + deviation]
-        lines.append((name, k, [*bars, ("", points)], points))
-    xs = {-0.3: "", **dict(enumerate(texts)), len(texts) - 0.7: ""}  # a margin on both sides
-    draw(file, evaluation.Chart("accuracy, %", lines, xs, evaluation.ticks(ys), x_title,
-                                height=HEIGHT))
+            line.append((place, y))
+            lines[name] += [("", [(place, y - deviation), (place, y + deviation)]),
+                            ("dot", [(place, y), (place, y)])]
+        lines[name].append(("", line))
+    chart = evaluation.chart("accuracy, %", lines, x_title)
+    chart["xs"] = {-0.3: "", **dict(enumerate(texts)), len(texts) - 0.7: ""}  # with margins
+    draw(file, chart)
 
 # ---- examples ------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,27 @@ ROWS = [  # 3 of 4, 1 of 2 and 0 of 1 right: 4 of 7 overall, where the tasks' me
     row("pathology", "CT", 0, fmt=0.0, given="C")]
 
 
-def cells_of(results):
-    return [table.cells for table in evaluation.tables(results)]
+def texts_of(columns, rows):
+    """A table's texts, line by line."""
+    lines = [[name, *(text for text, *_ in cells)] for name, cells in rows.items()]
+    return [["model", *columns], *lines]
+
+
+def cells_of(results, **shown):
+    return [texts_of(*table) for _, *table in evaluation.tables(results, **shown)]
+
+
+def answers_of(entry, rows):
+    """Of a name: {column of the table of answers: text}."""
+    _, columns, lines = evaluation.answers_given({"x": entry}, {"x": rows})
+    return dict(zip(columns, [text for text, *_ in lines["x"]], strict=True))
+
+
+def page_of(results, rows, what="what"):
+    """eval.html of a report."""
+    with tempfile.TemporaryDirectory() as folder:
+        evaluation.write_report(Path(folder), results, rows, what)
+        return (Path(folder) / "eval.html").read_text()
 
 
 def accuracies(entries):
@@ -109,8 +129,7 @@ def test_rates_and_a_failed_judge():
     assert failed["consistency"]["mean"] is None and failed["judge_failed"] == 1
     table, _ = cells_of({"x": failed | {"params": 1}})
     assert table[1][table[0].index("consistency")] == "-"
-    lines = evaluation.remarks({"x": failed}, {"x": rows})
-    assert "x, left out of consistency, F failed: 1" in lines
+    assert answers_of(failed, rows)["F failed"] == "1"
 
 
 def test_without_thoughts_there_is_no_consistency(world):
@@ -194,11 +213,13 @@ def test_a_name_cannot_break_a_table(world):
     rows = [row(task, "CT", 1, path=world.records[0]["path"])]
     results = {name: evaluation.summary(rows) | {"params": 1}}
     table, _ = cells_of(results)
-    lines = evaluation.markdown(evaluation.Table("title", table)).splitlines()[2:]
+    lines = evaluation.markdown(*evaluation.tables(results)[0]).splitlines()[2:]
     assert len(lines) == 3 and all(len(re.split(r"(?<!\\)\|", x)) == len(table[0]) + 2 for x in lines)
-    page = evaluation.page(results, {name: rows}, "what")
+    page = page_of(results, {name: rows})
     assert f'<th scope="row">{name}</th>' in page and re.search(r"body {[^}]*overflow-wrap: anywhere", page)
-    assert page.count('<th scope="col">') == len(table[0]) + 2 and page.count("<td") == len(table[0])
+    for part in page.split("<table>")[1:]:
+        assert part.count('<th scope="col">') == part.count("<td") + 1
+    assert page.count("<table>") == 3 and page.split("<table>")[1].count("<td") == len(table[0]) - 1
     assert '<th scope="col">two\nlines | &lt;b&gt;</th>' in page
 
 
@@ -206,18 +227,19 @@ def test_answers_given_show_a_collapse():
     """A policy that always says Normal, or always A, is seen by the shares of its answers."""
     rows = [row("anomaly", "CT", 1, given=given) for given in "AAAB"]
     rows.append(row("anomaly", "CT", 0, given=None))
-    lines = evaluation.remarks({"x": evaluation.summary(rows)}, {"x": rows})
-    assert lines == ["x, anomaly, answers given: Normal 60 %, Abnormal 20 %, unreadable 20 %",
-                     "x, letters given: A 60 %, B 20 %, unreadable 20 %"]
+    given = answers_of(evaluation.summary(rows), rows)
+    assert given["anomaly"] == "Normal 60 %,\nAbnormal 20 %,\nunreadable 20 %"
+    assert given["letter"] == "A 60 %,\nB 20 %,\nunreadable 20 %"
     rows = [row("anomaly", "CT", 0, given=given) for given in "ABCD"]
-    assert evaluation.remarks({"x": evaluation.summary(rows)}, {"x": rows})[0].count("%") == 3
+    assert answers_of(evaluation.summary(rows), rows)["anomaly"].count("%") == 3
 
 
 def test_table_1s_columns():
     """The paper's tasks in its order, Med-R1's behind them; "-" where there was no question."""
     ours = evaluation.summary(ROWS) | {"params": 1_100_000}
     theirs = evaluation.summary([row("lesion grading", "Fundus", 1)]) | {"params": 1_100_000}
-    table, modality = cells_of({"a|b": ours, "c": theirs})
+    results = {"a|b": ours, "c": theirs}
+    table, modality = cells_of(results)
     assert table[0] == ["model", "params, M", "anatomy", "anomaly", "location", "modality",
                         "pathology", "lesion grading", "overall", "format", "consistency", "grounding", "n"]
     assert table[1] == ["a|b", "1.1", "-", "75.0", "50.0", "-", "0.0", "-", "57.1", "57.1", "50.0",
@@ -225,7 +247,7 @@ def test_table_1s_columns():
     assert table[2][2:9] == ["-"] * 5 + ["100.0", "100.0"]
     assert modality == [["model", "MRI", "CT", "Fundus"], ["a|b", "100.0", "25.0", "-"],
                         ["c", "-", "-", "100.0"]]
-    lines = evaluation.markdown(evaluation.Table("title", table)).splitlines()[2:]  # the | of a name is escaped
+    lines = evaluation.markdown(*evaluation.tables(results)[0]).splitlines()[2:]  # the | of a name is escaped
     cells = [re.split(r"(?<!\\)\|", line) for line in lines]
     assert len(lines) == 4 and all(len(x) == len(table[0]) + 2 for x in cells)
 
@@ -233,9 +255,9 @@ def test_table_1s_columns():
 def test_the_papers_figures_stand_beside(world):
     """--paper: Table 1's seventeen rows (cells read off the paper again here), under our columns, and beside a row the overall
     accuracy of Tables 2 and 3, where they have its name. Tasks that the paper has not are "-"."""
-    ours = evaluation.summary(ROWS) | {"params": 1e6, "paper": True}
-    other = evaluation.summary([row("lesion grading", "CT", 1)]) | {"params": 1e6, "paper": True}
-    table, _ = cells_of({"Acc-only": ours, "mine": other})
+    ours = evaluation.summary(ROWS) | {"params": 1e6}
+    other = evaluation.summary([row("lesion grading", "CT", 1)]) | {"params": 1e6}
+    table, _ = cells_of({"Acc-only": ours, "mine": other}, paper=True)
     header, first, second, *paper = table
     assert header[2:8] == [*data.TASKS, "lesion grading"] and (first[0], second[0]) == ("Acc-only", "mine")
     assert header[-1] == "overall in the paper" and (first[-1], second[-1]) == ("78.85 ± 1.08", "-")
@@ -250,7 +272,7 @@ def test_the_papers_figures_stand_beside(world):
     for x in rows.values():  # no row has its overall outside of its tasks
         tasks = [float(x[task].split()[0]) for task in data.TASKS]
         assert min(tasks) < float(x["overall"].split()[0]) < max(tasks)
-    assert "(paper)" not in str(cells_of({"a": ours | {"paper": False}}))
+    assert "(paper)" not in str(cells_of({"a": ours}))
 
 
 def test_the_square_of_med_r1():
@@ -260,14 +282,14 @@ def test_the_square_of_med_r1():
     results = {}
     for name, (anomaly, location) in right.items():
         rows = [row("anomaly", "CT", x) for x in anomaly] + [row("location", "CT", x) for x in location]
-        results[name] = evaluation.summary(rows) | {"params": 1, "matrix": "task"}
-    *_, table = evaluation.tables(results)
-    assert table.square and table.cells == [
+        results[name] = evaluation.summary(rows) | {"params": 1}
+    *_, table = evaluation.tables(results, matrix="task")
+    assert texts_of(*table[1:]) == [
         ["model", "anomaly", "location", "mean"], ["anomaly", "100.0", "50.0", "75.0"],
         ["location", "0.0", "100.0", "50.0"], ["start", "50.0", "0.0", "25.0"], ["mean", "50.0", "75.0", "62.5"]]
-    text = evaluation.markdown(table)
+    text = evaluation.markdown(*table)
     assert re.findall(r"\*\*(.*?)\*\*", text) == ["100.0", "100.0"] and "| anomaly | **100.0** | 50.0 |" in text
-    assert "| location | 0.0 | **100.0** |" in text and text.startswith(f"{table.title}\n\n| model |")
+    assert "| location | 0.0 | **100.0** |" in text and text.startswith(f"{table[0]}\n\n| model |")
 
 
 def chain(acc, place="a", con=1.0):
@@ -301,6 +323,11 @@ def test_differences_counted_by_hand():
     assert found["accuracy"] == {"mean": 0.5, "low": 0.0, "high": 1.0}
 
 
+def test_an_image_without_a_value_leaves_the_interval_a_number():
+    """Draws of nothing but such images are left out."""
+    assert evaluation.bootstrap([{"p": [1.0], "q": []}]) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+
+
 def test_differences_stand_in_the_report():
     """Each row minus the one before it, in points; "-" where the questions are others."""
     rows = {"a": chain({"p": (0, 0), "q": (1, 1)}), "b": chain({"p": (1, 1), "q": (1, 1)}), "c": chain({"s": (1,)})}
@@ -310,8 +337,8 @@ def test_differences_stand_in_the_report():
         if before:
             results[name]["difference"] = evaluation.difference(rows[before], answers)
         before = name
-    *_, table = evaluation.tables(results)
-    assert table.cells == [["model", "accuracy", "consistency"], ["a", "-", "-"],
+    *_, table = cells_of(results)
+    assert table == [["model", "accuracy", "consistency"], ["a", "-", "-"],
                            ["b", "+50.0 (+0.0 to +100.0)", "+0.0 (+0.0 to +0.0)"], ["c", "-", "-"]]
 
 
@@ -346,15 +373,13 @@ def test_grounding_is_not_consistency(world, monkeypatch):
              rewards.answer_text(healthy), "<think>Well.</think><answer>A</answer>"]
     script(monkeypatch, world, texts)
     silent = healthy | dict(id="silent", shows=None)
-    rows = evaluation.evaluate(world.net, world.processor, [healthy, ill, silent, healthy], make_judge(), max_new_tokens=99,
-                               progress=False)
+    rows = evaluation.evaluate(world.net, world.processor, [healthy, ill, silent, healthy], make_judge(), max_new_tokens=99)
     assert [r["grounding"] for r in rows[:2]] == [1.0, 0.0] and math.isnan(rows[2]["grounding"])
     assert rows[1]["con"] == 1.0 and rows[1]["false_statements"] == ["There is no lesion", "So the image is Normal"]
     assert rows[2]["false_statements"] == [] and math.isnan(rows[3]["grounding"])
     entry = evaluation.summary([r | dict(ckpt="c", seed=0) for r in rows])
     assert entry["grounding"]["mean"] == entry["grounding_by_task"]["anomaly"]["mean"] == 0.5
-    lines = evaluation.remarks({"x": entry}, {"x": rows})
-    assert "x, left out of grounding, no statement or no truth known: 2" in lines
+    assert answers_of(entry, rows)["no statement\nto ground"] == "2"
 
 
 def test_rows_follow_the_records(world, monkeypatch):
@@ -366,8 +391,7 @@ def test_rows_follow_the_records(world, monkeypatch):
     texts[4] = "Well: " + texts[4]
     texts[5] = "<think>It goes on and on"
     left = script(monkeypatch, world, texts)
-    rows = evaluation.evaluate(world.net, world.processor, records, make_judge(), max_new_tokens=99, batch=3,
-                               progress=False)
+    rows = evaluation.evaluate(world.net, world.processor, records, make_judge(), max_new_tokens=99, batch=3)
     assert not left and [r["id"] for r in rows] == [r["id"] for r in records]
     assert [r["completion"] for r in rows] == texts
     assert [r["given"] for r in rows] == [wrong if i == 2 else None if i == 5 else r["answer"] for i, r in enumerate(records)]
@@ -380,7 +404,7 @@ def test_rows_follow_the_records(world, monkeypatch):
 
 def test_greedy_does_not_depend_on_the_batch(world):
     """Images and questions of several lengths: the padding that a batch brings along must not change an answer."""
-    few = [evaluation.evaluate(world.net, world.processor, world.mixed, make_judge(), max_new_tokens=8, batch=b, progress=False)
+    few = [evaluation.evaluate(world.net, world.processor, world.mixed, make_judge(), max_new_tokens=8, batch=b)
            for b in (1, 2, 5)]
     assert few[0] == few[1] == few[2]
     assert any(r["completion"] for r in few[0])
@@ -391,7 +415,7 @@ def test_seeds_at_a_temperature(world):
     """The same seed gives the same answers, another seed others; greedy ones don't depend on it."""
     def texts(seed, temperature):
         rows = evaluation.evaluate(world.net, world.processor, world.mixed[:2], make_judge(), max_new_tokens=8, seed=seed,
-                                   temperature=temperature, progress=False)
+                                   temperature=temperature)
         return [r["completion"] for r in rows]
     assert texts(0, 1.0) == texts(0, 1.0) != texts(1, 1.0)
     assert texts(0, 0.0) == texts(1, 0.0)
@@ -527,9 +551,9 @@ def test_a_completion_cannot_script_the_page(world, tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
     records = [r | dict(question=evil + r["question"], options=[evil + o for o in r["options"]]) for r in world.records[:4]]
     texts = [evil, f"<think>{evil}</think><answer>A</answer>", f"<think>t</think><answer>{evil}</answer>", "{{ 7 * 7 }}"]
-    rows = [answer | dict(ckpt=evil, path=record["path"], seed=0, cut_off=False, grounding=NAN)
+    rows = [answer | dict(ckpt=evil, path=record["path"], seed=0, cut_off=False, grounding=NAN, false_statements=[])
             for answer, record in zip(rewards.score(texts, records, make_judge()), records, strict=True)]
-    page = evaluation.page({evil: evaluation.summary(rows) | {"params": 1}}, {evil: rows}, evil)
+    page = page_of({evil: evaluation.summary(rows) | {"params": 1}}, {evil: rows}, evil)
     assert page.count("<script") == 1 and "<img src=x" not in page and page.count("<img ") == 4
     assert "&lt;script&gt;alert(1)" in page and "{{ 7 * 7 }}" in page
     assert page.count("alert(1)") == page.count("&lt;script&gt;alert(1)")
@@ -544,11 +568,11 @@ def test_the_page_keeps_two_files_of_the_same_ids_apart(world):
         rows[name] = [row("anomaly", "CT", 1, completion=f"by {name}", **same)]
     results = {name: evaluation.summary(answers) | {"params": 1} for name, answers in rows.items()}
     images = [evaluation.data_url(record, evaluation.THUMBNAIL, kind="JPEG") for record in (one, two)]
-    sections = evaluation.page(results, rows, "what").split("<section")[1:]
+    sections = page_of(results, rows).split("<section")[1:]
     assert [[x in part for x in ("by a", one["question"], images[0])] for part in sections] == [[False] * 3, [True] * 3]
     assert [[x in part for x in ("by b", "Another?", images[1])] for part in sections] == [[True] * 3, [False] * 3]
     both = [answer | dict(ckpt=name) for name in "ab" for answer in rows[name]]
-    page = evaluation.page({"ab": evaluation.summary(both) | {"params": 1}}, {"ab": both}, "what")
+    page = page_of({"ab": evaluation.summary(both) | {"params": 1}}, {"ab": both})
     assert page.count("<img ") == 2
     assert [("by a" in part, "by b" in part) for part in page.split("<img ")[1:]] in ([(True, False), (False, True)],
                                                                                     [(False, True), (True, False)])
@@ -583,7 +607,7 @@ def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
         (["--ckpt", out / "none"], "no such checkpoint"),
         (["--ckpt", tmp_path / "bert"], "another architecture (bert)"),
         (["--ckpt", tmp_path / "nowhere" / "sft"], "is not there, expected the phantoms, or --data"),
-        ([*ok, out / "sft"], "is there twice, expected it once"),
+        ([*ok, out / "sft"], "expected a checkpoint, or NAME=A,B,.., and each name once"),
         ([*ok, "--data", tmp_path / "empty.jsonl"], "holds no records"),
         ([*ok, "--data", tmp_path / "gone.jsonl"], "gone.png is missing"),
         ([*ok, "--split", "val", "--only", "modality=PET"], "no usable record of split 'val' with"),
@@ -638,7 +662,7 @@ def test_evaluating_leaves_the_policy_alone(world):
     world.net.train()
     before = {k: v.clone() for k, v in world.net.state_dict().items()}
     try:
-        evaluation.evaluate(world.net, world.processor, world.mixed[:2], make_judge(), max_new_tokens=2, progress=False)
+        evaluation.evaluate(world.net, world.processor, world.mixed[:2], make_judge(), max_new_tokens=2)
         assert world.net.training
     finally:
         world.net.eval()

@@ -115,7 +115,8 @@ def test_local_checkpoints(made_by, world, tmp_path, monkeypatch):
     rows = [json.loads(x) for x in next((tmp_path / "out").glob("completions-*")).read_text().splitlines()]
     assert [row["given"] for row in rows] == ["A" if made_by is None else None, "A", None]
     assert entry["read_as"] == ({} if made_by else {"last line": 1, "tags": 1, "unreadable": 1})
-    assert ("answers read as" in (tmp_path / "out" / "report.md").read_text()) == (made_by is None)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert ("| last line 1, tags 1, unreadable 1 |" in report) == (made_by is None)
 
 
 # --------------------------------------------------------------------------------------------------------------- the chat server
@@ -191,8 +192,9 @@ def test_ten_manners_through_the_command(chat, monkeypatch, tmp_path, capfd):
     assert entry["consistency"]["mean"] == 2 / 9 and entry["cut_off"] == 1 / 9
     report = (tmp_path / "out" / "report.md").read_text()
     assert re.search(r"^\| Chat \| - \|.* 55\.6 .*\| 10 \|$", report, re.M)
-    assert "answers read as (failed: no reply, in no mean): failed 1, last line 3, option text 1, tags 2, unreadable 3" in report
-    assert "modality, answers given: CT 50 %, unreadable 30 %" in report
+    assert "| read as (failed: no reply) |" in report
+    assert "| failed 1, last line 3, option text 1, tags 2, unreadable 3 |" in report
+    assert "| Chat | CT 50 %, unreadable 30 %, MRI 10 % |" in report
     page = (tmp_path / "out" / "eval.html").read_text()
     assert page.count("<section ") == 9 and "broken" not in page
     calls = [manner for manner, *_ in chat.calls]

@@ -1,7 +1,6 @@
 """eval.html and watch.html: the charts' numbers, what the filters show, and what a hostile completion may not do."""
 import html
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -9,7 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from test_eval import NAN, row, run
+from test_eval import NAN, page_of, row, run
 
 import eval as evaluation
 
@@ -76,19 +75,23 @@ def test_ticks_enclose_any_numbers():
 
 
 def test_a_chart_places_its_points():
-    """The first ticks are at the lower left, the last at the upper right; y rises upwards; what lies beyond is drawn at the end."""
-    chart = evaluation.Chart("t", [], {0: "0", 10: "10"}, {0.5: "a", 1: "b"}, "step")
-    assert (chart.x(0), chart.y(0.5)) == (40, 166) and (chart.x(10), chart.y(1)) == (348, 24)
-    assert chart.path([(5, 0.75), (0, 0.5)]) == "194.0,95.0 40.0,166.0" and chart.path([(12, 0)]) == "348.0,166.0"
+    """Axes enclose the points, x from 0: the first ticks are at the lower left, the last at the upper right, y rises upwards."""
+    chart = evaluation.chart("t", {"a": [("", [(1, 0.5), (10, 1)])], "b": []}, "step")
+    assert list(chart["xs"]) == [0, 2, 4, 6, 8, 10] and list(chart["ys"].values()) == ["0.5", "0.6", "0.7", "0.8", "0.9", "1"]
+    page = evaluation.page(charts=[chart], runs={"a": ["a"], "b": ["b"]})
+    (title, svg), = charts_of(page)
+    assert title == "t" and points_of(svg, "") == [[(70.8, 166), (348, 24)]]
+    assert [(x.get("x"), x.get("y")) for x in svg.iter("text") if x.text == "10"] == [("348.0", "180")]
+    assert [(x.get("x"), x.get("y")) for x in svg.iter("text") if x.text == "0.5"] == [("35", "170.0")]
 
 
 def test_a_curve_is_the_log_and_its_running_mean(tmp_path):
     """40 steps are averaged by twos, each with the one before it; the first stands alone."""
     folder = metrics(tmp_path / "a", 40, reward=lambda s: s % 2)
     chart, minutes = evaluation.curves({"a": [folder]})
-    assert (chart.title, chart.unit, minutes.unit) == ("reward, Eq. (3)", "step", "minutes")
-    [(name, k, [(_, raw), (_, mean)], dots)] = chart.lines
-    assert (name, k, dots) == ("a", 0, [])
+    assert (chart["title"], chart["unit"], minutes["unit"]) == ("reward, Eq. (3)", "step", "minutes")
+    (look, raw), (strong, mean) = chart["lines"]["a"]
+    assert (look, strong) == ("raw", "") and list(chart["lines"]) == ["a"]
     assert raw == [[s, s % 2] for s in range(1, 41)]
     assert mean == [[1, 1]] + [[s, 0.5] for s in range(2, 41)]
 
@@ -97,10 +100,10 @@ def test_a_long_run_is_thinned(tmp_path):
     """Of 5,000 steps POINTS are drawn, the first and the last among them; a short one has its points marked."""
     folders = [metrics(tmp_path / "long", 5000, kl=lambda s: s / 1000), metrics(tmp_path / "short", 3, kl=lambda s: 1.0)]
     chart, _ = evaluation.curves({"a": folders})
-    long, short = chart.lines
-    assert [len(points) for _, points in long[2]] == [evaluation.POINTS] * 2
-    assert long[2][0][1][0] == [1, 0.001] and long[2][0][1][-1] == [5000, 5]
-    assert long[3] == [] and short[3] == [[1, 1], [2, 1], [3, 1]] and long[1] == short[1] == 0
+    (_, raw), (_, mean), *short = chart["lines"]["a"]
+    assert len(raw) == len(mean) == evaluation.POINTS and raw[0] == [1, 0.001] and raw[-1] == [5000, 5]
+    dots = [("dot", [[step, 1], [step, 1]]) for step in (1, 2, 3)]
+    assert short == [("raw", [[1, 1], [2, 1], [3, 1]]), ("", [[1, 1], [2, 1], [3, 1]]), *dots]
 
 
 def test_which_curves_there_are(tmp_path):
@@ -110,11 +113,12 @@ def test_which_curves_there_are(tmp_path):
                              seconds_waiting=lambda s: 30.0, peak_mb_update=float, consistency=lambda s: None)],
             "base": [str(tmp_path / "nothing")]}
     charts = evaluation.curves(runs)
-    titles = {chart.title: [name for name, *_ in chart.lines] for chart in charts}
+    titles = {chart["title"]: [name for name, strokes in chart["lines"].items() if strokes] for chart in charts}
     assert titles == {"reward, Eq. (3)": ["grpo"], "loss, Eq. (1)": ["sft"], "seconds per step": ["sft"], "seconds of sampling": ["grpo"],
                       "seconds waited for the slowest process": ["grpo"]}
-    assert [chart.unit for chart in charts] == ["step", "minutes"] * 5
-    ends = {chart.title: chart.lines[0][3][-1][0] for chart in charts if chart.unit == "minutes"}
+    assert [chart["unit"] for chart in charts] == ["step", "minutes"] * 5 and {tuple(chart["lines"]) for chart in charts} == {tuple(runs)}
+    strokes = {chart["title"]: sum(chart["lines"].values(), []) for chart in charts if chart["unit"] == "minutes"}
+    ends = {title: lines[-1][1][-1][0] for title, lines in strokes.items()}
     assert ends["loss, Eq. (1)"] == pytest.approx(0.5) and ends["reward, Eq. (3)"] == pytest.approx(5)
     assert evaluation.curves({"base": [str(tmp_path / "nothing")]}) == []
 
@@ -125,61 +129,48 @@ def test_a_half_written_line_of_a_log_is_passed_over(tmp_path):
     assert evaluation.steps_of(str(tmp_path)) == [dict(step=1, kl=0.5, seconds=60, minutes=1), dict(step=2, kl=None, minutes=1)]
 
 
-def test_accuracy_chart():
-    """A dot for each task and name at its accuracy, with a bar of one deviation where there are several runs, drawn as far as 100 %."""
-    two = [row("anomaly", "CT", acc, seed=seed) for seed, accs in enumerate(((1, 1), (1, 0))) for acc in accs]
-    rows = {"two": two, "one": [row("location", "CT", 1)]}
-    chart = evaluation.accuracy_chart(entries(rows))
-    (_, _, bars, dots), (_, _, flat, ones) = chart.lines
-    assert [x for x, _ in dots] == [75, 75] and [x for x, _ in ones] == [100, 100]
-    std = 100 * math.sqrt(2) / 4
-    assert [[x for x, _ in bar] for _, bar in bars] == [pytest.approx([75 - std, 75 + std])] * 2 and chart.x(75 + std) == 348
-    assert [[x for x, _ in bar] for _, bar in flat] == [[100, 100]] * 2
-    texts = {y: text for y, text in chart.ys.items() if text}
-    assert list(texts.values()) == ["overall", "location", "anomaly"]
-    assert [texts[round(y)] for _, y in dots] == ["overall", "anomaly"]
-    assert [texts[round(y)] for _, y in ones] == ["overall", "location"]
-
-
 def test_the_pages_charts_have_the_right_points(world, tmp_path):
     """In the page: every line with its number of points, inside the axes, a title for each chart, a name for each colour."""
     folders = [metrics(tmp_path / name, 30, reward=lambda s: 1 / s, held_out_accuracy=lambda s: 0.5) for name in "ab"]
     rows = {"first": answers(world, folders[0]), "second": answers(world, folders[1])}
-    page = evaluation.page(entries(rows), rows, "what")
+    page = page_of(entries(rows), rows)
     charts = charts_of(page)
-    assert [title for title, _ in charts] == ["Accuracy"] + ["reward, Eq. (3)"] * 2 + ["held-out accuracy"] * 2
-    tasks = {r["task"] for r in rows["first"]}
-    assert len(list(charts[0][1].iter("circle"))) == 2 * (1 + len(tasks))
-    for _, svg in charts[1:]:
+    assert [title for title, _ in charts] == ["reward, Eq. (3)"] * 2 + ["held-out accuracy"] * 2
+    for _, svg in charts:
         for look in ("raw", ""):
             lines = points_of(svg, look)
             assert [len(points) for points in lines] == [30, 30]
             assert all(40 <= x <= 348 and 24 <= y <= 166 for points in lines for x, y in points)
         assert [x.find("title").text for x in svg.iter("g")] == ["first", "second"]
-    assert page.count("&#9679; first") == page.count("&#9679; second") == 5
+    assert re.findall('style="--k: (.)">&#9679; (.*?):', page) == [("0", "first"), ("1", "second")]
 
 
 # ------------------------------------------------------------------------------------------------------------------ tables
 
 def test_the_best_of_each_column_and_the_map_are_marked(world, monkeypatch):
     """The largest number of a column is bold, ties too; none where all are equal, nor counts, differences, or the paper's rows,
-    which are of other questions. A square's cells are coloured by their number, and its diagonal is marked."""
-    def of(mean, **more):
-        return dict(mean=mean, runs=1) | more
-    plain = evaluation.grid("Plain", {
-        "x": {"params": "3.0", "a": of(0.095, runs=3, std=0.01), "c": of(1.0), "n": "7"},
+    which are of other questions. Cells are coloured by their number, with a bar of one deviation where there are several runs;
+    a square's diagonal is marked."""
+    def of(mean, std=0.0, runs=1):
+        return dict(mean=mean, runs=runs, std=std)
+    plain = evaluation.table("Plain", {
+        "x": {"params": "3.0", "a": of(0.095, std=0.01, runs=3), "c": of(1.0), "n": "7"},
         "y": {"params": "1.0", "a": of(0.10501), "b": of(0.05), "c": of(1.0), "n": "9"},
         "z": {"a": of(0.10499), "b": dict(mean=0.06, low=0.01, high=0.09), "c": of(1.0)},
         "MedAD-R1 (paper)": {"a": "98.87 ± 0.35"}})
-    assert plain.best() == {(1, 2), (2, 2)}
     square = evaluation.square("modality", {"CT": {"CT": of(0.9), "MRI": None}, "MRI": {"CT": of(0.2), "MRI": of(0.8)}})
-    monkeypatch.setattr(evaluation, "tables", lambda results: [square, plain])
+    monkeypatch.setattr(evaluation, "tables", lambda *_: [square, plain])
     rows = {"a": answers(world, "a", 3)}
-    page = evaluation.page(entries(rows), rows, "what")
-    cells = re.findall(r'<td class="([^"]*)"(?: style="--share: ([\d.]+)")?>([^<]*)</td>', page)
-    assert cells[:9] == [("own", "0.9", "90.0"), ("", "", "-"), ("", "0.9", "90.0"), ("", "0.2", "20.0"), ("own", "0.8", "80.0"),
-                         ("", "0.5", "50.0"), ("", "0.55", "55.0"), ("", "0.8", "80.0"), ("", "0.7", "70.0")]
-    assert [text for look, _, text in cells[9:] if look == "best"] == ["10.5", "10.5"] and not any(share for _, share, _ in cells[9:])
+    page = page_of(entries(rows), rows)
+    cells = re.findall(r'<td class="([^"]*)"(?:\s+style="--mean: ([\d.]+)%; --std: ([\d.]+)%")?>([^<]*)</td>', page)
+    assert [(look, share, text) for look, share, _, text in cells[:9]] == [
+        ("own", "90.0", "90.0"), ("", "", "-"), ("best", "90.0", "90.0"), ("", "20.0", "20.0"), ("own", "80.0", "80.0"),
+        ("", "50.0", "50.0"), ("", "55.0", "55.0"), ("", "80.0", "80.0"), ("", "70.0", "70.0")]
+    plain = cells[9:29]
+    assert [text for look, _, _, text in plain if look == "best"] == ["10.5", "10.5"]
+    marked = [(text, mean, std) for _, mean, std, text in plain if mean]
+    assert marked == [("9.5 ± 1.0", "9.5", "1.0"), ("100.0", "100.0", "0.0"), ("10.5", "10.5", "0.0"), ("100.0", "100.0", "0.0"),
+                      ("5.0", "5.0", "0.0"), ("10.5", "10.5", "0.0"), ("100.0", "100.0", "0.0")]
 
 
 # ---------------------------------------------------------------------------------------------------------------- examples
@@ -216,12 +207,12 @@ def test_what_an_example_tells(world):
     rows[0] |= dict(thought=thought, verdict="B", false_statements=["There is <a> rim."])
     rows[1] |= dict(verdict=NAN, acc=1.0)
     rows[2] |= dict(thought=None, verdict=None, cut_off=True, given=None)
-    page = evaluation.page(entries({"a": rows}), {"a": rows}, "what")
-    parts = {i: part for i, part in re.findall(r'<section.*?<p class="what">(phantom-[\w-]+), (.*?)</section>', page, re.S)}
+    page = page_of(entries({"a": rows}), {"a": rows})
+    parts = {i: part for i, part in re.findall(r'<section.*?<p>(phantom-[\w-]+), (.*?)</section>', page, re.S)}
     told = [parts[r["id"]] for r in rows]
-    assert "F: B" in told[0] and "Not so in the image: There is &lt;a&gt; rim." in told[0]
-    assert re.search(r'raw\)</summary><p class="said" dir="auto">A bright rim.</p>', told[0])
-    assert "F: failed" in told[1] and "<details" not in told[1] and "cut off" not in told[1]
+    assert "F: B" in told[0] and "\nnot so in the image: There is &lt;a&gt; rim." in told[0]
+    assert "\nF saw (unless --judge_sees raw): A bright rim.\n" in told[0]
+    assert "F: failed" in told[1] and "F saw" not in told[1] and "cut off" not in told[1]
     assert "F: undecided" in told[2] and "cut off at the limit" in told[2] and "unreadable" in told[2]
 
 
@@ -229,18 +220,17 @@ def test_a_long_completion_is_cut_and_a_hostile_one_stays_text(world):
     """Markup, a template, text from right to left and 100,000 characters: escaped in every place, and the page stays small."""
     rows = answers(world, EVIL, completion=EVIL + "x" * 100_000, thought=f"{EVIL} B", verdict=EVIL, false_statements=[EVIL])
     rows = [r | dict(id=f"{r['id']}{EVIL}", task=EVIL, modality=EVIL, question=EVIL, options=[EVIL] * 4) for r in rows]
-    page = evaluation.page({EVIL: evaluation.summary(rows) | dict(params=1)}, {EVIL: rows}, EVIL)
+    page = page_of({EVIL: evaluation.summary(rows) | dict(params=1)}, {EVIL: rows}, EVIL)
     assert page.count("<script") == page.count("</script") == page.count("</style") == 1
-    assert page.count("<img ") == page.count("<section") == 60 and "<img src=x" not in page and page.count("</svg") == 1
-    assert "{{ 7 * 7 }}" in page and "49" not in re.sub(r"base64,[^\"]*|\d+\.\d+", "", page).split("</svg>")[-1]
+    assert page.count("<img ") == page.count("<section") == 60 and "<img src=x" not in page and page.count("</svg") == 0
+    assert "{{ 7 * 7 }}" in page and "49" not in re.sub(r"base64,[^\"]*|\d+\.\d+", "", page).split("</style>")[-1]
     assert "(the rest is in completions-*.jsonl)" in page and len(page) < 3e6
-    assert charts_of(page)[0][1].find("g/title").text == EVIL
 
 
 def test_the_page_is_small_and_needs_no_network(world):
     """60 examples of 3 checkpoints: under 3 MB, each image once, and nothing is loaded from elsewhere."""
     rows = {name: answers(world, name, 160) for name in ("base", "sft", "grpo")}
-    page = evaluation.page(entries(rows), rows, "what")
+    page = page_of(entries(rows), rows)
     assert len(page.encode()) < 3e6 and page.count("data:image/jpeg;base64,") == evaluation.SHOWN
     assert "default-src 'none'" in page and not re.search(r"(src|href)=\"(?!data:)|url\(|@import", page)
     assert page.count("by sft") == evaluation.SHOWN
@@ -279,7 +269,7 @@ def test_choices_in_a_browser(world, tmp_path):
         ("model", "", [x for x in both if not x[0]["acc"] and x[0]["con"] or not x[1]["acc"]]),
         ("answer", "right-but-inconsistent", [x for x in both if x[0]["acc"] and not x[0]["con"]]),
         ("model", EVIL, [])]
-    page = evaluation.page(entries(rows), rows, "what")
+    page = page_of(entries(rows), rows)
     choices = json.dumps([(name, value) for name, value, _ in cases]).replace("<", "\\u003c")
     (tmp_path / "eval.html").write_text(page.replace("</html>", DRIVER.replace("CASES", choices)))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
