@@ -67,8 +67,6 @@ class Knob(NamedTuple):
                         f"--{name} {value}: expected a number {expected}")
 
 
-TEXT_TOKENS, TARGET_TOKENS = 200, 256  # of a prompt and a target, where memory is estimated
-
 # The knobs of both stages.
 SHARED = dict(
     data=Knob(str, (), (), "files of records, .jsonl or Med-R1's .json "
@@ -142,41 +140,10 @@ def knobs(table, doc, argv=None):
         for x in value if isinstance(value, tuple | list) else [value]:
             knob.check(name, x)
     if args.print:
-        print(json.dumps(vars(args) | memory_of(args), indent=2))
+        print(json.dumps(vars(args), indent=2))
         raise SystemExit(0)
     args.fixed = {name: getattr(args, name) for name in table if not table[name].may_change}
     return args
-
-
-def memory_gb(net, args, world, **changed):
-    """What a device needs with these knobs, some of them changed, in GB (`paper`: on CUDA)."""
-    k, vision = argparse.Namespace(**vars(args) | changed), net.config.vision_config
-    image = k.max_pixels // (vision.patch_size * vision.spatial_merge_size)**2  # tokens
-    prompt = image + TEXT_TOKENS
-    if "G" in k:
-        G, T, sampled = k.G, k.max_new_tokens, k.batch * k.oversample / k.G / world
-        micro = k.micro_tokens // (prompt + G * T)
-    else:
-        G, T, sampled, micro = 1, TARGET_TOKENS, 0, k.micro_batch
-    micro = max(1, min(micro, k.batch // G // world))
-    needs = M.memory(net, cuda=k.preset == "paper", world=world, lora=k.lora, G=G, T=T,
-                     checkpointing=k.checkpointing, sampled=sampled, micro=micro, image=image,
-                     prompt=prompt)
-    return {part: round(n / 1e9, 1) for part, n in needs.items()}
-
-
-def memory_of(args):
-    """What --print says of memory: the GB a device needs, and the peak with one knob changed."""
-    if args.model is None:
-        return {}
-    net, world = M.without_weights(M.config_of(args.model)), int(os.environ.get("WORLD_SIZE", 1))
-    pass_size = "micro_tokens" if "G" in args else "micro_batch"
-    changes = {"checkpointing": True, "lora": 64, "max_pixels": args.max_pixels // 2, pass_size: 1}
-    peaks = {}
-    for name, value in changes.items():
-        peaks[f"--{name} {value}"] = memory_gb(net, args, world, **{name: value})["peak"]
-    peaks["twice the processes"] = memory_gb(net, args, 2 * world)["peak"]
-    return dict(memory_gb=memory_gb(net, args, world), peak_gb_with=peaks)
 
 
 class Run(contextlib.ExitStack):
