@@ -61,17 +61,15 @@ SHARED = dict(
     data=Knob(str, (), (), "files of records (default: ROOT/phantoms)", may_change=True),
     only=Knob(str, (), (), "train on records with KEY=VALUE, say modality=CT task=anatomy"),
     thinking=Knob(str, "before", "before", "a thought before or after the answer, or none (Med-R1)",
-                  choices=tuple(rewards.INSTRUCTIONS)),
+                  tuple(rewards.INSTRUCTIONS)),
     root=Knob(str, "out", "out", "folder under which everything is written", may_change=True),
     seed=Knob(int, 0, 0, "of phantoms, base, LoRA, order and sampling", most=2**32 - 1),
     weight_decay=Knob(float, 0.0, 0.0, "AdamW's decoupled weight decay"),
     clip=Knob(float, 1.0, 1.0, "gradient norm above which the gradient is scaled down"),
     checkpointing=Knob(bool, False, True, "less memory, more time: layers are computed twice"),
     max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "above which an image shrinks", positive=True),
-    max_steps=Knob(int, 0, 0, "optimiser steps to stop after, 0 = at the run's end; the schedule "
-                   "is the whole run's", may_change=True),
-    eval_every=Knob(int, 0, 0, "optimiser steps between evaluations on held-out questions, "
-                    "0 = never; nothing is selected by them", may_change=True),
+    max_steps=Knob(int, 0, 0, "step to stop at, 0 = the last; same schedule", may_change=True),
+    eval_every=Knob(int, 0, 0, "steps between held-out evaluations, 0 = none", may_change=True),
     eval_questions=Knob(int, 200, 200, "held-out questions per evaluation", may_change=True),
     resume=Knob(bool, False, False, "go on from the last checkpoint in --out", may_change=True))
 KNOBS = dict(
@@ -82,8 +80,7 @@ KNOBS = dict(
     thoughts=Knob(int, 60, 60, "train images that have chains of thought, others answers alone"),
     epochs=Knob(float, 40.0, 2.0, "passes over the questions that have a thought", positive=True),
     batch=Knob(int, 32, 64, "questions per optimiser step over all processes", positive=True),
-    micro_batch=Knob(int, 32, 8, "questions per forward pass on one device: memory depends on "
-                     "it, the result doesn't", positive=True),
+    micro_batch=Knob(int, 32, 8, "questions per forward pass: for memory alone", positive=True),
     lr=Knob(float, 1e-3, 1e-4, "peak learning rate of AdamW", positive=True),
     warmup=Knob(float, 0.03, 0.03, "share of the steps in which lr rises; a cosine to 0 follows"),
     lora=Knob(int, 0, 64, "rank of LoRA on the language model; 0 trains every parameter"),
@@ -140,55 +137,59 @@ class Run(contextlib.ExitStack):
     agreed = False  # whether all processes end early at the same step
 
     def open(self, args, policy, processor, optimizer, rank, keep_adapter=False):
-        """Resume, or move an earlier run aside; heed signals from here on -> steps that are done.
-        """
+        """Resume, or move an earlier run aside; heed signals -> the number of steps done."""
         self.args, self.policy, self.processor, self.optimizer = args, policy, processor, optimizer
         self.rank, self.keep_adapter, self.out = rank, keep_adapter, Path(args.out)
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         if rank == 0:
             self.enter_context(data.locked(self.out))
         # Optimiser steps behind the policy (None inside one) and behind what is saved.
-        self.done = self.saved = self.resume() if args.resume else 0
+        self.done = self.saved = 0
+        logs = self.resume() if args.resume else {}
         seen = M.gather([(self.done, args.fixed)])
         data.expect(seen.count(seen[0]) == len(seen),
-                    f"{self.out}: the processes see different models, questions or checkpoints; "
-                    "machines that share no folder need copies of the same")
+                    f"{self.out}: the processes see different models, questions or checkpoints")
         if rank == 0:
-            logs = [self.out / "metrics.jsonl", self.out / "completions.jsonl"]
-            if not args.resume and logs[0].exists():
+            if not args.resume and (self.out / "metrics.jsonl").exists():
                 print(f"{self.out} held an earlier run: moved to {data.move_aside(self.out)}")
             self.out.mkdir(parents=True, exist_ok=True)
+            for path, text in logs.items():
+                data.write_text(path, text)
             data.write_text(self.out / "knobs.json", json.dumps(vars(args), indent=2))
-            for path in logs:  # the lines behind the checkpoint come again
-                if args.resume and path.exists():
-                    data.write_text(path, lines_until(path, self.done))
         for number in (signal.SIGINT, signal.SIGTERM):
             self.callback(signal.signal, number, signal.signal(number, self.stop))
         self.push(self.end)
         return self.done
 
     def resume(self):
-        """Put back what --out's state.pt holds -> steps that are done. DataError where that can't
-        be read, or is of another run."""
-        path = self.out / "state.pt"
-        data.expect(path.exists(), f"{self.out}: nothing to resume: there is no state.pt")
+        """Put back what --out's state.pt holds -> {log: its text up to there}: later lines come
+        again, and the last may have been cut short by a kill."""
+        logs = {}
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            state = torch.load(self.out / "state.pt", weights_only=True, map_location="cpu",
+                               mmap=True)
             for name, value in state["knobs"].items():
                 given = self.args.fixed.get(name)
                 data.expect(given == value,
                             f"{self.out}: the run to resume had --{name} {value}, not {given}")
-            data.expect(self.trained.keys() == state["trained"].keys(),
-                        f"{path}: the state of another network")
+            data.expect(state["trained"].keys() == self.trained.keys(),
+                        f"{self.out}: state.pt is of another network")
             self.policy.load_state_dict(state["trained"], strict=False)
             self.optimizer.load_state_dict(state["optimizer"])
             if dist.is_initialized():
                 self.optimizer.state.clear()  # a second copy, which nothing reads
-            return int(state["step"])
+            self.done = self.saved = int(state["step"])
+            for path in (self.out / "metrics.jsonl", self.out / "completions.jsonl"):
+                if path.exists():
+                    lines = path.read_text(errors="replace").split("\n")[:-1]
+                    kept = [x for x in lines if json.loads(x)["step"] <= self.done]
+                    logs[path] = "".join(f"{x}\n" for x in kept)
         except data.DataError:
             raise
         except Exception as e:  # torch raises anything on what it hasn't written
-            raise data.DataError(f"{path}: not such a run's state ({type(e).__name__})") from e
+            raise data.DataError(f"{self.out}: nothing to resume: state.pt or a log is missing or "
+                                 f"not such a run's ({type(e).__name__})") from e
+        return logs
 
     def stop(self, number, frame):
         """What a signal does: the run stops when its step is done, at another Ctrl-C at once."""
@@ -268,8 +269,8 @@ class Run(contextlib.ExitStack):
 
 
 def whole_state(optimizer):
-    """The optimiser's state_dict(), of several processes on the first alone. (With the sharded
-    one's own consolidate_state_dict, 13 MB per second, all of a 7B model takes an hour.)"""
+    """The optimiser's state_dict(), of several processes on the first alone. (The sharded one's own
+    consolidate_state_dict, 13 MB per second, takes an hour for a 7B model.)"""
     if not dist.is_initialized():
         return optimizer.state_dict()
     own = tree_map_only(torch.Tensor, torch.Tensor.cpu, optimizer.optim.state_dict())
@@ -282,18 +283,6 @@ def whole_state(optimizer):
     whole = optimizer.state_dict()
     optimizer._all_state_dicts = []  # not kept in memory until the next time
     return whole
-
-
-def lines_until(path, done):
-    """A log's lines up to step `done`. The last may have been cut short by a kill."""
-    kept = []
-    for k, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], 1):
-        try:
-            if json.loads(line)["step"] <= done:
-                kept.append(line + "\n")
-        except (ValueError, TypeError, LookupError):
-            raise data.DataError(f"{path}, line {k}: expected JSON with a step") from None
-    return "".join(kept)
 
 
 def log(folder, **figures):
@@ -323,9 +312,9 @@ def policy_of(args, records, device, rank):
 
 
 def trainable(policy, args):
-    """Make LoRA of rank --lora, or every parameter, trainable -> policy, AdamW on those, which are
-    in fp32. Of several processes each has the moments of its share of the parameters, updates these
-    and sends them to the others (ZeRO, stage 1; README, Devices, says why not FSDP)."""
+    """LoRA of rank --lora, or every parameter, is trained -> policy, AdamW on those, kept in fp32.
+    Of several processes each has the moments of its share of the parameters, updates these and
+    sends them to the others (ZeRO, stage 1; README, Devices, says why not FSDP)."""
     args.fixed["model (digest of its weights)"] = M.weights_digest(policy)
     if args.lora:
         policy = M.add_lora(policy, args.lora, args.seed)
@@ -342,8 +331,7 @@ def trainable(policy, args):
 
 
 def held_out_questions(args):
-    """--eval_questions records of split "val" or, without any, "test"; none without --eval_every.
-    """
+    """With --eval_every, --eval_questions records of split "val" or, without any, "test"."""
     if not args.eval_every:
         return []
     records = data.read_records(args.data, None, args.only, args.thinking)
@@ -375,16 +363,15 @@ LETTER_STEPS = 3000  # at most, of all stages
 WORDING_EVERY = 4  # steps of letters between batches of how thoughts are worded
 EYE_STEPS = 300
 READ_STEPS = 400  # the more, the better the base sees
-LETTER_BATCH, EYE_BATCH, READ_BATCH = 16, 48, 32  # prompts, images, images per step
 BASE_IMAGES = 1500  # phantoms to learn from
 BASE_LR = 1e-3
 LIKENESS = 1.5  # factor on the first keys and queries, see make_base
 
 
 def lesson_batch(processor, lessons, images, place):
-    """n lessons (a prompt, what its answers open with, four answers), the image of each or None ->
-    batch, tokens, mask (n, 4, T), mask of the letters alone, the `place`-th tokens from the end. A
-    prompt's answers don't see each other: none is guessed by elimination."""
+    """n lessons (prompt, what its answers open with, four answers), each with an image or None ->
+    batch, tokens, mask, mask of the letters alone, (n, 4, T) each. Letters are `place` tokens from
+    the end. A prompt's answers don't see each other: none is guessed by elimination."""
     prompts, openings, answers = zip(*lessons, strict=True)
     targets = M.encode_completions(processor, sum(answers, []))  # (4n, 1, T) each
     tokens, mask = (x.view(len(lessons), 4, -1) for x in targets)
@@ -397,12 +384,11 @@ def unfinished(record):
     return record["thought"].removesuffix(f"{rewards.right_option(record)}.")
 
 
-def letter_batch(processor, names, skip, records, full, rng, n=LETTER_BATCH):
-    """A lesson_batch whose answers are an option's name, then its letter: "cystB" or, by turns,
-    "cyst.</think><answer>B", as a short way is found more easily. Options are any of the `names`
-    or, if those are many, by turns a record's own. Up to `skip` positions before the answers stay
-    free: the distance shall not matter. `full`: an answer ends a thought on the record's question.
-    """
+def letter_batch(processor, names, skip, records, full, rng, n=16):
+    """A lesson_batch whose answers are an option's name, then its letter: "cystB", a short way that
+    is found more easily, or "cyst.</think><answer>B". Options are any of `names` or, where those
+    are many, by turns a record's own. Up to `skip` positions before the answers stay free: the
+    distance shall not matter. `full`: an answer ends a thought on the record's question."""
     lessons = []
     for _ in range(n):
         record = rng.choice(records)
@@ -437,8 +423,8 @@ def wording_batch(processor, records, images, rng, n=8):
 
 
 def base_phantoms(seed):
-    """Phantoms of a seed of their own, none in train or test -> images, uint8 (112, 112, 3), their
-    facts (see data.draw_phantom), and the records of all."""
+    """Phantoms that are none of train or test -> images, uint8 (112, 112, 3), their facts (see
+    data.draw_phantom), and the records of all."""
     images, facts, records = [], [], []
     rng, rounds = np.random.default_rng([seed, 1, 1]), defaultdict(list)
     for i in tqdm(range(BASE_IMAGES), desc="base: images", unit="image"):
@@ -500,7 +486,7 @@ def open_eyes(net, images, facts, rng):
     trained = torch.nn.ModuleList([net.model.visual, pair_head, style_head])
     optimizer = AdamW(trained.parameters())
     for k in tqdm(range(EYE_STEPS), desc="base: eyes", unit="step"):
-        chosen = rng.integers(0, len(images), EYE_BATCH)
+        chosen = rng.integers(0, len(images), 48)
         patches, grids = zip(*[images[i] for i in chosen], strict=True)
         seen = net.model.get_image_features(torch.cat(patches), torch.cat(grids)).pooler_output
         seen = torch.stack(list(seen))  # (n, side * side, d)
@@ -510,15 +496,14 @@ def open_eyes(net, images, facts, rng):
 
 
 def learn_to_read(net, processor, records, images, facts, rng):
-    """Say in three words what the eyes see, where every token counts; every other step also
-    wording and letters."""
+    """Say in three words what the eyes see; every other step also wording and letters."""
     optimizer = AdamW(net.parameters())
     captions = {i: f" {data.STYLES[f['style']].split()[-1]} {f['location']}"
                 for i, f in enumerate(facts) if f["lesion"]}  # say " blob Left Upper"
     for k in tqdm(range(READ_STEPS), desc="base: reading", unit="step"):
-        chosen = rng.choice(list(captions), READ_BATCH, replace=False)
+        chosen = rng.choice(list(captions), 32, replace=False)
         tokens, mask = M.encode_completions(processor, [captions[i] for i in chosen])
-        batch = M.tensors(processor, ["See."] * READ_BATCH, [images[i] for i in chosen])
+        batch = M.tensors(processor, ["See."] * len(chosen), [images[i] for i in chosen])
         loss = -3 * M.token_logprobs(net, batch, tokens, mask)[mask].mean()
         if k % 2 == 1:
             batch, tokens, mask, letters = wording_batch(processor, records, images, rng)
@@ -634,8 +619,8 @@ def prepare_tiny(args, rank):
 def sft_loss(logp, mask, tokens_in_batch):
     """Eq. (1): L_SFT = - sum over (I, Q, Y*) of log pi_theta(Y* | I, Q), Y* = (T*, A*).
 
-    logp (N, 1, T) float32 log-probabilities of the target's tokens, mask (N, 1, T). Divided by
-    the global batch's tokens, so that lr does not depend on the batch."""
+    logp, mask (N, 1, T): log-probabilities of the target's tokens. Divided by the global batch's
+    tokens, so that lr does not depend on the batch."""
     return -(logp * mask).sum() / tokens_in_batch
 
 
@@ -657,17 +642,16 @@ def questions(args, rank, world):
     """The questions that have a thought, which are trained on."""
     every = data.read_records(args.data, "train", args.only, args.thinking)
     records = [r for r in every if r["thought"] is not None or args.thinking == "none"]
-    data.expect(records, f"none of the {len(every)} training questions has a thought, which "
-                         "supervised fine-tuning needs (judge.py annotate writes them)")
+    data.expect(records, f"none of the {len(every)} training questions has a thought to learn from "
+                         "(judge.py annotate writes them)")
     if rank == 0 and len(records) < len(every):
         print(f"{len(records)} training questions have a thought; {len(every) - len(records)} "
               "have none and are left to grpo.py")
     for r in records:
         data.expect(rewards.format_reward(rewards.answer_text(r), args.thinking),
                     f"record {r['id']!r}: its thought holds one of the tags {rewards.TAGS}")
-    data.expect(min(args.batch, len(records)) >= world,
-                f"--batch {args.batch}: expected at least one question for each of the {world} "
-                f"processes ({len(records)} questions in all)")
+    data.expect(min(args.batch, len(records)) >= world, f"--batch {args.batch}, {len(records)} "
+                f"questions: expected at least one for each of the {world} processes")
     return records
 
 
@@ -698,8 +682,7 @@ def train(run, argv):
     for step in bar:
         began = time.perf_counter()
 
-        # This step's questions: the same whatever the number of processes, of which each takes
-        # every world-th.
+        # The step's questions, whatever the number of processes: each takes every world-th.
         epoch, place = divmod(step, epoch_steps)
         order = epoch_order(len(records), epoch, args.seed)[place * args.batch:][:args.batch]
         mine = [records[i] for i in order[rank::world]]
