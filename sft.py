@@ -68,8 +68,10 @@ SHARED = dict(
     clip=Knob(float, 1.0, 1.0, "gradient norm above which the gradient is scaled down"),
     checkpointing=Knob(bool, False, True, "less memory, more time: layers are computed twice"),
     max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "above which an image shrinks", positive=True),
-    max_steps=Knob(int, 0, 0, "step to stop at, 0 = the last; same schedule", may_change=True),
-    eval_every=Knob(int, 0, 0, "steps between held-out evaluations, 0 = none", may_change=True),
+    max_steps=Knob(int, 0, 0, "optimiser step to stop at, 0 = the last; the learning rate is that "
+                   "of the whole run", may_change=True),
+    eval_every=Knob(int, 0, 0, "optimiser steps between evaluations on held-out questions, "
+                    "0 = none; nothing is selected by them", may_change=True),
     eval_questions=Knob(int, 200, 200, "held-out questions per evaluation", may_change=True),
     resume=Knob(bool, False, False, "go on from the last checkpoint in --out", may_change=True))
 KNOBS = dict(
