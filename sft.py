@@ -521,7 +521,6 @@ TINY_TEXT = dict(
 TINY_VISION = dict(
     depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128,
     fullatt_block_indexes=[1], initializer_range=0.05)
-TINY_WORDS = 988  # tokens learned at most: every word of the phantoms is one
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
                   "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 TAG_TOKENS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, as in Qwen3
@@ -538,7 +537,7 @@ def build_tiny(texts, names=(), *, image_size, seed=0):
     """A tiny Qwen2.5-VL with random weights, and a byte-level BPE tokenizer trained on `texts` ->
     (model, Processor)."""
     # Each of `names` is one token, where Qwen's own cuts between words: a network this small finds
-    # a name by its first token, and not always learns to tell "Left Upper" from "Left Lower".
+    # a name by its first token, and does not always learn to tell "Left Upper" from "Left Lower".
     longest_first = sorted(names, key=len, reverse=True)
     pieces = [rf" ?{re.escape(name)}(?!\w)" for name in longest_first]
     pieces += [r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+", r"\s+(?!\S)", r"\s+"]
@@ -547,8 +546,8 @@ def build_tiny(texts, names=(), *, image_size, seed=0):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex("|".join(pieces)), "isolated"), to_bytes])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=TINY_WORDS, initial_alphabet=to_bytes.alphabet(), show_progress=False))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(  # every word of the phantoms is a token
+        vocab_size=988, initial_alphabet=to_bytes.alphabet(), show_progress=False))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         padding_side="left", chat_template=CHAT_TEMPLATE)
