@@ -642,63 +642,6 @@ def chosen_logprobs(net, h, y, temperature):
     return torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-# ---- memory --------------------------------------------------------------------------------------
-
-def without_weights(config):
-    """A network of sizes alone, which takes no memory."""
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
-
-
-def memory(net, *, cuda, world, lora, checkpointing, sampled, micro, G, image, prompt, T):
-    """Bytes that a device needs, for `without_weights`' network: the parts, and "peak".
-
-    world processes; `sampled` questions of G completions each are sampled at once on this one (0:
-    sft.py, which has no reference either), `micro` are in a forward pass of the update; prompt and
-    T: tokens of each. Allocator and CUDA itself, a GB or two, come on top."""
-    text, vision = net.config.get_text_config(), net.model.visual.blocks
-    L, D, I = text.num_hidden_layers, text.hidden_size, text.intermediate_size
-    shared = text.num_attention_heads // text.num_key_value_heads
-    K = net.model.language_model.layers[0].self_attn.k_proj.out_features  # a token's keys
-    D_vision = vision[0].norm1.weight.numel()
-    fp = 2 if cuda else 4  # bytes of a number in a matrix product
-
-    policy = add_lora(copy.deepcopy(net), lora) if lora else net
-    sizes = [p.numel() for p in policy.parameters() if p.requires_grad]
-    trained = sum(sizes)
-    out = dict(weights=sum(p.numel() * (4 if p.requires_grad else fp) for p in policy.parameters()),
-               reference=0, rounded_weights=0, gradients=4 * trained,
-               moments=8 * max(trained // world, max(sizes)))  # AdamW's, shared out
-    if sampled and not lora:
-        matrices = sum(m.weight.numel() for m in matrices_of(net))
-        out["reference"] = 4 * (trained - matrices) + fp * matrices
-    if cuda and not lora:
-        out["rounded_weights"] = 2 * trained  # autocast's
-
-    # What a layer of a pass over t tokens keeps for the backward pass.
-    t = micro * (prompt + G * T)
-    layer = t * D * (2 if lora else 4) * 4  # norms, in fp32
-    layer += t * (5 * D + 4 * I + 7 * lora) * fp  # inputs of products, SwiGLU
-    layer += 2 * K * micro * (prompt + G * (prompt + T)) * fp  # keys, values
-    layer += shared * micro * (prompt**2 + G * T * (prompt + T)) * fp  # masks
-    patches = 0 if lora else 4 * image * micro  # 2 x 2 become a token; a frozen tower keeps none
-    block = patches * D_vision * (16 + 18 * fp)
-    kept, again = L * layer + len(vision) * block, 0
-    if checkpointing:  # a layer's input alone
-        kept = L * t * D * (fp if lora else 4) + len(vision) * patches * D_vision * 4
-        again = max(layer, block)
-    logits = 4 * 4 * min(micro * G * T * text.vocab_size, LOGIT_FLOATS)
-    backward = again + t * (3 * I + 2 * D) * fp  # and a layer's gradients
-    out["activations"] = kept + max(logits, backward)
-
-    rows = sampled * G
-    out["cache"] = 2 * (L + 1) * K * rows * (prompt + T) * fp  # one layer is copied
-    out["sampling"] = 6 * 4 * rows * text.vocab_size  # logits and probabilities
-    always = sum(out[part] for part in ("weights", "reference", "rounded_weights", "moments"))
-    update = out["gradients"] + out["activations"]
-    return dict(out, peak=always + max(update, out["cache"] + out["sampling"]))
-
-
 # ---- devices -------------------------------------------------------------------------------------
 
 def setup_devices():

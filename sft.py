@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
@@ -44,56 +45,35 @@ AdamW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.0
 
 
 class Knob(NamedTuple):
-    """A flag of the command line. Numbers are finite and at least 0."""
+    """A flag of the command line."""
     type: type  # bool: --no-.. switches it off
     tiny: object  # its default in this preset; a tuple: several values
     paper: object
     meaning: str  # and unit
     choices: tuple = None
-    positive: bool = False  # 0 is refused
-    most: float = math.inf
+    positive: bool = False  # a number above 0, else of at least 0
+    most: float = 10**12
     may_change: bool = False  # when a run is resumed
 
-    def check(self, name, value):
-        """DataError for a value that is out of range."""
-        if isinstance(value, str):
-            data.expect(value, f"--{name} '': expected a name, or leave the flag out")
-        elif value is not None:
-            fine = value > 0 if self.positive else value >= 0
-            expected = "more than 0" if self.positive else "of at least 0"
-            if self.most < math.inf:
-                expected += f", at most {self.most}"
-            data.expect(fine and value < math.inf and value <= self.most,
-                        f"--{name} {value}: expected a number {expected}")
 
-
-TEXT_TOKENS, TARGET_TOKENS = 200, 256  # of a prompt and a target, where memory is estimated
-
-# The knobs of both stages.
+# The knobs of both stages. `paper`: the values of the paper's section 4.1, where it gives them.
 SHARED = dict(
-    data=Knob(str, (), (), "files of records, .jsonl or Med-R1's .json "
-              "(default: ROOT/phantoms, which sft.py draws)", may_change=True),
+    data=Knob(str, (), (), "files of records (default: ROOT/phantoms)", may_change=True),
     only=Knob(str, (), (), "train on records with KEY=VALUE, say modality=CT task=anatomy"),
     thinking=Knob(str, "before", "before", "a thought before or after the answer, or none (Med-R1)",
-                  choices=tuple(rewards.INSTRUCTIONS)),
+                  tuple(rewards.INSTRUCTIONS)),
     root=Knob(str, "out", "out", "folder under which everything is written", may_change=True),
-    seed=Knob(int, 0, 0, "of phantoms, base, LoRA, the order of the questions and the sampling",
-              most=2**32 - 1),
+    seed=Knob(int, 0, 0, "of phantoms, base, LoRA, order and sampling", most=2**32 - 1),
     weight_decay=Knob(float, 0.0, 0.0, "AdamW's decoupled weight decay"),
     clip=Knob(float, 1.0, 1.0, "gradient norm above which the gradient is scaled down"),
-    checkpointing=Knob(bool, False, True, "compute layers again in the backward pass: "
-                       "less memory, more time"),
-    max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk",
-                    positive=True),
-    max_steps=Knob(int, 0, 0, "optimiser steps after which to stop, 0 = at the run's end; "
-                   "the schedule is the whole run's", may_change=True),
+    checkpointing=Knob(bool, False, True, "less memory, more time: layers are computed twice"),
+    max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "above which an image shrinks", positive=True),
+    max_steps=Knob(int, 0, 0, "optimiser step to stop at, 0 = the last; the learning rate is that "
+                   "of the whole run", may_change=True),
     eval_every=Knob(int, 0, 0, "optimiser steps between evaluations on held-out questions, "
-                    "0 = never; nothing is selected by them", may_change=True),
+                    "0 = none; nothing is selected by them", may_change=True),
     eval_questions=Knob(int, 200, 200, "held-out questions per evaluation", may_change=True),
-    resume=Knob(bool, False, False, "continue the run in --out from its last checkpoint",
-                may_change=True),
-)
-# `paper`: the values of the paper's section 4.1, where it gives them.
+    resume=Knob(bool, False, False, "go on from the last checkpoint in --out", may_change=True))
 KNOBS = dict(
     model=Knob(str, None, None, "folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL "
                "(default: ROOT/tiny-base, made here)", may_change=True),
@@ -102,16 +82,13 @@ KNOBS = dict(
     thoughts=Knob(int, 60, 60, "train images that have chains of thought, others answers alone"),
     epochs=Knob(float, 40.0, 2.0, "passes over the questions that have a thought", positive=True),
     batch=Knob(int, 32, 64, "questions per optimiser step over all processes", positive=True),
-    micro_batch=Knob(int, 32, 8, "questions per forward pass on one device: memory depends on "
-                     "it, the result doesn't", positive=True),
+    micro_batch=Knob(int, 32, 8, "questions per forward pass: for memory alone", positive=True),
     lr=Knob(float, 1e-3, 1e-4, "peak learning rate of AdamW", positive=True),
     warmup=Knob(float, 0.03, 0.03, "share of the steps in which lr rises; a cosine to 0 follows"),
     lora=Knob(int, 0, 64, "rank of LoRA on the language model; 0 trains every parameter"),
-    save_every=Knob(int, 0, 200, "optimiser steps between checkpoints, 0 = at the end alone",
-                    may_change=True),
+    save_every=Knob(int, 0, 200, "steps between checkpoints, 0: one at the end", may_change=True),
     **SHARED)
 
-# ---- knobs and runs, for both stages -------------------------------------------------------------
 
 def knobs(table, doc, argv=None):
     """The command line of a stage -> Namespace: each knob's value, the preset, and `fixed`, the
@@ -126,58 +103,33 @@ def knobs(table, doc, argv=None):
         default = knob.tiny
         if knob.tiny != knob.paper:
             default = f"tiny {knob.tiny}, paper {knob.paper}"
-        parser.add_argument(f"--{name}", help=f"{knob.meaning} [{default}]", **kind)  # else None
+        parser.add_argument(f"--{name}", help=f"{knob.meaning} [{default}]", **kind)
     parser.add_argument("--preset", choices=["tiny", "paper"],
                         help="which defaults (tiny without a model or for a tiny one, else paper)")
-    parser.add_argument("--print", action="store_true", help="print the knobs and stop")
+    parser.add_argument("--print", action="store_true",
+                        help="print the knobs and stop (tests/memory.py: the memory they need)")
     args = parser.parse_args(argv)
     if args.preset is None:
         tiny = args.model is None or M.is_tiny(args.model)
         args.preset = "tiny" if tiny else "paper"
     for name, knob in table.items():
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(knob, args.preset))
         value = getattr(args, name)
-        if value is None:
-            value = getattr(knob, args.preset)
-            setattr(args, name, value)
-        for x in value if isinstance(value, tuple | list) else [value]:
-            knob.check(name, x)
+        for x in value if isinstance(value, list | tuple) else [value]:
+            if knob.type is str:
+                data.expect(x != "", f"--{name} '': expected a name, or leave the flag out")
+            else:
+                least = "above" if knob.positive else "of at least"
+                data.expect(0 <= x <= knob.most and (x > 0 or not knob.positive),
+                            f"--{name} {x}: expected a number {least} 0, at most {knob.most}")
     if args.print:
-        print(json.dumps(vars(args) | memory_of(args), indent=2))
+        print(json.dumps(vars(args), indent=2))
         raise SystemExit(0)
     args.fixed = {name: getattr(args, name) for name in table if not table[name].may_change}
     return args
 
-
-def memory_gb(net, args, world, **changed):
-    """What a device needs with these knobs, some of them changed, in GB (`paper`: on CUDA)."""
-    k, vision = argparse.Namespace(**vars(args) | changed), net.config.vision_config
-    image = k.max_pixels // (vision.patch_size * vision.spatial_merge_size)**2  # tokens
-    prompt = image + TEXT_TOKENS
-    if "G" in k:
-        G, T, sampled = k.G, k.max_new_tokens, k.batch * k.oversample / k.G / world
-        micro = k.micro_tokens // (prompt + G * T)
-    else:
-        G, T, sampled, micro = 1, TARGET_TOKENS, 0, k.micro_batch
-    micro = max(1, min(micro, k.batch // G // world))
-    needs = M.memory(net, cuda=k.preset == "paper", world=world, lora=k.lora, G=G, T=T,
-                     checkpointing=k.checkpointing, sampled=sampled, micro=micro, image=image,
-                     prompt=prompt)
-    return {part: round(n / 1e9, 1) for part, n in needs.items()}
-
-
-def memory_of(args):
-    """What --print says of memory: the GB a device needs, and the peak with one knob changed."""
-    if args.model is None:
-        return {}
-    net, world = M.without_weights(M.config_of(args.model)), int(os.environ.get("WORLD_SIZE", 1))
-    pass_size = "micro_tokens" if "G" in args else "micro_batch"
-    changes = {"checkpointing": True, "lora": 64, "max_pixels": args.max_pixels // 2, pass_size: 1}
-    peaks = {}
-    for name, value in changes.items():
-        peaks[f"--{name} {value}"] = memory_gb(net, args, world, **{name: value})["peak"]
-    peaks["twice the processes"] = memory_gb(net, args, 2 * world)["peak"]
-    return dict(memory_gb=memory_gb(net, args, world), peak_gb_with=peaks)
-
+# ---- a run in its folder, for both stages --------------------------------------------------------
 
 class Run(contextlib.ExitStack):
     """A run in its folder, --out, locked while the run is at work: opened or resumed, and saved now
@@ -187,65 +139,64 @@ class Run(contextlib.ExitStack):
     agreed = False  # whether all processes end early at the same step
 
     def open(self, args, policy, processor, optimizer, rank, keep_adapter=False):
-        """Prepare --out and heed signals -> the number of steps that are done."""
+        """Resume, or move an earlier run aside; heed signals -> the number of steps done."""
         self.args, self.policy, self.processor, self.optimizer = args, policy, processor, optimizer
-        self.rank, self.keep_adapter = rank, keep_adapter
+        self.rank, self.keep_adapter, self.out = rank, keep_adapter, Path(args.out)
+        self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         if rank == 0:
-            self.enter_context(data.locked(args.out))
+            self.enter_context(data.locked(self.out))
         # Optimiser steps behind the policy (None inside one) and behind what is saved.
-        self.done = self.saved = self.resume() if args.resume else 0
+        self.done = self.saved = 0
+        logs = self.resume() if args.resume else {}
         seen = M.gather([(self.done, args.fixed)])
         data.expect(seen.count(seen[0]) == len(seen),
-                    f"{args.out}: the processes see different models, questions or checkpoints; "
-                    "machines that share no folder need copies of the same")
+                    f"{self.out}: the processes see different models, questions or checkpoints")
         if rank == 0:
-            self.prepare_folder()
+            if not args.resume and (self.out / "metrics.jsonl").exists():
+                print(f"{self.out} held an earlier run: moved to {data.move_aside(self.out)}")
+            self.out.mkdir(parents=True, exist_ok=True)
+            for path, text in logs.items():
+                data.write_text(path, text)
+            data.write_text(self.out / "knobs.json", json.dumps(vars(args), indent=2))
         for number in (signal.SIGINT, signal.SIGTERM):
             self.callback(signal.signal, number, signal.signal(number, self.stop))
         self.push(self.end)
         return self.done
 
     def resume(self):
-        """Put back what --out's state.pt holds -> steps that are done. DataError where that can't
-        be read, or is of another run."""
-        out, path = self.args.out, Path(self.args.out, "state.pt")
-        data.expect(path.exists(), f"{out}: nothing to resume: there is no state.pt")
+        """Put back what --out's state.pt holds -> {log: its text up to there}: later lines come
+        again, and the last may have been cut short by a kill."""
+        logs = {}
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            state = torch.load(self.out / "state.pt", weights_only=True, map_location="cpu",
+                               mmap=True)
             for name, value in state["knobs"].items():
                 given = self.args.fixed.get(name)
                 data.expect(given == value,
-                            f"{out}: the run to resume had --{name} {value}, not {given}")
-            data.expect(trained_in(self.policy).keys() == state["trained"].keys(),
-                        f"{path}: the state of another network")
+                            f"{self.out}: the run to resume had --{name} {value}, not {given}")
+            data.expect(state["trained"].keys() == self.trained.keys(),
+                        f"{self.out}: state.pt is of another network")
             self.policy.load_state_dict(state["trained"], strict=False)
             self.optimizer.load_state_dict(state["optimizer"])
             if dist.is_initialized():
                 self.optimizer.state.clear()  # a second copy, which nothing reads
-            return int(state["step"])
+            self.done = self.saved = int(state["step"])
+            for path in (self.out / "metrics.jsonl", self.out / "completions.jsonl"):
+                if path.exists():
+                    lines = path.read_text(errors="replace").split("\n")[:-1]
+                    kept = [x for x in lines if json.loads(x)["step"] <= self.done]
+                    logs[path] = "".join(f"{x}\n" for x in kept)
         except data.DataError:
             raise
         except Exception as e:  # torch raises anything on what it hasn't written
-            raise data.DataError(f"{path}: not such a run's state ({type(e).__name__})") from e
-
-    def prepare_folder(self):
-        """Move an earlier run aside, or drop a resumed one's log lines behind its checkpoint, which
-        come again."""
-        out = Path(self.args.out)
-        logs = out / "metrics.jsonl", out / "completions.jsonl"
-        if not self.args.resume and logs[0].exists():
-            print(f"{out} held an earlier run: moved to {data.move_aside(out)}")
-        out.mkdir(parents=True, exist_ok=True)
-        data.write_text(out / "knobs.json", json.dumps(vars(self.args), indent=2))
-        for path in logs:
-            if self.args.resume and path.exists():
-                data.write_text(path, lines_until(path, self.done))
+            raise data.DataError(f"{self.out}: nothing to resume: state.pt or a log is missing or "
+                                 f"not such a run's ({type(e).__name__})") from e
+        return logs
 
     def stop(self, number, frame):
-        """What a signal does: the run stops when its step is done, at a second Ctrl-C at once."""
-        if self.told and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        """What a signal does: the run stops when its step is done, at another Ctrl-C at once."""
         self.told = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, b"\nstopping when this step is done; Ctrl-C: at once\n")  # print may be at work
 
     def step(self, loss, lr, learn=True):
@@ -287,20 +238,19 @@ class Run(contextlib.ExitStack):
         """Write state and checkpoint, called by all processes; NotFinite where a weight isn't
         finite. There is no random state: order and sampling are functions of seed and step."""
         done, self.done = self.done, None  # not tried again where it fails
-        trained = trained_in(self.policy)
-        if not M.all_finite(trained.values()):
+        if not M.all_finite(self.trained.values()):
             raise M.NotFinite("the weights are no longer finite")
         moments = whole_state(self.optimizer)
         if self.rank == 0:
-            state = dict(trained=trained, optimizer=moments, step=done, knobs=self.args.fixed)
-            path = Path(self.args.out, "state.pt")
+            state = dict(trained=self.trained, optimizer=moments, step=done, knobs=self.args.fixed)
+            path = self.out / "state.pt"
             try:  # given a name, torch hides that the disk is full
                 with data.written_beside(path) as beside, open(beside, "wb") as f:
                     torch.save(state, f)
             except RuntimeError as e:  # torch's own, behind the OSError that says why
                 raise data.DataError(f"{path} can't be written: {e.__context__ or e}") from e
-            with data.naming(self.args.out):
-                M.save(self.policy, self.processor, self.args.out, keep_adapter=self.keep_adapter)
+            with data.naming(self.out):
+                M.save(self.policy, self.processor, self.out, keep_adapter=self.keep_adapter)
         self.done = self.saved = done
 
     def end(self, kind, error, trace):
@@ -313,24 +263,18 @@ class Run(contextlib.ExitStack):
         if not spoilt and not alone and self.done not in (None, self.saved):
             self.save()
         if self.saved and self.rank == 0:
-            tqdm.write(f"{self.args.out}: saved after step {self.saved}, --resume goes on",
+            tqdm.write(f"{self.out}: saved after step {self.saved}, --resume goes on",
                        file=sys.stderr)
         if self.agreed:
             M.meet()  # the other processes wait until it is saved
             M.close_devices()
 
 
-def trained_in(policy):
-    """-> {name: parameter} of those that are trained."""
-    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
-
-
 def whole_state(optimizer):
-    """The optimiser's state_dict(), of several processes on the first alone. (With the sharded
-    one's own consolidate_state_dict, 13 MB per second, all of a 7B model takes an hour.)"""
+    """The optimiser's state_dict(), of several processes on the first alone. (The sharded one's own
+    consolidate_state_dict, 13 MB per second, takes an hour for a 7B model.)"""
     if not dist.is_initialized():
         return optimizer.state_dict()
-    optimizer._sync_param_groups(optimizer.param_groups, optimizer.optim.param_groups)
     own = tree_map_only(torch.Tensor, torch.Tensor.cpu, optimizer.optim.state_dict())
     shards = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     with M.peers():
@@ -341,18 +285,6 @@ def whole_state(optimizer):
     whole = optimizer.state_dict()
     optimizer._all_state_dicts = []  # not kept in memory until the next time
     return whole
-
-
-def lines_until(path, done):
-    """A log's lines up to step `done`. The last may have been cut short by a kill."""
-    kept = []
-    for k, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], 1):
-        try:
-            if json.loads(line)["step"] <= done:
-                kept.append(line + "\n")
-        except (ValueError, TypeError, LookupError):
-            raise data.DataError(f"{path}, line {k}: expected JSON with a step") from None
-    return "".join(kept)
 
 
 def log(folder, **figures):
@@ -367,7 +299,7 @@ def log(folder, **figures):
 
 def policy_of(args, records, device, rank):
     """--model, ready to be trained on the records, whose images and questions are checked ->
-    policy, processor, AdamW on the parameters that are trained, kept in fp32."""
+    policy, processor, AdamW."""
     data.expect(os.path.realpath(args.model) != os.path.realpath(args.out),
                 f"--out {args.out} is the folder of the model itself; name another")
     texts = [{k: v for k, v in r.items() if k != "path"} for r in records]
@@ -382,9 +314,9 @@ def policy_of(args, records, device, rank):
 
 
 def trainable(policy, args):
-    """Make LoRA of rank --lora, or every parameter, trainable -> policy, AdamW on those. Of several
-    processes each has the moments of its share of the parameters, updates these and sends them to
-    the others (ZeRO, stage 1; README, Devices, says why not FSDP)."""
+    """LoRA of rank --lora, or every parameter, is trained -> policy, AdamW on those, kept in fp32.
+    Of several processes each has the moments of its share of the parameters, updates these and
+    sends them to the others (ZeRO, stage 1; README, Devices, says why not FSDP)."""
     args.fixed["model (digest of its weights)"] = M.weights_digest(policy)
     if args.lora:
         policy = M.add_lora(policy, args.lora, args.seed)
@@ -392,76 +324,56 @@ def trainable(policy, args):
         policy.requires_grad_(True)
     if args.checkpointing:
         M.enable_checkpointing(policy)
-    trained, adamw = list(trained_in(policy).values()), AdamW
+    adamw = AdamW
     if dist.is_initialized():
         from torch.distributed.optim import ZeroRedundancyOptimizer  # a second to import
         adamw = functools.partial(ZeroRedundancyOptimizer, optimizer_class=AdamW)
+    trained = [p for p in policy.parameters() if p.requires_grad]
     return policy, adamw(trained, lr=args.lr, weight_decay=args.weight_decay)
 
 
-def learning_rate(step, steps, peak, warmup):
-    """Linear rise over warmup * steps, then a cosine to 0. `step` counts from 0."""
-    rise = max(1, round(warmup * steps))
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def epoch_order(n, epoch, seed):
-    """The order of n questions in an epoch, a function of these numbers alone."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    return torch.randperm(n, generator=generator).tolist()
-
-
 def held_out_questions(args):
-    """--eval_questions records of split "val" or, without any, "test", to evaluate a run on while
-    it goes on."""
+    """With --eval_every, --eval_questions records of split "val" or, without any, "test"."""
     if not args.eval_every:
         return []
     records = data.read_records(args.data, None, args.only, args.thinking)
-    validation = [r for r in records if r["split"] == "val"]
-    held_out = validation or [r for r in records if r["split"] == "test"]
+    held_out = [r for r in records if r["split"] == "val"]
+    held_out = held_out or [r for r in records if r["split"] == "test"]
     data.expect(held_out, f"--eval_every: no held-out questions in {args.data}")
     held_out = evaluation.subset(held_out, args.eval_questions)
     data.check_images(held_out)
     return held_out
 
-# ---- Eq. (1) -------------------------------------------------------------------------------------
 
-def sft_loss(logp, mask, tokens_in_batch):
-    """Eq. (1): L_SFT = - sum over (I, Q, Y*) of log pi_theta(Y* | I, Q), Y* = (T*, A*).
-
-    logp (N, 1, T) float32 log-probabilities of the target's tokens, mask (N, 1, T). Divided by
-    the global batch's tokens, so that lr does not depend on the batch."""
-    return -(logp * mask).sum() / tokens_in_batch
+def held_out_accuracy(policy, processor, records, judge, max_new_tokens):
+    """Greedy accuracy on this process's share of the held-out questions, over all processes."""
+    rows = evaluation.evaluate(policy, processor, records, judge, max_new_tokens=max_new_tokens)
+    right = M.gather([row["acc"] for row in rows])
+    return sum(right) / len(right)
 
 # ---- the tiny base -------------------------------------------------------------------------------
 
 # From think-then-answer targets alone a random network learns neither to name an option by its
 # letter nor to see: the few tokens that matter drown among the others. Real base models can do
-# both; the tiny one is taught letters, then some seeing.
+# both; the tiny one, a Qwen2.5-VL of 1.1 M parameters, is taught letters, then some seeing.
 
 LETTER_STAGES = (  # names to choose from, positions left free before the answers at most
     (4, 0), (8, 0), (16, 0), (32, 0), (100, 0), (100, 8), (100, 16), (100, 32), (100, 64), (100, 0))
 LETTER_OWN = 16  # names from which on half of the prompts have a record's own options
-LETTER_SOLVED = 0.75  # mean probability of the right letter at which the next stage begins
-LETTER_FULL = 0.95  # and at which the last, in full prompts, ends
-LETTER_BATCH = 16  # prompts per step
+LETTER_SOLVED, LETTER_FULL = 0.75, 0.95  # mean p(right letter) that ends a stage, and the last
 LETTER_STEPS = 3000  # at most, of all stages
 WORDING_EVERY = 4  # steps of letters between batches of how thoughts are worded
 EYE_STEPS = 300
-EYE_BATCH = 48  # images per step
 READ_STEPS = 400  # the more, the better the base sees
-READ_BATCH = 32
 BASE_IMAGES = 1500  # phantoms to learn from
 BASE_LR = 1e-3
-LIKENESS = 1.5  # factor on the first keys and queries, see attend_to_the_same
+LIKENESS = 1.5  # factor on the first keys and queries, see make_base
 
 
 def lesson_batch(processor, lessons, images, place):
-    """n lessons (a prompt, what its answers open with, four answers), the image of each or None ->
-    batch, tokens, mask (n, 4, T), mask of the letters alone, the `place`-th tokens from the end. A
-    prompt's answers don't see each other: none is guessed by elimination."""
+    """n lessons (prompt, what its answers open with, four answers), each with an image or None ->
+    batch, tokens, mask, mask of the letters alone, (n, 4, T) each. Letters are `place` tokens from
+    the end. A prompt's answers don't see each other: none is guessed by elimination."""
     prompts, openings, answers = zip(*lessons, strict=True)
     targets = M.encode_completions(processor, sum(answers, []))  # (4n, 1, T) each
     tokens, mask = (x.view(len(lessons), 4, -1) for x in targets)
@@ -474,12 +386,11 @@ def unfinished(record):
     return record["thought"].removesuffix(f"{rewards.right_option(record)}.")
 
 
-def letter_batch(processor, names, skip, records, full, rng, n=LETTER_BATCH):
-    """A lesson_batch whose answers are an option's name, then its letter: "cystB" or, by turns,
-    "cyst.</think><answer>B", as a short way is found more easily. The options are any of `names`
-    or, if those are many, by turns a record's own. Up to `skip` positions before the answers are
-    left free: the distance shall not matter. `full`: the answers end a thought on the record's
-    question."""
+def letter_batch(processor, names, skip, records, full, rng, n=16):
+    """A lesson_batch whose answers are an option's name, then its letter: "cystB", a short way that
+    is found more easily, or "cyst.</think><answer>B". Options are any of `names` or, where those
+    are many, by turns a record's own. Up to `skip` positions before the answers stay free: the
+    distance shall not matter. `full`: an answer ends a thought on the record's question."""
     lessons = []
     for _ in range(n):
         record = rng.choice(records)
@@ -504,18 +415,18 @@ def wording_batch(processor, records, images, rng, n=8):
     thoughts are worded and which letter follows, but nothing of images."""
     lessons = []
     for i in rng.choice(len(records), n):
-        answers = []
-        for option, letter in zip(records[i]["options"], "ABCD", strict=True):
-            variant = dict(thought=f"{unfinished(records[i])}{option}.", answer=letter)
-            answers.append(rewards.answer_text(records[i] | variant))
-        lessons.append((rewards.question_text(records[i]), "", answers))
+        record, answers = records[i], []
+        for option, letter in zip(record["options"], "ABCD", strict=True):
+            thought = f"{unfinished(record)}{option}."
+            answers.append(rewards.answer_text(dict(record, thought=thought, answer=letter)))
+        lessons.append((rewards.question_text(record), "", answers))
     others = [images[i] for i in rng.integers(0, len(images), n)]
     return lesson_batch(processor, lessons, others, place=3)  # letter, </answer>, stop token
 
 
 def base_phantoms(seed):
-    """Phantoms of a seed of their own, none in train or test -> images, uint8 (112, 112, 3), their
-    facts (see data.draw_phantom), and the records of all."""
+    """Phantoms that are none of train or test -> images, uint8 (112, 112, 3), their facts (see
+    data.draw_phantom), and the records of all."""
     images, facts, records = [], [], []
     rng, rounds = np.random.default_rng([seed, 1, 1]), defaultdict(list)
     for i in tqdm(range(BASE_IMAGES), desc="base: images", unit="image"):
@@ -553,10 +464,10 @@ def learn_letters(net, processor, names, records, rng):
         descend(optimizer, loss, k)
         right += 0.1 * (logp.detach().exp().mean().item() - right)  # a running mean
         bar.set_postfix(stage=f"{stage + 1}/{len(LETTER_STAGES)}", right=f"{right:.2f}")
-        if right > (LETTER_FULL if full else LETTER_SOLVED):
-            stage, right = stage + 1, 0.25
-        if stage == len(LETTER_STAGES):
+        if full and right > LETTER_FULL:
             break
+        if not full and right > LETTER_SOLVED:
+            stage, right = stage + 1, 0.25
 
 
 def open_eyes(net, images, facts, rng):
@@ -577,7 +488,7 @@ def open_eyes(net, images, facts, rng):
     trained = torch.nn.ModuleList([net.model.visual, pair_head, style_head])
     optimizer = AdamW(trained.parameters())
     for k in tqdm(range(EYE_STEPS), desc="base: eyes", unit="step"):
-        chosen = rng.integers(0, len(images), EYE_BATCH)
+        chosen = rng.integers(0, len(images), 48)
         patches, grids = zip(*[images[i] for i in chosen], strict=True)
         seen = net.model.get_image_features(torch.cat(patches), torch.cat(grids)).pooler_output
         seen = torch.stack(list(seen))  # (n, side * side, d)
@@ -587,15 +498,14 @@ def open_eyes(net, images, facts, rng):
 
 
 def learn_to_read(net, processor, records, images, facts, rng):
-    """Say in three words what the eyes see, where every token counts; every other step also
-    wording and letters."""
+    """Say in three words what the eyes see; every other step also wording and letters."""
     optimizer = AdamW(net.parameters())
     captions = {i: f" {data.STYLES[f['style']].split()[-1]} {f['location']}"
                 for i, f in enumerate(facts) if f["lesion"]}  # say " blob Left Upper"
     for k in tqdm(range(READ_STEPS), desc="base: reading", unit="step"):
-        chosen = rng.choice(list(captions), READ_BATCH, replace=False)
+        chosen = rng.choice(list(captions), 32, replace=False)
         tokens, mask = M.encode_completions(processor, [captions[i] for i in chosen])
-        batch = M.tensors(processor, ["See."] * READ_BATCH, [images[i] for i in chosen])
+        batch = M.tensors(processor, ["See."] * len(chosen), [images[i] for i in chosen])
         loss = -3 * M.token_logprobs(net, batch, tokens, mask)[mask].mean()
         if k % 2 == 1:
             batch, tokens, mask, letters = wording_batch(processor, records, images, rng)
@@ -604,21 +514,6 @@ def learn_to_read(net, processor, records, images, facts, rng):
         descend(optimizer, loss, k)
 
 
-@torch.no_grad()
-def attend_to_the_same(net):
-    """Start the queries equal to the keys, and both larger: a token then attends to earlier tokens
-    like itself, half of finding an option's name. From the usual start some seeds need three times
-    the steps or never get there (compare Trockman and Kolter 2023, Mimetic Initialization of
-    Self-Attention Layers)."""
-    for layer in net.model.language_model.layers:
-        attention = layer.self_attn
-        k = attention.k_proj.weight.mul_(LIKENESS)
-        k = k.unflatten(0, (-1, attention.head_dim))  # (h, d, D)
-        q = k.repeat_interleave(attention.num_key_value_groups, 0)
-        attention.q_proj.weight.copy_(q.flatten(0, 1))
-
-
-# The tiny Qwen2.5-VL: 1.1 M parameters, the real architecture in small.
 TINY_TEXT = dict(
     hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6, initializer_range=0.05,
@@ -626,28 +521,23 @@ TINY_TEXT = dict(
 TINY_VISION = dict(
     depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128,
     fullatt_block_indexes=[1], initializer_range=0.05)
-TINY_WORDS = 988  # tokens learned at most: every word of the phantoms is one
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
                   "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 TAG_TOKENS = ["<think>", "</think>", "<answer>", "</answer>"]  # one token each, as in Qwen3
 CHAT_TEMPLATE = (  # Qwen2.5-VL's turns, for one image and text
-    "{% for message in messages %}"
-    "<|im_start|>{{ message.role }}\n"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}"
     "{% else %}{% for part in message.content %}"
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def tiny_tokenizer(texts, names):
-    """A byte-level BPE tokenizer trained on `texts`. Each of `names` is one token, where Qwen's own
-    cuts between words: a network this small finds a name by its first token, and does not always
-    learn to tell "Left Upper" from "Left Lower" by the second."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
+def build_tiny(texts, names=(), *, image_size, seed=0):
+    """A tiny Qwen2.5-VL with random weights, and a byte-level BPE tokenizer trained on `texts` ->
+    (model, Processor)."""
+    # Each of `names` is one token, where Qwen's own cuts between words: a network this small finds
+    # a name by its first token, and does not always learn to tell "Left Upper" from "Left Lower".
     longest_first = sorted(names, key=len, reverse=True)
     pieces = [rf" ?{re.escape(name)}(?!\w)" for name in longest_first]
     pieces += [r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+", r"\s+(?!\S)", r"\s+"]
@@ -656,19 +546,14 @@ def tiny_tokenizer(texts, names):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex("|".join(pieces)), "isolated"), to_bytes])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=TINY_WORDS, initial_alphabet=to_bytes.alphabet(), show_progress=False))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(  # every word of the phantoms is a token
+        vocab_size=988, initial_alphabet=to_bytes.alphabet(), show_progress=False))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         padding_side="left", chat_template=CHAT_TEMPLATE)
     tokenizer.add_tokens(SPECIAL_TOKENS, special_tokens=True)
     tokenizer.add_tokens(TAG_TOKENS)
-    return tokenizer
 
-
-def build_tiny(texts, names=(), *, image_size, seed=0):
-    """A tiny Qwen2.5-VL with random weights and its tokenizer -> (model, Processor)."""
-    tokenizer = tiny_tokenizer(texts, names)
     token = tokenizer.convert_tokens_to_ids
     text = dict(TINY_TEXT, vocab_size=len(tokenizer), bos_token_id=None,
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
@@ -693,7 +578,17 @@ def make_base(folder, seed):
     out = processor.image_processor(images=pixels, return_tensors="pt")
     patches, grids = (out[x].chunk(len(pixels)) for x in ("pixel_values", "image_grid_thw"))
     images = list(zip(patches, grids, strict=True))
-    attend_to_the_same(net)
+
+    # Queries start equal to the keys, and both larger: a token then attends to earlier tokens like
+    # itself, half of finding an option's name. From the usual start some seeds need three times the
+    # steps or never get there (compare Trockman and Kolter 2023, Mimetic Initialization).
+    for layer in net.model.language_model.layers:
+        attention = layer.self_attn
+        k = attention.k_proj.weight.data.mul_(LIKENESS)  # (h * d, D)
+        k = k.unflatten(0, (-1, attention.head_dim))
+        q = k.repeat_interleave(attention.num_key_value_groups, 0)  # (H, d, D)
+        attention.q_proj.weight.data.copy_(q.flatten(0, 1))
+
     rng = np.random.default_rng([seed, 2])
     learn_letters(net, processor, rng.permutation(names), records, rng)
     open_eyes(net, images, facts, rng)
@@ -720,13 +615,45 @@ def prepare_tiny(args, rank):
     M.meet()  # the other processes wait here
     return str(base), str(phantoms / "phantoms.jsonl")
 
-# ---- the loop ------------------------------------------------------------------------------------
+# ---- Eq. (1) and the loop ------------------------------------------------------------------------
 
-def held_out_accuracy(policy, processor, records, judge, max_new_tokens):
-    """Greedy accuracy on this process's share of the held-out questions, over all processes."""
-    rows = evaluation.evaluate(policy, processor, records, judge, max_new_tokens=max_new_tokens)
-    right = M.gather([row["acc"] for row in rows])
-    return sum(right) / len(right)
+def sft_loss(logp, mask, tokens_in_batch):
+    """Eq. (1): L_SFT = - sum over (I, Q, Y*) of log pi_theta(Y* | I, Q), Y* = (T*, A*).
+
+    logp, mask (N, 1, T): log-probabilities of the target's tokens. Divided by the global batch's
+    tokens, so that lr does not depend on the batch."""
+    return -(logp * mask).sum() / tokens_in_batch
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear rise over warmup * steps, then a cosine to 0. `step` counts from 0."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def epoch_order(n, epoch, seed):
+    """The order of n questions in an epoch, a function of these numbers alone."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def questions(args, rank, world):
+    """The questions that have a thought, which are trained on."""
+    every = data.read_records(args.data, "train", args.only, args.thinking)
+    records = [r for r in every if r["thought"] is not None or args.thinking == "none"]
+    data.expect(records, f"none of the {len(every)} training questions has a thought to learn from "
+                         "(judge.py annotate writes them)")
+    if rank == 0 and len(records) < len(every):
+        print(f"{len(records)} training questions have a thought; {len(every) - len(records)} "
+              "have none and are left to grpo.py")
+    for r in records:
+        data.expect(rewards.format_reward(rewards.answer_text(r), args.thinking),
+                    f"record {r['id']!r}: its thought holds one of the tags {rewards.TAGS}")
+    data.expect(min(args.batch, len(records)) >= world, f"--batch {args.batch}, {len(records)} "
+                f"questions: expected at least one for each of the {world} processes")
+    return records
 
 
 def main(argv=None):
@@ -741,22 +668,8 @@ def train(run, argv):
     if args.model is None:
         args.model, phantoms = prepare_tiny(args, rank)
         args.data = args.data or [phantoms]
-    data.expect(args.data, "--model was given without --data: name the files of records to "
-                           "train on")
-    every = data.read_records(args.data, "train", args.only, args.thinking)
-    records = [r for r in every if r["thought"] is not None or args.thinking == "none"]
-    data.expect(records, f"none of the {len(every)} training questions has a thought, which "
-                         "supervised fine-tuning needs (judge.py annotate writes them)")
-    if rank == 0 and len(records) < len(every):
-        print(f"{len(records)} training questions have a thought; {len(every) - len(records)} "
-              "have none and are left to grpo.py")
-    for r in records:
-        data.expect(rewards.format_reward(rewards.answer_text(r), args.thinking),
-                    f"record {r['id']!r}: its thought holds one of the tags {rewards.TAGS}")
-    held_out = held_out_questions(args)[rank::world]
-    data.expect(min(args.batch, len(records)) >= world,
-                f"--batch {args.batch}: expected at least one question for each of the {world} "
-                f"processes ({len(records)} questions in all)")
+    data.expect(args.data, "--model was given without --data: name the files of records")
+    records, held_out = questions(args, rank, world), held_out_questions(args)[rank::world]
 
     policy, processor, optimizer = policy_of(args, records, device, rank)
     M.check_texts(processor, records, rewards.answer_text)
@@ -770,8 +683,7 @@ def train(run, argv):
     for step in bar:
         began = time.perf_counter()
 
-        # This step's questions: the same whatever the number of processes, of which each takes
-        # every world-th.
+        # The step's questions, whatever the number of processes: each takes every world-th.
         epoch, place = divmod(step, epoch_steps)
         order = epoch_order(len(records), epoch, args.seed)[place * args.batch:][:args.batch]
         mine = [records[i] for i in order[rank::world]]

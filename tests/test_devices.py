@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import memory
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def needs(net, **knobs):
     usual = dict(cuda=True, world=1, lora=0, checkpointing=False, sampled=4, micro=2, G=8, image=16, prompt=80, T=32)
-    return M.memory(M.without_weights(net.config), **usual | knobs)
+    return memory.memory(memory.without_weights(net.config), **usual | knobs)
 
 
 def test_weights_and_moments_are_counted_to_the_byte(world):
@@ -43,7 +44,7 @@ def test_weights_and_moments_are_counted_to_the_byte(world):
 
 
 def test_what_is_said_to_lessen_memory_does(world):
-    """Each knob that --print names lowers the peak of a network whose activations dominate, and the parts add up to no less."""
+    """Each knob that is named lowers the peak of a network whose activations dominate, and the parts add up to no less."""
     most = needs(world.net, micro=64, prompt=400, image=320)
     for less in (dict(micro=1), dict(checkpointing=True), dict(world=8), dict(prompt=240, image=160), dict(lora=8)):
         assert needs(world.net, **dict(micro=64, prompt=400, image=320) | less)["peak"] < most["peak"], less
@@ -63,14 +64,15 @@ def test_memory_is_what_a_process_measures():
 
 
 @pytest.mark.parametrize("stage", [sft, grpo])
-def test_print_says_what_a_device_needs(stage, world, capsys):
-    """--print beside --model holds the parts and the peak in GB, with each knob that changes it; the output stays JSON."""
-    with pytest.raises(SystemExit):
-        stage.main(["--model", world.folder, "--print", "--preset", "paper", "--micro_batch" if stage is sft else "--micro_tokens", "90000"])
-    said = json.loads(capsys.readouterr().out)
+def test_a_command_line_s_memory(stage, world):
+    """Of a stage's flags with --model: the parts and the peak in GB, and the peak with each knob that changes it."""
+    knobs = ["--preset", "paper", "--micro_batch" if stage is sft else "--micro_tokens", "90000"]
+    said = memory.memory_of(stage, ["--model", world.folder, *knobs])
     assert said["memory_gb"]["peak"] > 0 and len(said["peak_gb_with"]) == 5
     with pytest.raises(data.DataError, match="no such checkpoint"):
-        stage.main(["--model", "/nowhere", "--preset", "paper", "--print"])
+        memory.memory_of(stage, ["--model", "/nowhere", *knobs])
+    with pytest.raises(data.DataError, match="--model"):
+        memory.memory_of(stage, knobs)
 
 
 # --------------------------------------------------------------------------------------------------------- CUDA's arithmetic
