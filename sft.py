@@ -166,16 +166,15 @@ class Run(contextlib.ExitStack):
     def resume(self):
         """Put back what --out's state.pt holds -> {log: its text up to there}: later lines come
         again, and the last may have been cut short by a kill."""
-        logs = {}
+        path, logs = self.out / "state.pt", {}
         try:
-            state = torch.load(self.out / "state.pt", weights_only=True, map_location="cpu",
-                               mmap=True)
+            state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             for name, value in state["knobs"].items():
                 given = self.args.fixed.get(name)
                 data.expect(given == value,
                             f"{self.out}: the run to resume had --{name} {value}, not {given}")
             data.expect(state["trained"].keys() == self.trained.keys(),
-                        f"{self.out}: state.pt is of another network")
+                        f"{path}: the state of another network")
             self.policy.load_state_dict(state["trained"], strict=False)
             self.optimizer.load_state_dict(state["optimizer"])
             if dist.is_initialized():
@@ -189,8 +188,8 @@ class Run(contextlib.ExitStack):
         except data.DataError:
             raise
         except Exception as e:  # torch raises anything on what it hasn't written
-            raise data.DataError(f"{self.out}: nothing to resume: state.pt or a log is missing or "
-                                 f"not such a run's ({type(e).__name__})") from e
+            raise data.DataError(f"{path}: nothing to resume: it is missing, or not such a run's "
+                                 f"({type(e).__name__})") from e
         return logs
 
     def stop(self, number, frame):

@@ -98,7 +98,7 @@ def memory_gb(net, args, world, **changed):
     image = k.max_pixels // (vision.patch_size * vision.spatial_merge_size)**2  # tokens
     prompt = image + TEXT_TOKENS
     if "G" in k:
-        G, T, sampled = k.G, k.max_new_tokens, k.batch * k.oversample / k.G / world
+        G, T, sampled = k.G, k.max_new_tokens, k.batch / k.G / world
         micro = k.micro_tokens // (prompt + G * T)
     else:
         G, T, sampled, micro = 1, TARGET_TOKENS, 0, k.micro_batch
