@@ -166,29 +166,32 @@ class Run(contextlib.ExitStack):
     def resume(self):
         """Put back what --out's state.pt holds -> {log: its text up to there}: later lines come
         again, and the last may have been cut short by a kill."""
-        path, logs = self.out / "state.pt", {}
+        where, logs = self.out / "state.pt", {}
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            state = torch.load(where, weights_only=True, map_location="cpu", mmap=True)
             for name, value in state["knobs"].items():
                 given = self.args.fixed.get(name)
                 data.expect(given == value,
                             f"{self.out}: the run to resume had --{name} {value}, not {given}")
             data.expect(state["trained"].keys() == self.trained.keys(),
-                        f"{path}: the state of another network")
+                        f"{where}: the state of another network")
             self.policy.load_state_dict(state["trained"], strict=False)
             self.optimizer.load_state_dict(state["optimizer"])
             if dist.is_initialized():
                 self.optimizer.state.clear()  # a second copy, which nothing reads
             self.done = self.saved = int(state["step"])
             for path in (self.out / "metrics.jsonl", self.out / "completions.jsonl"):
-                if path.exists():
-                    lines = path.read_text(errors="replace").split("\n")[:-1]
-                    kept = [x for x in lines if json.loads(x)["step"] <= self.done]
-                    logs[path] = "".join(f"{x}\n" for x in kept)
+                if not path.exists():
+                    continue
+                logs[path] = ""
+                for k, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], 1):
+                    where = f"{path}, line {k}"
+                    if json.loads(line)["step"] <= self.done:
+                        logs[path] += f"{line}\n"
         except data.DataError:
             raise
         except Exception as e:  # torch raises anything on what it hasn't written
-            raise data.DataError(f"{path}: nothing to resume: it is missing, or not such a run's "
+            raise data.DataError(f"{where}: missing, or not of a run that can be resumed "
                                  f"({type(e).__name__})") from e
         return logs
 

@@ -324,8 +324,8 @@ def finished(world, tmp_path_factory):
     (lambda out: torch.save(dict(step=3, knobs={}), out / "state.pt"), ("state.pt",)),
     (lambda out: torch.save(state_of(out) | dict(trained={"a": torch.zeros(1)}), out / "state.pt"), ("another network",)),
     (lambda out: torch.save(state_of(out) | dict(optimizer={"state": {}, "param_groups": []}), out / "state.pt"), ("state.pt",)),
-    (lambda out: (out / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n'), ("a log", "JSONDecodeError")),
-    (lambda out: (out / "metrics.jsonl").write_text('[1]\n'), ("a log", "TypeError")),
+    (lambda out: (out / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n'), ("metrics.jsonl, line 2",)),
+    (lambda out: (out / "metrics.jsonl").write_text('[1]\n'), ("metrics.jsonl, line 1",)),
 ], ids=["empty", "cut", "a list", "no weights", "other weights", "other optimizer", "broken line", "no step"])
 def test_a_damaged_run_is_one_sentence(spoil, words, finished, world, tmp_path, capsys):
     """--resume on what no run has written."""
