@@ -475,9 +475,8 @@ def test_what_has_no_verdict_is_left_out_of_the_log(world):
 
 
 def test_a_server_that_is_gone_is_soon_given_up(monkeypatch):
-    """Of 200 thoughts only the first are asked until GIVE_UP failed in a row, each at most twice for being late; the others
-    have no verdict, and it is told why. The next rollout asks again."""
-    monkeypatch.setattr(J, "BACKOFF", 0)
+    """Of 200 thoughts only the first are asked twice, until 8 in a row failed, the others once; it is told why."""
+    monkeypatch.setattr(J, "WAITS", (0, 1e-3, 1e-3))
     monkeypatch.setattr(J, "GIVE_UP", 8)
     asked = []
 
@@ -488,11 +487,8 @@ def test_a_server_that_is_gone_is_soon_given_up(monkeypatch):
     judge = J.make_judge("openai:http://127.0.0.1:1/v1#m", concurrency=4, timeout=7)
     item = dict(question="What?", options=["cyst", "glioma"])
     verdicts = judge([f"thought {i}: cyst" for i in range(200)], [item] * 200)
-    assert all(map(math.isnan, verdicts)) and 16 <= len(asked) <= 2 * (8 + 4)
-    assert judge.usage["timeout, no reply in 7 s"] == len(asked) and "not asked after 8 failures in a row" in judge.usage
-    n = len(asked)
-    judge(["thought: cyst"], [item])
-    assert len(asked) == n + 2
+    assert all(map(math.isnan, verdicts)) and 208 <= len(asked) <= 212
+    assert J.failures(judge.usage) == f"TimeoutError ({len(asked)} times)"
 
 
 def test_a_judge_that_died_is_noticed_before_a_resumed_run_goes_on(world, monkeypatch, tmp_path):
