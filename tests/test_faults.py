@@ -487,7 +487,7 @@ def test_a_server_that_is_gone_is_soon_given_up(monkeypatch):
     judge = J.make_judge("openai:http://127.0.0.1:1/v1#m", concurrency=4, timeout=7)
     item = dict(question="What?", options=["cyst", "glioma"])
     verdicts = judge([f"thought {i}: cyst" for i in range(200)], [item] * 200)
-    assert all(map(math.isnan, verdicts)) and 208 <= len(asked) <= 212
+    assert all(map(math.isnan, verdicts)) and 200 < len(asked) <= 240
     assert J.failures(judge.usage) == f"TimeoutError ({len(asked)} times)"
 
 
