@@ -167,7 +167,7 @@ def test_forty_phantoms_through_the_server(world, box, capsys):
     assert {server.told["described", r["image"]] for r in records} == {1}
     # a stubborn one's third prompt is its second (temperature 0): it is not asked again
     assert all(server.told["written", r["id"]] == (2 if r["id"] in bad else 1) for r in records)
-    assert f"writer: {40 + len(BAD)} calls; failures: no reason told" in said
+    assert f"writer: {40 + len(BAD)} calls; failures: none" in said
     n, first = len(server.calls), (box / "cot.jsonl").read_text()
     assert annotate(box, server) == made and len(server.calls) == n
     assert (box / "cot.jsonl.1").read_text() == first
@@ -224,11 +224,11 @@ def test_decisions_are_applied_to_the_thoughts_that_were_read(world, box, capsys
 EVIL = "<script>document.title='owned'</script><img src=x onerror=alert(1)>\"'&"
 
 
-def test_the_page_escapes_what_models_say(world, tmp_path):
+def test_the_page_escapes_what_models_say(world):
     """Thoughts, descriptions, questions and ids are text on the page, and it loads nothing from elsewhere."""
     r = world.records[0] | dict(thought=EVIL, id=EVIL, question=EVIL, options=[EVIL, "b"], modality=EVIL)
-    J.review([r], {r["image"]: EVIL}, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
+    page = J.PAGE.render(records=[r], described={r["image"]: [EVIL, False]}, image_of=J.data_url, key_of=J.key_of,
+                         options_text=J.options_text)
     assert page.count("<script") == 1 and page.count("<img") == 1 and "onerror=alert(1)>" not in page
     assert not re.search(r"""(?:src|href)="(?!data:)|url\(|@import""", page)
 
