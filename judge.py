@@ -125,9 +125,8 @@ def make_judge(spec="lexical", sees="cut", *, reference=None, **limits):
 
 
 def local_evaluator(spec, name, device, reference):
-    """-> letter(thought, item), the likeliest of the item's letters. The reference, and any
-    checkpoint made here (it has a knobs.json), is asked as it was taught: the question, then the
-    thought up to the letter."""
+    """-> letter(thought, item), the likeliest of the item's letters. The reference, or a checkpoint
+    made here (it has a knobs.json), is asked as it was taught: question, thought, letter."""
     one_at_a_time, safe = threading.Lock(), dict(trust_remote_code=False)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -144,8 +143,7 @@ def local_evaluator(spec, name, device, reference):
         expect(tokenizer.chat_template, "it has no chat template")
     except Exception as e:  # transformers raises anything on a folder that isn't a checkpoint
         raise DataError(f"judge {spec!r} can't be loaded: {e}".splitlines()[0]) from e
-    rows = tokenizer(list(LETTERS), add_special_tokens=False)["input_ids"]
-    tokens = [row[-1] for row in rows]  # of each letter
+    tokens = [row[-1] for row in tokenizer(list(LETTERS), add_special_tokens=False)["input_ids"]]
 
     def letter(thought, item):
         asked, opening = judge_prompt(thought, item), ""
@@ -167,7 +165,7 @@ def local_evaluator(spec, name, device, reference):
 
 WAITS = (0, 1, 2, 4, 8, 16)  # s before each try of a request, about
 FINAL = re.compile("HTTP (?!408|429)[34]")  # not tried again: it would be the same
-GIVE_UP = 32  # failures in a row after which a request is tried but once
+GIVE_UP = 32  # questions in a row without a reply: that ends an evaluation
 
 
 def failures(usage):
@@ -187,9 +185,8 @@ def data_url(record, side=math.inf, max_pixels=math.inf, kind="PNG"):
 
 class Server:
     """A chat server, as F, as an annotator or under test: `concurrency` requests at a time, of at
-    most `timeout` s; its replies are kept in the file `cache`. usage: what became of each try,
-    "call" or why it failed: a status or an exception's name, never a text, which may hold the key.
-    """
+    most `timeout` s; replies are kept in the file `cache`. usage: what became of each try, "call"
+    or why it failed: a status or an exception's name, never a text, which may hold the key."""
 
     def __init__(self, spec, cache=os.devnull, max_tokens=512, timeout=60.0, concurrency=32):
         kind, url, model = parse_spec(spec)
@@ -207,7 +204,6 @@ class Server:
         key = os.environ.get(own, os.environ.get("OPENAI_API_KEY", "")).strip()
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
-        self.failed = 0  # requests in a row
         self.threads = ThreadPool(concurrency)
         # In others, which can be given up: a socket's own limit begins anew with each byte.
         self.requests = ThreadPool(concurrency)
@@ -215,8 +211,10 @@ class Server:
     def letter(self, thought, item):
         """As F: -> letter, None or nan."""
         reply, _ = self.ask(judge_prompt(thought, item))
-        if failed(reply) or fold(reply) == "none":
-            return reply if failed(reply) else None
+        if failed(reply):
+            return reply
+        if fold(reply) == "none":
+            return None
         letter = rewards.answer_letter(reply, item["options"])
         if not letter:
             self.usage.append("a reply that is no letter")
@@ -228,10 +226,11 @@ class Server:
             image = data_url(record, max_pixels=max_pixels)
             return self.ask(rewards.question_text(record), image, **knobs)
 
-        self.failed = 0
+        lost = 0
         for reply in self.threads.imap(ask, records):
-            expect(self.failed < min(GIVE_UP, len(records)),
-                   f"{self.spec}: {self.failed} times in a row no reply: {failures(self.usage)}")
+            lost = lost + 1 if failed(reply[0]) else 0
+            expect(lost < min(GIVE_UP, len(records)),
+                   f"{self.spec}: no reply to {lost} questions in a row: {failures(self.usage)}")
             yield reply
 
     def ask(self, text, image=None, **knobs):
@@ -255,7 +254,7 @@ class Server:
         """-> (reply, cut_off), or (nan, nan) where none came; never raises. It is tried again, at a
         random moment, after 408, 429, 5xx, a cut connection or broken JSON, for two timeouts."""
         end = time.monotonic() + 2 * self.timeout
-        for wait in WAITS[:1] if self.failed >= GIVE_UP else WAITS:
+        for wait in WAITS:
             time.sleep(wait * random.uniform(0.5, 1.5))
             try:
                 status, reply = self.requests.apply_async(self.post, [body]).get(self.timeout)
@@ -264,14 +263,12 @@ class Server:
                     choice = json.loads(reply)["choices"][0]
                     text = str(choice["message"].get("content") or "")
                     self.usage.append("call")
-                    self.failed = 0
                     return text, choice.get("finish_reason") == "length"
             except Exception as e:  # a cut connection, a reply of another shape
                 why = type(e).__name__
             self.usage.append(why)
             if FINAL.match(why) or time.monotonic() > end:
                 break
-        self.failed += 1  # if threads lose a count, that does no harm
         return math.nan, math.nan
 
     def post(self, body):

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import faults
@@ -474,21 +475,20 @@ def test_what_has_no_verdict_is_left_out_of_the_log(world):
     assert silent["reward"] == pytest.approx(0.875) and silent["judge_failed"] == 0
 
 
-def test_a_server_that_is_gone_is_soon_given_up(monkeypatch):
-    """Of 200 thoughts only the first are asked twice, until 8 in a row failed, the others once; it is told why."""
+def test_a_server_that_hangs_is_tried_twice(monkeypatch):
+    """What gets no reply for two timeouts has no verdict, and it is told why."""
     monkeypatch.setattr(J, "WAITS", (0, 1e-3, 1e-3))
-    monkeypatch.setattr(J, "GIVE_UP", 8)
     asked = []
 
     def hangs(self, body):
         asked.append(body)
+        time.sleep(self.timeout)
         raise TimeoutError
     monkeypatch.setattr(J.Server, "post", hangs)
-    judge = J.make_judge("openai:http://127.0.0.1:1/v1#m", concurrency=4, timeout=7)
+    judge = J.make_judge("openai:http://127.0.0.1:1/v1#m", concurrency=8, timeout=0.1)
     item = dict(question="What?", options=["cyst", "glioma"])
-    verdicts = judge([f"thought {i}: cyst" for i in range(200)], [item] * 200)
-    assert all(map(math.isnan, verdicts)) and 200 < len(asked) <= 240
-    assert J.failures(judge.usage) == f"TimeoutError ({len(asked)} times)"
+    assert all(map(math.isnan, judge([f"thought {i}: cyst" for i in range(8)], [item] * 8)))
+    assert len(asked) == 16 and J.failures(judge.usage) == "TimeoutError (16 times)"
 
 
 def test_a_judge_that_died_is_noticed_before_a_resumed_run_goes_on(world, monkeypatch, tmp_path):

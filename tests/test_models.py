@@ -285,7 +285,7 @@ def test_a_server_that_never_answers_ends_it(chat, monkeypatch, tmp_path, capsys
     with pytest.raises(SystemExit) as stop:
         evaluate(monkeypatch, tmp_path, chat)
     said = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "10 times in a row no reply: HTTP 500" in said and KEY not in said
+    assert stop.value.code == 2 and "no reply to 10 questions in a row: HTTP 500" in said and KEY not in said
     assert not list((tmp_path / "out").iterdir())
 
 
