@@ -205,7 +205,7 @@ class Server:
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
         self.threads = ThreadPool(concurrency)
-        # In others, which can be given up: a socket's own limit begins anew with each byte.
+        # Requests run in threads that can be given up: a socket's limit begins anew with each byte.
         self.requests = ThreadPool(concurrency)
 
     def letter(self, thought, item):
@@ -252,7 +252,7 @@ class Server:
 
     def request(self, body):
         """-> (reply, cut_off), or (nan, nan) where none came; never raises. It is tried again, at a
-        random moment, after 408, 429, 5xx, a cut connection or broken JSON, for two timeouts."""
+        random moment, after 408, 429, 5xx, a cut connection, broken JSON; not beyond `end`."""
         end = time.monotonic() + 2 * self.timeout
         for wait in WAITS:
             time.sleep(wait * random.uniform(0.5, 1.5))
@@ -301,7 +301,7 @@ def write_thought(record, described, known, writer, judge):
     """-> (the last attempt at a thought, what is wrong with it: see `faults`). described, known: by
     image, what the describer said of it, and what is true of it. The writer is told what was wrong
     with its last attempt; without a reply or a verdict it ends."""
-    (seen, _), image, again = described[record["image"]], data_url(record, SIDE), ""
+    seen, image, again = described[record["image"]], data_url(record, SIDE), ""
     if failed(seen):
         return seen, ["got no description"]
     prompt = WRITE.format(described=defused(seen), question=defused(record["question"]),
@@ -366,8 +366,8 @@ def annotate(args):
     def describe(record):
         return describer.ask(DESCRIBE, data_url(record, SIDE))
 
-    texts = tqdm(describer.threads.imap(describe, pictures.values()), "describe", len(pictures))
-    described = dict(zip(pictures, texts, strict=True))
+    replies = tqdm(describer.threads.imap(describe, pictures.values()), "describe", len(pictures))
+    described = {image: text for image, (text, _) in zip(pictures, replies, strict=True)}
     write = partial(write_thought, described=described, known=known, writer=writer, judge=judge)
     good, reasons = [], Counter()
     written = tqdm(writer.threads.imap(write, records), "write", len(records))
@@ -376,7 +376,7 @@ def annotate(args):
         if not wrong:
             good.append(dict(r, thought=thought.strip()))
     print(f"{len(records)} questions: {len(good)} thoughts accepted, {len(records) - len(good)}",
-          f"left out (run again: what got no reply is asked again): {failures(reasons)}")
+          f"left out (run again for those without a reply); last attempts: {failures(reasons)}")
     for role, model in dict(describer=describer, writer=writer, judge=judge).items():
         print(f"{role}: {model.usage.count('call')} calls; failures: {failures(model.usage)}")
     return good, described
@@ -388,7 +388,7 @@ PAGE = jinja2.Template("""<!doctype html><html lang="en"><meta charset="utf-8">
 <a download="decisions.json" href="data:application/json,{}">Save 0 decisions</a>
 {% for r in records %}<pre id="{{ key_of(r.id, r.thought) }}"><img src="{{ image_of(r) }}" alt="">
 {{ r.id }}: {{ r.modality }}, {{ r.anatomy }}
-<i>{{ described[r.image][0] }}</i>
+<i>{{ described[r.image] }}</i>
 <b>{{ r.question }}</b>
 {{ options_text(r.options) }}Answer: {{ r.answer }}
 <b>{{ r.thought }}</b>

@@ -212,8 +212,8 @@ def test_decisions_are_applied_to_the_thoughts_that_were_read(world, box, capsys
     made = annotate(box, Annotators(records, known))
     said = {J.key_of(r["id"], r["thought"] + "!" * (k == 2)): k != 1 for k, r in enumerate(made[:5])}
     (box / "decisions.json").write_text(json.dumps(said))
-    kept = annotate(box, None, "--decisions", str(box / "decisions.json"), out="verified.jsonl")
-    assert [r["id"] for r in kept] == [made[k]["id"] for k in (0, 3, 4)]
+    kept = annotate(box, None, "--decisions", str(box / "decisions.json"), "--review", str(box / "again.html"), out="verified.jsonl")
+    assert [r["id"] for r in kept] == [made[k]["id"] for k in (0, 3, 4)] and (box / "again.html").exists()
     assert "40 thoughts: 3 accepted, 1 rejected, 36 not decided" in capsys.readouterr().out
     for broken in ("", "[1]", "{}x", "null", '[{"thought": []}]'):
         (box / "decisions.json").write_text(broken)
@@ -227,7 +227,7 @@ EVIL = "<script>document.title='owned'</script><img src=x onerror=alert(1)>\"'&"
 def test_the_page_escapes_what_models_say(world):
     """Thoughts, descriptions, questions and ids are text on the page, and it loads nothing from elsewhere."""
     r = world.records[0] | dict(thought=EVIL, id=EVIL, question=EVIL, options=[EVIL, "b"], modality=EVIL)
-    page = J.PAGE.render(records=[r], described={r["image"]: [EVIL, False]}, image_of=J.data_url, key_of=J.key_of,
+    page = J.PAGE.render(records=[r], described={r["image"]: EVIL}, image_of=J.data_url, key_of=J.key_of,
                          options_text=J.options_text)
     assert page.count("<script") == 1 and page.count("<img") == 1 and "onerror=alert(1)>" not in page
     assert not re.search(r"""(?:src|href)="(?!data:)|url\(|@import""", page)
