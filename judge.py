@@ -104,20 +104,20 @@ def make_judge(spec="lexical", sees="cut", *, reference=None, **limits):
     (function -> context manager of the model, its tokenizer). limits, judge.usage: see `Server`."""
     expect(sees in ("cut", "raw"), f"judge_sees {sees!r} is unknown, expected cut or raw")
     kind, name, device = parse_spec(spec)
-    usage, each = [], starmap
+    usage = []
     if kind == "hf":
-        letter = local_evaluator(spec, name, device, reference)
+        letters = local_evaluator(spec, name, device, reference)
     elif kind == "openai":
         server = Server(spec, max_tokens=4, **limits)
-        letter, usage, each = server.letter, server.usage, server.threads.starmap
+        letters, usage = partial(server.threads.starmap, server.letter), server.usage
     else:
-        letter = partial(rewards.lexical_verdict, sees_letters=sees == "raw")
+        letters = partial(starmap, partial(rewards.lexical_verdict, sees_letters=sees == "raw"))
 
     def judge(thoughts, items):
         texts = [rewards.single_blanks(x or "") if sees == "raw" else visible_thought(x or "")[0]
                  for x in thoughts]
         pairs = {(x, id(item)): (x, item) for x, item in zip(texts, items, strict=True) if x}
-        verdicts = dict(zip(pairs, each(letter, pairs.values()), strict=True))
+        verdicts = dict(zip(pairs, letters(pairs.values()), strict=True))
         return [verdicts.get((x, id(item))) for x, item in zip(texts, items, strict=True)]
 
     judge.usage = usage
@@ -125,8 +125,8 @@ def make_judge(spec="lexical", sees="cut", *, reference=None, **limits):
 
 
 def local_evaluator(spec, name, device, reference):
-    """-> letter(thought, item), the likeliest of the item's letters. The reference, or a checkpoint
-    made here (it has a knobs.json), is asked as it was taught: question, thought, letter."""
+    """-> letters([(thought, item)]), each item's likeliest letter. The reference, or a folder made
+    here (it has a knobs.json), is asked as it was taught: question, thought, letter."""
     one_at_a_time, safe = threading.Lock(), dict(trust_remote_code=False)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -135,7 +135,9 @@ def local_evaluator(spec, name, device, reference):
             auto = transformers.AutoModelForCausalLM
             if hasattr(transformers.AutoConfig.from_pretrained(name, **safe), "vision_config"):
                 auto = transformers.AutoModelForImageTextToText
-            net = auto.from_pretrained(name, dtype=dtype, use_safetensors=True, **safe)
+            net, info = auto.from_pretrained(name, dtype=dtype, use_safetensors=True,
+                                             output_loading_info=True, **safe)
+            expect(not info["missing_keys"], "some of its weights are missing")
             opened = partial(nullcontext, net.to(device).eval())
             reference = opened, transformers.AutoTokenizer.from_pretrained(name, **safe)
         expect(reference, "grpo.py alone has one, expected hf:FOLDER")
@@ -145,26 +147,28 @@ def local_evaluator(spec, name, device, reference):
         raise DataError(f"judge {spec!r} can't be loaded: {e}".splitlines()[0]) from e
     tokens = [row[-1] for row in tokenizer(list(LETTERS), add_special_tokens=False)["input_ids"]]
 
-    def letter(thought, item):
+    def letter(net, thought, item):
         asked, opening = judge_prompt(thought, item), ""
         if name == "reference" or Path(name, "knobs.json").is_file():
             asked = defused(rewards.question_text(dict(item, thinking="before")))
             opening = f"<think>{defused(thought)}</think><answer>"
-        with one_at_a_time, opened() as net, torch.no_grad(), M.autocast(net):
-            prompt = tokenizer.apply_chat_template(
-                [dict(role="user", content=asked)], tokenize=False, add_generation_prompt=True,
-                enable_thinking=False)
-            ids = tokenizer.encode(prompt + opening, add_special_tokens=False, return_tensors="pt")
-            out = net(input_ids=ids.to(net.device), use_cache=False, logits_to_keep=1)
+        prompt = tokenizer.apply_chat_template(
+            [dict(role="user", content=asked)], tokenize=False, add_generation_prompt=True,
+            enable_thinking=False)
+        ids = tokenizer.encode(prompt + opening, add_special_tokens=False, return_tensors="pt")
+        out = net(input_ids=ids.to(net.device), use_cache=False, logits_to_keep=1)
         return LETTERS[out.logits[0, -1, tokens[:len(item["options"])]].argmax()]
 
-    return letter
+    def letters(pairs):
+        with one_at_a_time, opened() as net, torch.no_grad(), M.autocast(net):
+            return [letter(net, *pair) for pair in pairs]
+
+    return letters
 
 
 # ---- a chat server -------------------------------------------------------------------------------
 
 WAITS = (0, 1, 2, 4, 8, 16)  # s before each try of a request, about
-FINAL = re.compile("HTTP (?!408|429)[34]")  # not tried again: it would be the same
 GIVE_UP = 32  # questions in a row without a reply: that ends an evaluation
 
 
@@ -267,7 +271,7 @@ class Server:
             except Exception as e:  # a cut connection, a reply of another shape
                 why = type(e).__name__
             self.usage.append(why)
-            if FINAL.match(why) or time.monotonic() > end:
+            if re.match("HTTP (?!408|429)[34]", why) or time.monotonic() > end:
                 break
         return math.nan, math.nan
 
@@ -283,31 +287,28 @@ class Server:
 
 # ---- the annotators (section 3.1) ----------------------------------------------------------------
 
-ATTEMPTS = 3  # of the writer at a thought
 SIDE = 1024  # px, longer side of an annotator's image; on the review page a quarter
 DESCRIBE = "Describe this medical image: its kind, what is seen, where, how it looks; nothing else."
 WRITE = """The image is described so: {described}
 Question: {question}
 {options}
-The right answer is {answer}. Write the chain of thought that leads to it, for a reader who doesn't
-know it: from what the image shows, step by step, in at least two sentences. Only the last one
-concludes, in the words of the option. Name no letter, don't mention that the answer is known, claim
-nothing that is not seen, and write nothing else.
-"""
+The right answer is {answer}. Write the chain of thought that leads to it from what the image shows,
+step by step, in two sentences or more. Only the last concludes, in the option's words. Name no
+letter, don't mention that the answer is known, claim nothing unseen, write nothing else."""
 AGAIN = "\nYour last attempt was rejected, because it {why}. It was:\n{thought}\n"
 
 
 def write_thought(record, described, known, writer, judge):
     """-> (the last attempt at a thought, what is wrong with it: see `faults`). described, known: by
     image, what the describer said of it, and what is true of it. The writer is told what was wrong
-    with its last attempt; without a reply or a verdict it ends."""
+    with its last of three attempts; without a reply or a verdict it ends."""
     seen, image, again = described[record["image"]], data_url(record, SIDE), ""
     if failed(seen):
         return seen, ["got no description"]
     prompt = WRITE.format(described=defused(seen), question=defused(record["question"]),
                           options=options_text(map(defused, record["options"])),
                           answer=defused(right_option(record)))
-    for _ in range(ATTEMPTS):
+    for _ in range(3):
         thought, _ = writer.ask(prompt + again, image)
         [verdict] = [thought] if failed(thought) else judge([thought], [record])
         if failed(verdict):
@@ -362,7 +363,6 @@ def annotate(args):
     for r in records:
         true = known.setdefault(r["image"], dict(modality=r["modality"], anatomy=r["anatomy"]))
         true[r["task"]] = right_option(r)
-
     def describe(record):
         return describer.ask(DESCRIBE, data_url(record, SIDE))
 
