@@ -44,7 +44,7 @@ import data
 import model as M
 import rewards
 from data import expect
-from judge import SPEC, Replies, Server, data_url, failures, make_judge
+from judge import SPEC, Server, data_url, failures, make_judge
 
 KNOBS = dict(  # the flags, as argparse takes them
     ckpt=dict(nargs="+", default=["out/grpo"], help="checkpoints: folders, names on the hub, or "
@@ -728,13 +728,13 @@ def questions_of(ckpt, args):
     return records
 
 
-def answer(ckpt, records, judge, args, replies):
-    """A checkpoint, or a server whose `replies` are kept, answers the records with every seed ->
+def answer(ckpt, records, judge, args, cache=os.devnull):
+    """A checkpoint, or a server whose replies go to `cache`, answers the records with every seed ->
     rows, parameters of the network (None: unknown). No reply is nan for fmt, acc and con."""
     rank, _, device = M.setup_devices()
     score, params = rewards.score_leniently, None
     if ckpt.startswith("openai:"):
-        server = Server(ckpt, replies, args.max_new_tokens or 512, TIMEOUT, args.batch)
+        server = Server(ckpt, cache, args.max_new_tokens or 512, TIMEOUT, args.batch)
         ask = partial(server.answers, records, args.max_pixels)
     else:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -768,16 +768,16 @@ def main(argv=None):
         expect(args.image and args.question, "one question needs --image, --question and --options")
         data.check_options(args.options)
         for ckpt in ckpts:
-            rows, _ = answer(ckpt, questions_of(ckpt, args), make_judge(), args, Replies())
+            rows, _ = answer(ckpt, questions_of(ckpt, args), make_judge(), args)
             for row in rows:
                 print(f"{ckpt}\n  {row['completion']}\n  read as: {given_option(row)}")
         return
 
     out = Path(args.out or folder_of(ckpts[0]))
     files = file_names(checkpoints, out)
-    replies = Replies(out / "replies.jsonl")
+    cache = out / "replies.jsonl"
     rank, world, _ = M.setup_devices()  # before a judge is loaded: each process has its own GPU
-    judge = make_judge(args.judge, args.judge_sees, cache=replies.file)
+    judge = make_judge(args.judge, args.judge_sees, cache=cache)
     questions = {ckpt: questions_of(ckpt, args) for ckpt in ckpts}
     if args.matrix:
         values = {record[args.matrix] for ckpt in ckpts for record in questions[ckpt]}
@@ -792,7 +792,7 @@ def main(argv=None):
     for name, paths in checkpoints.items():
         rows[name] = []
         for ckpt in paths:
-            answers, params = answer(ckpt, questions[ckpt][rank::world], judge, args, replies)
+            answers, params = answer(ckpt, questions[ckpt][rank::world], judge, args, cache)
             rows[name] += sorted(M.gather(answers), key=itemgetter("seed", "path", "id"))
         results[name] = summary(rows[name]) | dict(
             params=params, knobs=vars(args), difference=difference(before, rows[name]))

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from test_judges import Server
+from test_judges import WAITS, Server
 
 import data
 import judge as J
@@ -66,7 +66,7 @@ class Annotators(Server):
         super().__init__(reply=self.said, fault=lambda prompt, n: None)
 
     def said(self, content):
-        text, url = content[0]["text"], content[1]["image_url"]["url"]
+        url, text = content[0]["image_url"]["url"], content[1]["text"]
         image = self.images[url]
         with self.lock:
             if text == J.DESCRIBE:
@@ -85,7 +85,7 @@ class Annotators(Server):
 @pytest.fixture
 def box(world, tmp_path, monkeypatch):
     """A folder with the forty questions (thoughts taken out) and their images; short waits between tries."""
-    monkeypatch.setattr(J, "BACKOFF", 0.01)
+    monkeypatch.setattr(J, "WAITS", WAITS)
     shutil.copytree(Path(world.jsonl).parent / "images", tmp_path / "images")
     data.write_records([r | dict(thought=None) for r in forty(world)[0]], tmp_path / "in.jsonl")
     return tmp_path
@@ -158,7 +158,7 @@ def test_forty_phantoms_through_the_server(world, box, capsys):
         r = next(r for r in ids if spoiled(kind, r, known))
         bad[r["id"]] = (kind, 1 if n % 2 else 9)
     server = Annotators(records, known, bad)
-    made = annotate(box, server, "--retries", "2")
+    made = annotate(box, server)
     stubborn = {k for k, (_, n) in bad.items() if n == 9}
     assert [r["id"] for r in made] == [r["id"] for r in records if r["id"] not in stubborn]
     assert all(r["thought"] == g["thought"] for r in made for g in records if g["id"] == r["id"])
@@ -167,9 +167,9 @@ def test_forty_phantoms_through_the_server(world, box, capsys):
     assert {server.told["described", r["image"]] for r in records} == {1}
     # a stubborn one's third prompt is its second (temperature 0): it is not asked again
     assert all(server.told["written", r["id"]] == (2 if r["id"] in bad else 1) for r in records)
-    assert f"writer: {40 + len(BAD)} calls; failures: no reason told" in said
+    assert f"writer: {40 + len(BAD)} calls; failures: none" in said
     n, first = len(server.calls), (box / "cot.jsonl").read_text()
-    assert annotate(box, server, "--retries", "2") == made and len(server.calls) == n
+    assert annotate(box, server) == made and len(server.calls) == n
     assert (box / "cot.jsonl.1").read_text() == first
     data.read_records(box / "cot.jsonl")  # images are where the file says
 
@@ -178,7 +178,7 @@ def test_a_killed_annotation_goes_on(world, box, monkeypatch):
     """Killed while F is asked, with a torn last line: what was described and written is not asked
     for again; where the server or F failed, the next run goes on."""
     records, known = forty(world)
-    monkeypatch.setattr(J, "TRIES", 1)
+    monkeypatch.setattr(J, "WAITS", WAITS[:1])
     server, make, thoughts = Annotators(records, known), J.make_judge, []
 
     def dying(*args, **kwargs):
@@ -190,7 +190,7 @@ def test_a_killed_annotation_goes_on(world, box, monkeypatch):
         f.usage = make(*args, **kwargs).usage
         return f
     broken = {r["question"] for r in records[-3:]}
-    server.fault = lambda content, n: "500" if any(f"Question: {q}\n" in content[0]["text"] for q in broken) else None
+    server.fault = lambda content, n: "500" if any(f"Question: {q}\n" in content[1]["text"] for q in broken) else None
     with monkeypatch.context() as patch, pytest.raises(KeyError):
         patch.setattr(J, "make_judge", dying)
         annotate(box, server)
@@ -210,11 +210,10 @@ def test_decisions_are_applied_to_the_thoughts_that_were_read(world, box, capsys
     """Accepted stay, rejected and undecided go, a decision on another wording of the thought counts as none."""
     records, known = forty(world)
     made = annotate(box, Annotators(records, known))
-    said = [dict(id=r["id"], thought=J.key_of(r["id"], r["thought"] + "!" * (k == 2)), accept=k != 1)
-            for k, r in enumerate(made[:5])]
+    said = {J.key_of(r["id"], r["thought"] + "!" * (k == 2)): k != 1 for k, r in enumerate(made[:5])}
     (box / "decisions.json").write_text(json.dumps(said))
-    kept = annotate(box, None, "--decisions", str(box / "decisions.json"), out="verified.jsonl")
-    assert [r["id"] for r in kept] == [made[k]["id"] for k in (0, 3, 4)]
+    kept = annotate(box, None, "--decisions", str(box / "decisions.json"), "--review", str(box / "again.html"), out="verified.jsonl")
+    assert [r["id"] for r in kept] == [made[k]["id"] for k in (0, 3, 4)] and (box / "again.html").exists()
     assert "40 thoughts: 3 accepted, 1 rejected, 36 not decided" in capsys.readouterr().out
     for broken in ("", "[1]", "{}x", "null", '[{"thought": []}]'):
         (box / "decisions.json").write_text(broken)
@@ -225,11 +224,11 @@ def test_decisions_are_applied_to_the_thoughts_that_were_read(world, box, capsys
 EVIL = "<script>document.title='owned'</script><img src=x onerror=alert(1)>\"'&"
 
 
-def test_the_page_escapes_what_models_say(world, tmp_path):
+def test_the_page_escapes_what_models_say(world):
     """Thoughts, descriptions, questions and ids are text on the page, and it loads nothing from elsewhere."""
     r = world.records[0] | dict(thought=EVIL, id=EVIL, question=EVIL, options=[EVIL, "b"], modality=EVIL)
-    J.review([r], {r["image"]: EVIL}, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
+    page = J.PAGE.render(records=[r], described={r["image"]: EVIL}, image_of=J.data_url, key_of=J.key_of,
+                         options_text=J.options_text)
     assert page.count("<script") == 1 and page.count("<img") == 1 and "onerror=alert(1)>" not in page
     assert not re.search(r"""(?:src|href)="(?!data:)|url\(|@import""", page)
 
@@ -240,11 +239,11 @@ def test_a_person_clicks_through_the_page(world, box):
     records, known = forty(world)
     made = annotate(box, Annotators(records, known), "--review", str(box / "page.html"))
     clicks = """<script>const b = document.querySelectorAll("button"); for (const k of [0, 3, 5, 4]) b[k].click();
-    document.title = document.getElementById("count").textContent;</script>"""
+    document.title = document.querySelector("a").textContent;</script>"""
     (box / "clicked.html").write_text((box / "page.html").read_text() + clicks)
     dom = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={box}/chrome",
                           "--dump-dom", (box / "clicked.html").as_uri()], capture_output=True, text=True, timeout=60).stdout
-    assert "<title>3</title>" in dom and dom.count('class="accept"') == 2 and dom.count('class="reject"') == 1
+    assert "<title>Save 3 decisions</title>" in dom and dom.count('class="accept"') == 2 and dom.count('class="reject"') == 1
     href = re.search(r'download="decisions.json" href="data:application/json,([^"]*)"', dom)[1]
     (box / "decisions.json").write_text(unquote(href))
     kept = annotate(box, None, "--decisions", str(box / "decisions.json"), out="verified.jsonl")
@@ -255,7 +254,7 @@ def test_a_person_clicks_through_the_page(world, box):
     (["--describer", "hf:x"], "--writer"), ([], "--decisions"),
     (["--describer", "lexical", "--writer", "lexical"], "no chat server"),
     (["--describer", "hf:x", "--writer", "hf:x"], "expected openai:BASE_URL#MODEL"),
-    (["--describer", "openai:http://me:secret@h#m", "--writer", "hf:x"], "OPENAI_API_KEY"), (["--retries", "-1"], "--retries"),
+    (["--describer", "openai:http://me:secret@h#m", "--writer", "hf:x"], "OPENAI_API_KEY"), (["--concurrency", "0"], "--concurrency"),
     (["--decisions", "/no/where"], "/no/where"), (["--nonsense"], "nonsense"), (["--out", "/tmp/elsewhere.jsonl"], "folder")])
 def test_bad_commands_are_one_sentence(flags, told, box):
     """Said before anything is written."""

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import faults
@@ -473,22 +474,23 @@ def test_what_has_no_verdict_is_left_out_of_the_log(world):
     assert silent["reward"] == pytest.approx(0.875) and silent["judge_failed"] == 0
 
 
-def test_a_server_that_is_gone_is_soon_given_up(monkeypatch):
-    """Of 200 thoughts only the first are asked until GIVE_UP failed in a row, each at most twice for being late; the others
-    have no verdict, and it is told why. The next rollout asks again."""
-    monkeypatch.setattr(J, "BACKOFF", 0)
+def test_a_server_that_hangs_is_soon_given_up(monkeypatch):
+    """Of 200 thoughts only the first are asked until GIVE_UP failed in a row, each at most for two timeouts; the others have no
+    verdict, and it is told why. The next rollout asks again."""
+    monkeypatch.setattr(J, "WAITS", (0, 1e-3, 1e-3))
     monkeypatch.setattr(J, "GIVE_UP", 8)
     asked = []
 
     def hangs(self, body):
         asked.append(body)
+        time.sleep(self.timeout)
         raise TimeoutError
     monkeypatch.setattr(J.Server, "post", hangs)
-    judge = J.make_judge("openai:http://127.0.0.1:1/v1#m", concurrency=4, timeout=7)
+    judge = J.make_judge("openai:http://127.0.0.1:1/v1#m", concurrency=4, timeout=0.1)
     item = dict(question="What?", options=["cyst", "glioma"])
     verdicts = judge([f"thought {i}: cyst" for i in range(200)], [item] * 200)
     assert all(map(math.isnan, verdicts)) and 16 <= len(asked) <= 2 * (8 + 4)
-    assert judge.usage["timeout, no reply in 7 s"] == len(asked) and "not asked after 8 failures in a row" in judge.usage
+    assert judge.usage.count("TimeoutError") == len(asked) and "not asked after 8 failures in a row" in judge.usage
     n = len(asked)
     judge(["thought: cyst"], [item])
     assert len(asked) == n + 2

@@ -21,7 +21,8 @@ import rewards
 from data import DataError
 
 KEY = "sk-top-secret-0123456789"
-FAULTS = ("429", "500", "hang", "cut", "torn", "malformed", "wrong", "drip", "empty")
+FAULTS = ("429", "500", "hang", "cut", "torn", "malformed", "drip")
+WAITS = (0, 0.01, 0.01, 0.01, 0.01, 0.01)  # s before each try
 KIND = {"question": "What is the kind of lesion?", "options": ["glioma", "cyst", "abscess", "plaques"], "answer": "B"}
 
 
@@ -37,7 +38,7 @@ def lexical_reply(text):
 
 
 class Server(ThreadingHTTPServer):
-    """An OpenAI-compatible server on a free port. reply(prompt) -> text; fault(prompt, n) -> one of FAULTS or None, n counts
+    """An OpenAI-compatible server on a free port. reply(prompt) -> text; fault(prompt, n) -> a fault or None, n counts
     the calls with this prompt; seconds: how long each answer takes."""
     daemon_threads, request_queue_size = True, 128
 
@@ -106,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
 def serve(monkeypatch):
     """serve(...) -> a running Server; short waits between tries, and a key in the environment."""
     running = []
-    monkeypatch.setattr(J, "BACKOFF", 0.01)
+    monkeypatch.setattr(J, "WAITS", WAITS)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def start(*args, **kwargs):
@@ -121,7 +122,7 @@ def serve(monkeypatch):
 def some(fault, share=0.3):
     """A fault for `share` of the calls: which, a function of the prompt and of the try."""
     def chosen(prompt, n):
-        rng = random.Random(f"{prompt} {n}")
+        rng = random.Random(f"{n} {prompt}")
         return (rng.choice(FAULTS) if fault is None else fault) if rng.random() < share else None
     return chosen
 
@@ -146,7 +147,7 @@ def test_verdicts_come_back_as_they_were_asked(serve):
     judge = J.make_judge(server.spec)
     assert judge([None, *thoughts, "", "So the answer is B."], [KIND] * 23) == [None, *expected, None, None]
     assert None in expected and {"A", "B", "C", "D"} <= set(expected) and len(server.calls) == 20
-    assert server.keys == {f"Bearer {KEY}"} and judge.usage == dict(calls=20)
+    assert server.keys == {f"Bearer {KEY}"} and judge.usage == ["call"] * 20
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -154,7 +155,7 @@ def test_each_fault_is_survived_and_only_then_a_failure(fault, serve, monkeypatc
     """A fault on the first try costs a retry, on every try nan: never a letter, never an exception, and no longer than the
     limit a call."""
     thoughts, expected = thoughts_of(6)
-    monkeypatch.setattr(J, "TRIES", 2)
+    monkeypatch.setattr(J, "WAITS", WAITS[:2])
     once = serve(fault=lambda prompt, n: fault if n == 1 else None)
     judge, began = J.make_judge(once.spec, timeout=0.4), time.monotonic()
     assert judge(thoughts, [KIND] * 6) == expected and len(once.calls) == 12
@@ -164,10 +165,19 @@ def test_each_fault_is_survived_and_only_then_a_failure(fault, serve, monkeypatc
     assert KEY not in J.failures(always.usage) and "times" in J.failures(always.usage)
 
 
+@pytest.mark.parametrize("fault", ["wrong", "empty"])
+def test_a_reply_that_is_no_letter_is_a_failure(fault, serve):
+    """It would be the same again: it is not asked for again. It is told."""
+    server = serve(fault=lambda prompt, n: fault)
+    judge = J.make_judge(server.spec)
+    assert math.isnan(judge(["a cyst"], [KIND])[0]) and len(server.calls) == 1
+    assert J.failures(judge.usage) == "a reply that is no letter (1 times)"
+
+
 @pytest.mark.parametrize("status, tries", [("401", 1), ("400", 1), ("404", 1), ("302", 1), ("408", 3), ("503", 3)])
 def test_what_cannot_get_better_is_not_asked_again(status, tries, serve, monkeypatch):
-    """A wrong key or model fails at once; an overloaded server is asked TRIES times."""
-    monkeypatch.setattr(J, "TRIES", 3)
+    """A wrong key or model fails at once; an overloaded server is asked again."""
+    monkeypatch.setattr(J, "WAITS", WAITS[:3])
     server = serve(fault=lambda prompt, n: status)
     judge = J.make_judge(server.spec)
     assert math.isnan(judge(["a cyst"], [KIND])[0]) and len(server.calls) == tries
@@ -187,7 +197,7 @@ def test_thirty_percent_of_calls_failing(serve, monkeypatch):
     """With retries nearly all verdicts arrive, without them 70 %: each is the one a sound server gives, the rest is nan."""
     thoughts, expected = thoughts_of(100)
     for tries, least in ((5, 95), (1, 55)):
-        monkeypatch.setattr(J, "TRIES", tries)
+        monkeypatch.setattr(J, "WAITS", WAITS[:tries])
         verdicts = J.make_judge(serve(fault=some(None)).spec, timeout=0.4)(thoughts, [KIND] * 100)
         worked = [(v, e) for v, e in zip(verdicts, expected, strict=True) if v == v]
         assert least <= len(worked) and all(v == e for v, e in worked) and (tries > 1 or len(worked) < 85)
@@ -204,19 +214,16 @@ def test_requests_go_out_together(serve):
 
 def test_nothing_is_asked_twice(serve, tmp_path):
     """The same thought twice is one request; replies outlive the process, failures don't; a torn line is passed over; another
-    thought, question, option or model is another reply; two processes may write into one file."""
+    thought, question, option or model is another reply."""
     server, file = serve(fault=lambda prompt, n: "401" if "Look 3" in prompt and n == 1 else None), tmp_path / "new" / "replies"
     thoughts, expected = thoughts_of(6)
     first = J.make_judge(server.spec, cache=file)(thoughts * 2, [KIND] * 12)
     assert len(server.calls) == 6 and [i for i, v in enumerate(first) if v != v] == [3, 9]
-    other = J.Replies(file)
     with open(file, "a") as f:
         f.write('\n["torn')
-    other.keep("key", "said")
     assert J.make_judge(server.spec, cache=file)(thoughts, [KIND] * 6) == expected and len(server.calls) == 7
     again = J.make_judge(server.spec, cache=file)
     assert again(thoughts, [KIND] * 6) == expected and len(server.calls) == 7
-    assert J.Replies(file)["key"] == "said"
     for item in (KIND | dict(question="Which?"), KIND | dict(options=["cyst", "glioma"])):
         again(thoughts[:1], [item])
     assert len(server.calls) == 9 and KEY not in file.read_text()
@@ -439,7 +446,7 @@ def test_a_run_beside_a_failing_server(serve, world, monkeypatch, tmp_path):
     """Con-GRPO with F failing on about 30 % of the thoughts: the run completes; every advantage is the one computed by hand,
     its consistency part without the failures; verdicts that came are those of a sound server; the share is logged."""
     think(world, monkeypatch)
-    monkeypatch.setattr(J, "TRIES", 1)
+    monkeypatch.setattr(J, "WAITS", WAITS[:1])
     seen, asked, score, loss = [], [], rewards.score, grpo.policy_loss
     sound = J.make_judge()
 
@@ -472,7 +479,7 @@ def test_f_gone_for_good_saves_and_stops(serve, world, monkeypatch, tmp_path, ca
     """Past --judge_failures of a rollout's thoughts the run saves and ends with one sentence and exit code 2, and can be
     resumed; if F never answered it ends before the first step, and nothing is written."""
     think(world, monkeypatch)
-    monkeypatch.setattr(J, "TRIES", 1)
+    monkeypatch.setattr(J, "WAITS", WAITS[:1])
     monkeypatch.setattr(grpo, "GOLD_ASKED", 8)
     server = serve(fault=lambda prompt, n: "500" if len(server.calls) > 24 else None)
     flags = ("--judge_failures", "0.7")
