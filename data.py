@@ -13,8 +13,10 @@ and test. A phantom's record also has "shows", what was drawn, which eval.py hol
 Left out on purpose: dataset classes, augmentation, download, resizing (model.py's processor does).
 """
 import argparse
+import base64
 import csv
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -363,6 +365,15 @@ def open_image(path, header=False):
                  Image.UnidentifiedImageError: "is not an image, or has no pixels",
                  Image.DecompressionBombError: f"has more than {MAX_PIXELS} pixels"}
         raise DataError(known.get(type(e), f"is truncated or broken ({e})")) from None
+
+
+def data_url(record, side=math.inf, max_pixels=math.inf, kind="PNG"):
+    """The record's image as a PNG or JPEG in a data: URL, its longer side at most `side` px."""
+    image, file = load_image(record), io.BytesIO()
+    scale = min(1, math.sqrt(max_pixels / math.prod(image.size)))
+    image.thumbnail([max(1, min(side, scale * length)) for length in image.size])
+    image.save(file, kind, quality=85)  # a PNG has none
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 # ---- phantoms: knobs and words -------------------------------------------------------------------

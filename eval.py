@@ -43,8 +43,8 @@ from tqdm import tqdm
 import data
 import model as M
 import rewards
-from data import expect
-from judge import SPEC, Server, data_url, failures, make_judge
+from data import data_url, expect
+from judge import SPEC, Server, failures, make_judge
 
 KNOBS = dict(  # the flags, as argparse takes them
     ckpt=dict(nargs="+", default=["out/grpo"], help="checkpoints: folders, names on the hub, or "

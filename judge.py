@@ -18,10 +18,7 @@ are verified by rule; then a person may accept or reject them:
 
 Left out on purpose: proxies, redirects, streaming, annotators without a server.
 """
-
-import base64
 import http.client
-import io
 import json
 import math
 import os
@@ -46,7 +43,7 @@ from tqdm import tqdm
 import data
 import model as M
 import rewards
-from data import LETTERS, DataError, expect
+from data import LETTERS, DataError, data_url, expect
 from rewards import failed, fold, mentions, options_text, right_option, visible_thought
 
 # ---- how F is asked ------------------------------------------------------------------------------
@@ -174,7 +171,7 @@ def local_evaluator(spec, name, device, reference):
 # ---- a chat server -------------------------------------------------------------------------------
 
 WAITS = (0, 1, 2, 4, 8, 16)  # s before each try of a request, about
-GIVE_UP = 32  # requests in a row that failed, after which no other is made
+GIVE_UP = 32  # requests in a row that failed, after which a server is not waited for any more
 
 
 def failures(usage):
@@ -183,20 +180,10 @@ def failures(usage):
     return ", ".join(whys) or "none"
 
 
-def data_url(record, side=math.inf, max_pixels=math.inf, kind="PNG"):
-    """The record's image as a PNG or JPEG in a data: URL, its longer side at most `side` px."""
-    image, file = data.load_image(record), io.BytesIO()
-    scale = min(1, math.sqrt(max_pixels / math.prod(image.size)))
-    image.thumbnail([max(1, min(side, scale * length)) for length in image.size])
-    image.save(file, kind, quality=85)  # a PNG has none
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
 class Server:
     """A chat server, as F, as an annotator or under test: `concurrency` requests at a time, of at
     most `timeout` s; replies are kept in the file `cache`. usage: what became of each try, "call"
-    or why it failed: a status or an exception's name, never a text, which may hold the key. A hung
-    server must not be waited for at every question: see GIVE_UP."""
+    or why it failed: a status or an exception's name, never a text, which may hold the key."""
 
     def __init__(self, spec, cache=os.devnull, max_tokens=512, timeout=60.0, concurrency=32):
         kind, url, model = parse_spec(spec)
@@ -379,9 +366,9 @@ def annotate(args):
     for r in records:
         true = known.setdefault(r["image"], dict(modality=r["modality"], anatomy=r["anatomy"]))
         true[r["task"]] = right_option(r)
+
     def describe(record):
         return describer.ask(DESCRIBE, data_url(record, SIDE))
-
     replies = tqdm(describer.threads.imap(describe, pictures.values()), "describe", len(pictures))
     described = {image: text for image, (text, _) in zip(pictures, replies, strict=True)}
     write = partial(write_thought, described=described, known=known, writer=writer, judge=judge)
