@@ -1,14 +1,17 @@
 """Stage 2, Reasoning Reinforcement: Con-GRPO, Eqs. (2), (7) and (8).
 
-For each question the policy samples a group of G completions. Each is scored for format, accuracy
-and consistency (rewards.py, judge.py). A completion's advantage is its reward minus its group's
-mean. Then follow mu optimiser steps on Eq. (8), held to the SFT policy by a KL penalty. The loop at
-the end of this file reads in that order: rollout, rewards, advantages, update.
+    for each rollout:                          # `train`, at the end of this file
+        Y = G completions of each question                         Eq. (2)    rollout
+        R = their rewards for format, accuracy, consistency        Eqs. (3-6) rewards.py
+        A = R less the mean of the question's G rewards            Eq. (7)    group_advantages
+        mu times: a gradient step on min(r A, clip(r) A) - beta KL Eq. (8)    policy_loss, update
 
-With --ratio old and one update per rollout (the tiny preset) the ratio of Eq. (8) is 1 and the clip
+r is the ratio of a token's probabilities under the policy and under pi_SFT (--ratio sft, as the
+paper prints it, the paper preset) or under the policy that sampled (--ratio old, the tiny preset);
+the KL divergence is from pi_SFT. With --ratio old and one update per rollout r is 1 and the clip
 never acts: the step is then REINFORCE with the group's mean as baseline and a KL term. With --ratio
-sft, as the paper prints it (the paper preset), a token is pushed up no further once its probability
-is 1 + eps times pi_SFT's, and down no further from 1 - eps times on.
+sft a token is pushed up no further once its probability is 1 + eps times pi_SFT's, and down no
+further from 1 - eps times on.
 
     torchrun grpo.py                                        # the phantoms: out/sft to out/grpo
     torchrun --nproc_per_node=8 grpo.py --model out/sft --data medad38k/medad38k.jsonl
@@ -21,11 +24,9 @@ ahead of the update, asymmetric clipping.
 import contextlib
 import copy
 import functools
-import json
 import math
 import os
 import time
-from collections import Counter
 from statistics import fmean
 
 import torch
@@ -45,37 +46,42 @@ GOLD_ASKED = 32  # gold thoughts that F, if it is a model, is asked about before
 SHOWN = 4        # groups of a rollout that are written to completions.jsonl
 
 # Knob(type, default of the `tiny` preset, of `paper`, meaning): `paper` has the figures of the
-# paper's section 4.1, where it gives them. F is a rule in both; --judge names a model.
+# paper's section 4.1, where it gives them. F is a rule in both; --judge names a model. What may not
+# change on --resume is compared, of model and data not the name but a digest of what they hold.
 KNOBS = dict(
-    model=Knob(str, None, None, "folder of pi_SFT, policy and reference alike (default: ROOT/sft)",
-               may_change=True),
+    model=Knob(str, None, None, "folder of pi_SFT: where the policy starts, and the reference "
+               "(default: ROOT/sft)", may_change=True),
     out=Knob(str, None, None, "folder of this run (default: ROOT/grpo)", may_change=True),
+    # the algorithm
     epochs=Knob(float, 1.0, 1.0, "passes over the training questions", positive=True),
     batch=Knob(int, 128, 64, "completions per optimiser step over all processes", positive=True),
     G=Knob(int, 8, 8, "completions per question: the group", positive=True),
-    drop_no_spread=Knob(bool, True, False, "leave out groups without spread, see group_spread"),
     max_new_tokens=Knob(int, 80, 512, "tokens at which a completion is cut off", positive=True),
     temperature=Knob(float, 1.0, 1.0, "of the policy, sampled and scored", positive=True),
     top_p=Knob(float, 1.0, 1.0, "sample from the likeliest tokens that hold this much probability; "
                "under 1 biases the ratio", positive=True, most=1),
-    lr=Knob(float, 1e-3, 1e-6, "peak learning rate of AdamW", positive=True),
-    warmup=Knob(int, 10, 10, "optimiser steps in which the learning rate rises"),
-    schedule=Knob(str, "linear", "constant", "the learning rate behind them: constant, or linearly "
-                  "to 0", choices=("constant", "linear")),
+    weights=Knob(float, rewards.WEIGHTS, rewards.WEIGHTS, "of format, accuracy, consistency: "
+                 "lambda of Eq. (3)"),
+    scale=Knob(str, "none", "none", "what Eq. (7) is divided by: nothing, or the group's standard "
+               "deviation (Shao et al.)", choices=("none", "std")),
+    drop_no_spread=Knob(bool, True, False, "leave out groups without spread, see group_spread"),
     ratio=Knob(str, "old", "sft", "denominator of Eq. (8)'s ratio: pi_SFT as printed, or the "
                "policy that sampled", choices=("sft", "old")),
     eps=Knob(float, 0.2, 0.2, "clip range of the ratio, epsilon of Eq. (8)"),
     beta=Knob(float, 0.01, 0.04, "weight of the KL penalty, beta of Eq. (8)"),
     kl=Knob(str, "k3", "k3", "estimator of the KL divergence", choices=("k1", "k2", "k3")),
-    scale=Knob(str, "none", "none", "what Eq. (7) is divided by: nothing, or the group's standard "
-               "deviation (Shao et al.)", choices=("none", "std")),
     loss_norm=Knob(str, "sum", "sum", "over a completion's tokens: Eq. (8)'s sum, or another "
                    "normalisation", choices=("sum", "sequence", "token", "constant")),
     mu=Knob(int, 1, 1, "optimiser steps on the same completions", positive=True),
-    weights=Knob(float, rewards.WEIGHTS, rewards.WEIGHTS, "of format, accuracy, consistency: "
-                 "lambda of Eq. (3)"),
-    judge=Knob(str, "lexical", "lexical", "the evaluator F of Eq. (6): lexical, hf:NAME_OR_PATH, "
-               "hf:reference or openai:BASE_URL#MODEL"),
+    # what is trained, and how fast
+    lora=Knob(int, 16, 64, "rank of LoRA; 0 trains every parameter against a frozen copy"),
+    lr=Knob(float, 1e-3, 1e-6, "peak learning rate of AdamW", positive=True),
+    warmup=Knob(int, 10, 10, "optimiser steps in which the learning rate rises"),
+    schedule=Knob(str, "linear", "constant", "the learning rate after the rise: constant, or under "
+                  "a line that falls to 0 at the end", choices=("constant", "linear")),
+    # the evaluator F of Eq. (6)
+    judge=Knob(str, "lexical", "lexical", "lexical, hf:NAME_OR_PATH, hf:reference or "
+               "openai:BASE_URL#MODEL"),
     judge_sees=Knob(str, "cut", "cut", "the thought with letters and answer statements cut, or "
                     "raw as printed", choices=("cut", "raw")),
     judge_concurrency=Knob(int, 32, 32, "requests to a server at a time, per process",
@@ -83,9 +89,9 @@ KNOBS = dict(
     judge_timeout=Knob(float, 60.0, 60.0, "seconds per request", positive=True, may_change=True),
     judge_failures=Knob(float, 0.5, 0.5, "share of a rollout's thoughts without a verdict, past "
                         "which the run saves and stops", may_change=True),
+    # the machine, and what is written
     micro_tokens=Knob(int, 8192, 8192, "tokens per forward pass on one device: whole groups, each "
                       "a prompt and its G completions", positive=True),
-    lora=Knob(int, 16, 64, "rank of LoRA; 0 trains every parameter against a frozen copy"),
     save_every=Knob(int, 0, 50, "optimiser steps between checkpoints, 0 = one at the end",
                     may_change=True),
     show_every=Knob(int, 10, 10, "rollouts between samples in completions.jsonl, 0 = never",
@@ -139,21 +145,19 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
 
     logp, old_logp, ref_logp (B, T) float32; mask (B, T) bool; advantages (B,). The ratio r_t is
     pi_theta / pi_SFT where old_logp is ref_logp (the paper), and pi_theta / pi_old where it is the
-    sampling policy's. The KL is estimated at each token (kl_divergence), hence our brackets; the
-    paper has none.
+    sampling policy's. The paper doesn't say whether the KL term stands inside the sum over t; here
+    it does, as it is estimated at each token (kl_divergence).
 
     loss_norm: "sum" mean over B of the sum over t (Eq. 8); "sequence" mean over t, then over B
     (Shao et al.); "token" mean over all tokens; "constant" sum over t divided by max_tokens, then
     mean over B (Dr. GRPO). total: the global batch's B (for "token": its tokens) where this is a
     micro-batch of it, so that the losses of micro-batches and ranks add up. metrics: means over
     the tokens."""
-    # torch.where, not a product with the mask, and before exp: at padding r may be inf, and 0 * inf
-    # is nan, also in the backward pass
-    log_r = torch.where(mask, logp - old_logp, 0.0)                      # (B, T)
-    r = torch.exp(log_r)                                                 # (B, T)
+    # torch.where, not a product with the mask: at padding anything may stand, and 0 * inf is nan
+    logp, old_logp, ref_logp = (torch.where(mask, x, 0.0) for x in (logp, old_logp, ref_logp))
+    r = torch.exp(logp - old_logp)                                       # (B, T)
     A = advantages[:, None]                                              # (B, 1)
     surrogate = torch.min(r * A, r.clamp(1 - eps, 1 + eps) * A)          # (B, T)
-    logp, ref_logp = torch.where(mask, logp, 0.0), torch.where(mask, ref_logp, 0.0)
     D_KL = kl_divergence(logp, ref_logp, kl)                             # (B, T)
     objective = torch.where(mask, surrogate - beta * D_KL, 0.0)          # (B, T)
     per_sequence = objective.sum(1)                                      # (B,)
@@ -166,10 +170,10 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
     loss = -per_sequence.sum() / max(1, total)
     tokens = mask.sum().clamp(min=1)
     with torch.no_grad():
-        metrics = dict(kl=(torch.where(mask, D_KL, 0.0).sum() / tokens).item(),
-                       clip_low=(((r < 1 - eps) & (A < 0) & mask).sum() / tokens).item(),
-                       clip_high=(((r > 1 + eps) & (A > 0) & mask).sum() / tokens).item(),
-                       ratio=(torch.where(mask, r, 0.0).sum() / tokens).item())
+        metrics = dict(kl=(D_KL.sum() / tokens).item(),
+                       ratio=(torch.where(mask, r, 0.0).sum() / tokens).item(),
+                       clip_low=(((r < 1 - eps) & (A < 0)).sum() / tokens).item(),
+                       clip_high=(((r > 1 + eps) & (A > 0)).sum() / tokens).item())
     return loss, metrics
 
 # ---- the reference -------------------------------------------------------------------------------
@@ -187,8 +191,8 @@ def frozen_copy(policy):
 @contextlib.contextmanager
 def reference_of(policy, sft_copy=None):
     """Inside, the value is pi_SFT: the frozen copy, or under LoRA the policy with its adapter off.
-    That is pi_SFT because stage 1's adapter was merged into the weights before stage 2's was added;
-    otherwise it would be the base model."""
+    That is pi_SFT because model.save merged stage 1's adapter into the weights, to which stage 2's
+    was then added; otherwise it would be the base model."""
     if sft_copy is not None:
         yield sft_copy
     else:
@@ -198,13 +202,15 @@ def reference_of(policy, sft_copy=None):
 # ---- the parts of a step -------------------------------------------------------------------------
 
 def questions_of(records, step, n, args, rank, world):
-    """This process's part of the n questions of a step; which those are depends on step and seed
-    alone. They are dealt by length, so that no process has all the long ones."""
-    epoch, place = divmod(step // args.mu, max(1, len(records) // n))
-    order = sft.epoch_order(len(records), epoch, args.seed)[place * n:][:n]
-    by_length = sorted(order, key=lambda i: len(rewards.question_text(records[i])))
+    """This process's part of the n questions of the rollout at optimiser step `step`; which those
+    are depends on step and seed alone. They are dealt by length, so that no process has all the
+    long ones."""
+    per_epoch = max(1, len(records) // n)  # rollouts, of mu steps each
+    epoch, place = divmod(step // args.mu, per_epoch)
+    chosen = sft.epoch_order(len(records), epoch, args.seed)[place * n:][:n]
+    by_length = sorted(chosen, key=lambda i: len(rewards.question_text(records[i])))
     mine = by_length[rank::world]
-    return [records[i] for i in order if i in mine]  # in the epoch's order, not by length
+    return [records[i] for i in chosen if i in mine]  # in the epoch's order, not by length
 
 
 def rollout(policy, processor, records, generator, args):
@@ -216,7 +222,8 @@ def rollout(policy, processor, records, generator, args):
         batch = M.with_image_features(policy, batch)
     tokens, mask = M.sample(policy, batch, group_size=args.G, max_new_tokens=args.max_new_tokens,
                             temperature=args.temperature, top_p=args.top_p, generator=generator)
-    return batch, tokens, mask, sum(M.decode(processor, tokens, mask), [])
+    texts = [text for group in M.decode(processor, tokens, mask) for text in group]
+    return batch, tokens, mask, texts
 
 
 def score_groups(texts, records, judge, args):
@@ -232,8 +239,9 @@ def score_groups(texts, records, judge, args):
 
 def without_failures(con):
     """R_con (N, G) with nan where F failed -> the same with the group's mean there (0 if F failed
-    on all). The consistency part of such a completion's advantage is 0, and the others' (--scale
-    none) is what it would be in a group without it: a failure of F is not a reward of 0."""
+    on all): a failure of F is not a reward of 0. The consistency part of that completion's
+    advantage is then 0; the other completions' is what it would be in a group without it (but for
+    --scale std)."""
     mean = torch.nan_to_num(con.nanmean(1, keepdim=True))                # (N, 1)
     return torch.where(con.isnan(), mean, con)                           # (N, G)
 
@@ -249,10 +257,10 @@ def micro_batches(batch, tokens, mask, args):
 
 
 @torch.no_grad()
-def reference_logprobs(policy, sft_copy, batch, tokens, mask, args):
-    """log pi_SFT of the sampled tokens -> (N, G, T)."""
+def reference_logprobs(reference, batch, tokens, mask, args):
+    """log pi_SFT of the sampled tokens -> (N, G, T). reference(): see reference_of."""
     logp = torch.zeros(tokens.shape, device=tokens.device)
-    with reference_of(policy, sft_copy) as pi_sft:
+    with reference() as pi_sft:
         for rows, *part in micro_batches(batch, tokens, mask, args):
             logp[rows] = M.token_logprobs(pi_sft, *part, temperature=args.temperature)
     return logp
@@ -260,32 +268,28 @@ def reference_logprobs(policy, sft_copy, batch, tokens, mask, args):
 
 def update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr, args):
     """One optimiser step of Eq. (8). A (N, G), ref_logp and old_logp (N, G, T); old_logp None: the
-    policy's own before this step. -> log pi_theta (N, G, T), figures of the step over all
-    processes: means over the tokens trained on (nan without any), and sft.Run.step's.
-
-    sampled_nll, minus the mean log-probability of a token, estimates the policy's entropy."""
+    policy's own before this step, so that the ratio is 1. -> log pi_theta before the step
+    (N, G, T), and the step's figures over all processes."""
     total = M.sum_over_ranks(int(mask.sum()) if args.loss_norm == "token" else A.numel())
-    logps, loss_sum, sums = torch.zeros(tokens.shape, device=tokens.device), 0.0, Counter()
+    logps, loss_sum = torch.zeros(tokens.shape, device=tokens.device), 0.0
+    sums = dict.fromkeys(("kl", "ratio", "clip_low", "clip_high"), 0.0)  # over the tokens
     for rows, *part in micro_batches(batch, tokens, mask, args):
         logp = M.token_logprobs(policy, *part, temperature=args.temperature)  # (n, G, T)
         logps[rows] = logp.detach()
-        old = logp.detach() if old_logp is None else old_logp[rows]      # None: the ratio is 1
+        old = logp.detach() if old_logp is None else old_logp[rows]
         loss, metrics = policy_loss(
             logp.flatten(0, 1), old.flatten(0, 1), ref_logp[rows].flatten(0, 1),
             A[rows].flatten(), mask[rows].flatten(0, 1), eps=args.eps, beta=args.beta,
             loss_norm=args.loss_norm, kl=args.kl, max_tokens=args.max_new_tokens, total=total)
         loss.backward()
         loss_sum += loss.item()
-        for name, mean in metrics.items():
-            sums[name] += mean * int(mask[rows].sum())
-    names = "kl", "ratio", "clip_low", "clip_high"
-    mine = [sums[name] for name in names] + [-logps.sum().item(), int(mask.sum()), len(A)]
-    *per_token, tokens, groups = M.sum_over_ranks(torch.tensor(mine).double()).tolist()
-    figures = {name: x / tokens if tokens else math.nan
-               for name, x in zip((*names, "sampled_nll"), per_token, strict=True)}
-    figures["trained_on"] = int(groups)
+        for name in sums:
+            sums[name] += metrics[name] * int(mask[rows].sum())
     # Without spread in any group of any process there is nothing to learn from.
-    return logps, figures | run.step(loss_sum, lr, learn=total > 0)
+    figures = run.step(loss_sum, lr, learn=total > 0)
+    sums["sampled_nll"] = -logps.sum().item()  # logps are 0 outside the mask
+    figures |= token_means(sums, mask)
+    return logps, figures | dict(trained_on=M.sum_over_ranks(len(A)))
 
 
 def learning_rate(step, steps, args):
@@ -297,9 +301,9 @@ def learning_rate(step, steps, args):
 
 # ---- before the first step -----------------------------------------------------------------------
 
-def questions(args, world):
-    """The questions to train on; DataError where no run of `world` processes can be made of what
-    was asked for."""
+def questions_to_train_on(args, world):
+    """The records of --data; DataError where no run of `world` processes can be made of what was
+    asked for."""
     parse_spec(args.judge)  # before a model is loaded
     expect(args.G >= 2, f"--G {args.G}: a group of one has no advantage over its own mean; "
                         "expected at least 2")
@@ -318,7 +322,8 @@ def questions(args, world):
 def check_gold(records, judge, lexical=True):
     """The gold answers must score 1 by the code that will score the policy's; else the reward, not
     the policy, is wrong. F as a rule is asked about all of them. A model may differ on some, and
-    each costs a call: it is asked about GOLD_ASKED, behind something that no kept reply answers."""
+    each costs a call: it is asked about GOLD_ASKED, and first about something new, since kept
+    replies would hide that a server has died."""
     gold, must = [r for r in records if r["thought"] is not None], ["fmt", "acc", "con"]
     if not lexical:
         new = [f"It is {time.time()}. So it is {r['options'][0]}." for r in records[:2]]
@@ -337,26 +342,19 @@ def check_gold(records, judge, lexical=True):
 
 # ---- what a person looks at ----------------------------------------------------------------------
 
-class Clock:
-    """Seconds and peak memory of the parts of a step."""
-
-    def __init__(self, device):
-        self.device, self.figures, self.last = device, {}, time.perf_counter()
-        M.peak_memory(device)  # from here on
-
-    def tick(self, part):
-        """Book what has passed since the last tick on `part`, when the device has done its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.figures[f"seconds_{part}"] = time.perf_counter() - self.last
-        self.figures[f"peak_mb_{part}"] = round(M.peak_memory(self.device))
-        self.last = time.perf_counter()
-
-
 def mean(values):
     """Of the values that are there; nan is none of them, and the mean of none."""
-    known = [x for x in values if not failed(x)]
+    known = [x for x in values if not math.isnan(x)]
     return fmean(known) if known else math.nan
+
+
+def token_means(sums, mask):
+    """{figure: its sum over this process's tokens}, mask of the tokens -> {figure: its mean over
+    the tokens of all processes}, nan without any. sampled_nll, minus the mean log-probability of a
+    token, estimates the policy's entropy per token."""
+    mine = torch.tensor([*sums.values(), int(mask.sum())]).double()
+    *totals, tokens = M.sum_over_ranks(mine).tolist()
+    return {name: x / tokens if tokens else math.nan for name, x in zip(sums, totals, strict=True)}
 
 
 def figures_of(rows, R, ended, mask, args):
@@ -378,16 +376,6 @@ def figures_of(rows, R, ended, mask, args):
     return figures | dict(no_spread=1 - fmean(spread), tokens=tokens)
 
 
-def show(folder, step, rows, R):
-    """Append the first groups of a rollout to completions.jsonl, for eyes: a line for each
-    completion, its row and its reward. R (N, G)."""
-    path = os.path.join(folder, "completions.jsonl")
-    with data.naming(path), open(path, "a") as f:
-        for row, reward in zip(rows, R[:SHOWN].flatten().tolist(), strict=False):
-            line = evaluation.without_nan(dict(step=step, **row, reward=reward))
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
 def due(step, mu, every):
     """Whether one of the mu optimiser steps after `step` is a multiple of `every` (0: never)."""
     return every > 0 and (step + mu) // every > step // every
@@ -405,16 +393,18 @@ def train(run, argv):
     args.model = args.model or os.path.join(args.root, "sft")
     args.data = args.data or [os.path.join(args.root, "phantoms", "phantoms.jsonl")]
     rank, world, device = M.setup_devices()
-    args.fixed["nproc_per_node (processes in all)"] = world  # each has its own random numbers
-    records, held_out = questions(args, world), sft.held_out_questions(args)[rank::world]
+    # Compared on --resume: each process has its own random numbers.
+    args.fixed["nproc_per_node (processes in all)"] = world
+    records = questions_to_train_on(args, world)
+    held_out = sft.held_out_questions(args)[rank::world]
 
-    # The policy starts as pi_SFT, and pi_SFT is the reference.
+    # The policy starts as pi_SFT, and pi_SFT is the reference (and F, with --judge hf:reference).
     policy, processor, optimizer = sft.policy_of(args, records, device, rank)
     sft_copy = None if args.lora else frozen_copy(policy)
-    pi_sft = functools.partial(reference_of, policy, sft_copy)
+    reference = functools.partial(reference_of, policy, sft_copy)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency,
                        timeout=args.judge_timeout, cache=os.path.join(args.root, "replies.jsonl"),
-                       reference=(pi_sft, processor.tokenizer))
+                       reference=(reference, processor.tokenizer))
     if rank == 0:
         check_gold(records, judge, args.judge == "lexical")
 
@@ -427,18 +417,18 @@ def train(run, argv):
     bar = tqdm(range(start, end, args.mu), initial=start // args.mu, total=end // args.mu,
                desc="grpo", unit="rollout", disable=rank > 0)
     for step in bar:  # one rollout, then mu optimiser steps on it
-        clock = Clock(device)
+        clock = sft.Clock(device)
 
         # Eq. (2): G completions for each question. A resumed run draws the same.
         mine = questions_of(records, step, n, args, rank, world)
         generator.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)
         batch, tokens, mask, texts = rollout(policy, processor, mine, generator, args)
+        sampled = M.finished(batch, tokens, mask), mask                          # (N, G), (N, G, T)
         clock.tick("rollout")
 
         # Eqs. (3) to (6): the rewards.
         rows, fmt, acc, con = score_groups(texts, mine, judge, args)             # (N, G) each
         R = rewards.total_reward(fmt, acc, without_failures(con), args.weights)  # (N, G)
-        figures = figures_of(rows, R, M.finished(batch, tokens, mask), mask, args)
         clock.tick("judge")
 
         # Eq. (7): the advantages. Those to train on are all groups, or those with spread.
@@ -446,24 +436,25 @@ def train(run, argv):
         if args.drop_no_spread:
             kept = group_spread(R).nonzero()[:, 0].tolist()
             batch, tokens, mask, A = M.rows_of(batch, kept), tokens[kept], mask[kept], A[kept]
-        ref_logp = reference_logprobs(policy, sft_copy, batch, tokens, mask, args)
-        clock.tick("reference")
-        waited = M.meet()  # s, for the slowest process
-        clock.tick("waiting")
 
-        # Eq. (8): mu optimiser steps. pi_old is the policy before the first of them.
+        # Eq. (8): mu optimiser steps. The ratio's denominator is pi_SFT, or pi_old, the policy
+        # before the first of them, whose log-probabilities come out of that step.
+        ref_logp = reference_logprobs(reference, batch, tokens, mask, args)      # (N, G, T)
+        clock.tick("reference")
+        clock.wait()
         old_logp = ref_logp if args.ratio == "sft" else None
         skipped = 0
         for inner in range(args.mu):
             lr = learning_rate(step + inner, steps, args)
             logp, told = update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr, args)
-            old_logp = logp if old_logp is None else old_logp
+            if old_logp is None:
+                old_logp = logp
             skipped += told["skipped"]
         done = run.done = step + args.mu
         clock.tick("update")
 
         # What a person looks at; and the end, if it has come.
-        figures |= told | clock.figures | dict(skipped=skipped, seconds_waiting=waited)
+        figures = figures_of(rows, R, *sampled, args) | told | clock.figures | dict(skipped=skipped)
         seconds = sum(x for name, x in clock.figures.items() if name.startswith("seconds"))
         figures["tokens_per_second"] = figures["tokens"] / seconds
         if due(step, args.mu, args.eval_every):
@@ -473,7 +464,7 @@ def train(run, argv):
         if rank == 0:
             sft.log(args.out, step=done, **figures)
             if args.show_every and step // args.mu % args.show_every == 0:
-                show(args.out, done, rows, R)
+                sft.show(args.out, done, rows[:SHOWN * args.G], R)
         why = None
         if args.weights[2] and figures["judge_failed"] > args.judge_failures:
             why = DataError(f"--judge: F failed on {figures['judge_failed']:.0%} of the rollout's "

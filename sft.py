@@ -299,6 +299,37 @@ def log(folder, **figures):
         f.write(json.dumps(figures) + "\n")
 
 
+def show(folder, step, rows, R):
+    """Append completions to completions.jsonl, for eyes: a line for each, its row (rewards.score)
+    and its reward. R (N, G)."""
+    path = os.path.join(folder, "completions.jsonl")
+    with data.naming(path), open(path, "a") as f:
+        for row, reward in zip(rows, R.flatten().tolist(), strict=False):
+            line = evaluation.without_nan(dict(step=step, **row, reward=reward))
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+class Clock:
+    """Seconds and peak memory of the parts of a step."""
+
+    def __init__(self, device):
+        self.device, self.figures, self.last = device, {}, time.perf_counter()
+        M.peak_memory(device)  # from here on
+
+    def tick(self, part):
+        """Book what has passed since the last tick on `part`, when the device has done its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.figures[f"seconds_{part}"] = time.perf_counter() - self.last
+        self.figures[f"peak_mb_{part}"] = round(M.peak_memory(self.device))
+        self.last = time.perf_counter()
+
+    def wait(self):
+        """Wait for the slowest process, and book the mean of all processes' waits."""
+        self.figures["seconds_waiting"] = M.meet()
+        self.last = time.perf_counter()
+
+
 def policy_of(args, records, device, rank):
     """--model, ready to be trained on the records, whose images and questions are checked ->
     policy, processor, AdamW."""
