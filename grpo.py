@@ -326,9 +326,10 @@ def check_gold(records, judge, lexical=True):
                f"--judge: F failed: {failures(judge.usage)}")
         gold, must = evaluation.subset(gold, GOLD_ASKED), ["fmt", "acc"]
     rows = rewards.score([rewards.answer_text(r) for r in gold], gold, judge)
-    if not lexical:
-        print(f"F agrees with {sum(row['con'] == 1 for row in rows)} of {len(rows)} gold thoughts "
-              f"and failed on {sum(failed(row['verdict']) for row in rows)}")
+    asked = [row for row in rows if row["thought"]]  # none with --thinking none
+    if asked and not lexical:
+        print(f"F agrees with {sum(row['con'] == 1 for row in asked)} of {len(asked)} gold "
+              f"thoughts and failed on {sum(failed(row['verdict']) for row in asked)}")
     for name in must:
         bad = [row["id"] for row in rows if row[name] < 1]  # nan, where no thought is asked, isn't
         expect(not bad, f"record {bad[:1]}: its gold answer has no {name} reward (so for "
@@ -433,12 +434,12 @@ def train(run, argv):
         mine = questions_of(records, step, n, args, rank, world)
         generator.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)
         batch, tokens, mask, texts = rollout(policy, processor, mine, generator, args)
+        ended, sampled = M.finished(batch, tokens, mask), mask                   # (N, G), (N, G, T)
         clock.tick("rollout")
 
         # Eqs. (3) to (6): the rewards.
         rows, fmt, acc, con = score_groups(texts, mine, judge, args)             # (N, G) each
         R = rewards.total_reward(fmt, acc, without_failures(con), args.weights)  # (N, G)
-        figures = figures_of(rows, R, M.finished(batch, tokens, mask), mask, args)
         clock.tick("judge")
 
         # Eq. (7): the advantages. Those to train on are all groups, or those with spread.
@@ -463,7 +464,8 @@ def train(run, argv):
         clock.tick("update")
 
         # What a person looks at; and the end, if it has come.
-        figures |= told | clock.figures | dict(skipped=skipped, seconds_waiting=waited)
+        figures = figures_of(rows, R, ended, sampled, args) | told | clock.figures
+        figures |= dict(skipped=skipped, seconds_waiting=waited)
         seconds = sum(x for name, x in clock.figures.items() if name.startswith("seconds"))
         figures["tokens_per_second"] = figures["tokens"] / seconds
         if due(step, args.mu, args.eval_every):
