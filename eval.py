@@ -543,7 +543,7 @@ PAGE = r"""<!doctype html>
       <p data-model="{{ name }}" class="{{ kinds_of(row) | join(" ") }}"><b>{{ name }}</b>
 {{ row.completion | truncate(4000, True, " .. (the rest is in completions-*.jsonl)") }}
 
-{% if row.cut_off %}cut off at the limit{{ "\n" }}{% endif %}
+{% if row.cut_off is true %}cut off at the limit{{ "\n" }}{% endif %}
 read as: {{ given_option(row) }}
 accuracy {{ row.acc }}, format {{ row.fmt }}, consistency {{ row.con }}
 F: {{ "failed" if row.verdict != row.verdict else row.verdict or "undecided" }}

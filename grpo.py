@@ -331,9 +331,10 @@ def check_gold(records, judge, lexical=True):
                f"--judge: F failed: {failures(judge.usage)}")
         gold, must = evaluation.subset(gold, GOLD_ASKED), ["fmt", "acc"]
     rows = rewards.score([rewards.answer_text(r) for r in gold], gold, judge)
-    if not lexical:
-        print(f"F agrees with {sum(row['con'] == 1 for row in rows)} of {len(rows)} gold thoughts "
-              f"and failed on {sum(failed(row['verdict']) for row in rows)}")
+    asked = [row for row in rows if row["thought"]]  # none with --thinking none
+    if asked and not lexical:
+        print(f"F agrees with {sum(row['con'] == 1 for row in asked)} of {len(asked)} gold "
+              f"thoughts and failed on {sum(failed(row['verdict']) for row in asked)}")
     for name in must:
         bad = [row["id"] for row in rows if row[name] < 1]  # nan, where no thought is asked, isn't
         expect(not bad, f"record {bad[:1]}: its gold answer has no {name} reward (so for "

@@ -162,10 +162,11 @@ def save(model, processor, folder, keep_adapter=False):
         model.to(device)
         if keep_adapter:
             net = net.float()
-            model.save_pretrained(beside / ADAPTER, save_embedding_layers=False)
         net = net.merge_and_unload()
     try:
         net.save_pretrained(beside)
+        if keep_adapter and net is not model:
+            model.save_pretrained(beside / ADAPTER, save_embedding_layers=False)
     except SafetensorError as e:  # an OSError in disguise
         raise DataError(f"{beside}: the weights can't be written: {e}") from e
     processor.image_processor.save_pretrained(beside)

@@ -183,11 +183,12 @@ class Run(contextlib.ExitStack):
             for path in (self.out / "metrics.jsonl", self.out / "completions.jsonl"):
                 if not path.exists():
                     continue
-                logs[path] = ""
+                kept = []
                 for k, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], 1):
                     where = f"{path}, line {k}"
                     if json.loads(line)["step"] <= self.done:
-                        logs[path] += f"{line}\n"
+                        kept.append(f"{line}\n")
+                logs[path] = "".join(kept)
         except data.DataError:
             raise
         except Exception as e:  # torch raises anything on what it hasn't written

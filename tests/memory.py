@@ -205,6 +205,8 @@ if __name__ == "__main__":
         table(sys.argv[2])
     elif sys.argv[1:]:
         stage, *flags = sys.argv[1:]
+        if stage not in ("sft.py", "grpo.py"):
+            raise SystemExit(f"error: {stage}: expected sft.py or grpo.py, then its flags")
         data.cli(lambda: print(json.dumps(memory_of({"sft.py": sft, "grpo.py": grpo}[stage], flags), indent=2)))
     else:
         compare()

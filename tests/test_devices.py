@@ -178,7 +178,7 @@ def test_questions_are_dealt_evenly(world):
 
 @pytest.mark.parametrize("error", [data.DataError("x.png is missing"), torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB.")])
 def test_an_error_names_its_process(error, monkeypatch, capsys):
-    """One sentence and exit code 2, for bad input, a full device and weights that find no room, with the process that met it."""
+    """One sentence and exit code 2, for bad input and a full device, with the process that met it."""
     def main():
         raise error
     monkeypatch.setenv("RANK", "3")

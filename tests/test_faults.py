@@ -15,6 +15,7 @@ import faults
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from PIL import Image
 
 import data
@@ -445,6 +446,17 @@ def test_the_last_checkpoint_survives_a_full_disk(world, monkeypatch, tmp_path, 
     state, net = state_of(tmp_path / "x"), M.load(str(tmp_path / "x"))[0]
     assert state["step"] == 2 and all(torch.equal(p, state["trained"][name]) for name, p in net.named_parameters())
     assert not (tmp_path / "x" / "state.pt.writing").exists()
+
+
+@pytest.mark.parametrize("part", [M.PeftModel, transformers.PreTrainedModel], ids=["adapter", "weights"])
+def test_weights_that_find_no_room_are_one_sentence(part, world, monkeypatch, tmp_path):
+    """What safetensors raises is no OSError."""
+    def full(*args, **knobs):
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+    monkeypatch.setattr(part, "save_pretrained", full)
+    policy = M.add_lora(M.load(world.folder)[0], 2)
+    with pytest.raises(data.DataError, match="x/.writing: the weights can't be written: I/O error: No space left"):
+        M.save(policy, world.processor, tmp_path / "x", keep_adapter=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- F and its log

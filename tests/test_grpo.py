@@ -258,13 +258,15 @@ def test_a_bandit_learns(loss_norm, ratio):
 
 # ------------------------------------------------------------------------------------------------------------- the gold answers
 
-def test_gold_answers_pass_and_a_planted_wrong_one_is_named(world):
+def test_gold_answers_pass_and_a_planted_wrong_one_is_named(world, capsys):
     """Before step 0 the gold answers go through the reward code: all phantoms score 1; a record whose thought supports another
     option, or names none, or would break the format, stops the run with its id."""
     judge = make_judge("lexical")
     grpo.check_gold(world.records, judge)
     for mode in rewards.INSTRUCTIONS:
         grpo.check_gold([r | dict(thinking=mode) for r in world.records], judge)
+    grpo.check_gold([r | dict(thinking="none") for r in world.records], judge, lexical=False)
+    assert capsys.readouterr().out == ""  # F is asked about no thought
     grpo.check_gold([world.records[0] | dict(thought=None)], judge)  # Med-R1's questions have no thoughts: nothing to check
     k, good = next((k, r) for k, r in enumerate(world.records) if r["task"] == "modality")
     other = next(o for o in good["options"] if o != good["options"]["ABCD".index(good["answer"])])
@@ -343,6 +345,18 @@ def test_a_run_logs_everything_and_moves_the_weights(world, monkeypatch, tmp_pat
     shown = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert [line["step"] for line in shown] == [1] * 8 + [2] * 8  # two groups of four per rollout
     assert all({"id", "completion", "fmt", "acc", "con", "reward"} <= line.keys() for line in shown)
+
+
+def test_the_wait_for_other_processes_is_not_booked_on_f(world, monkeypatch, tmp_path):
+    """Between a rollout and the meeting before the update nothing waits for the other processes: seconds_waiting tells of it."""
+    calls = []
+    for name, real, answer in (("sample", M.sample, None), ("gather", M.gather, None), ("meet", M.meet, 7.0)):
+        def told(*args, name=name, real=real, answer=answer, **knobs):
+            calls.append(name)
+            return answer or real(*args, **knobs)
+        monkeypatch.setattr(M, name, told)
+    _, lines, _ = train(world, monkeypatch, tmp_path / "x", "--max_steps", "1")
+    assert calls[calls.index("sample") + 1] == "meet" and lines[0]["seconds_waiting"] == 7
 
 
 @pytest.mark.parametrize("flags", [("--mu", "2", "--ratio", "old"), ("--mu", "2", "--ratio", "sft"), ("--scale", "std"),
