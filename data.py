@@ -197,7 +197,7 @@ def omnimedvqa(item, stem):
 
     options = [item[f"option_{x}"] for x in LETTERS if item.get(f"option_{x}")]
     truth, image = item["gt_answer"], item.get("image_path")
-    right = [x == truth for x in options]
+    right = [str(x).strip() == str(truth).strip() for x in options]
     if not any(right):  # then letters and digits alone count
         right = [plain(x) == plain(truth) != "" for x in options]
     expect(sum(right) == 1, f"gt_answer fits {sum(right)} options, expected one")
@@ -800,7 +800,7 @@ def ddti_outlines(file):
         name = f"{file.stem}_{mark.findtext('image')}"
         try:
             for shape in json.loads(mark.findtext("svg")):
-                yield name, [(p["x"], p["y"]) for p in shape["points"]]
+                yield name, [(float(p["x"]), float(p["y"])) for p in shape["points"]]
         except (ValueError, KeyError, TypeError):
             yield name, []
 

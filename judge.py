@@ -193,7 +193,7 @@ class Server:
         self.cache, self.replies = Path(cache), {}
         if self.cache.exists():
             for line in self.cache.read_text(errors="replace").splitlines():
-                with suppress(ValueError):  # a line torn by a kill
+                with suppress(ValueError, TypeError):  # a line torn by a kill
                     self.replies.update([json.loads(line)])
         self.url = urlsplit(f"{url.rstrip('/')}/chat/completions")
         self.knobs = dict(model=model, temperature=0, max_tokens=max_tokens)
@@ -215,7 +215,7 @@ class Server:
         reply, _ = self.ask(judge_prompt(thought, item))
         if failed(reply):
             return reply
-        if fold(reply) == "none":
+        if fold(reply).strip("()'\"*") == "none":
             return None
         letter = rewards.answer_letter(reply, item["options"])
         if not letter:
@@ -228,7 +228,7 @@ class Server:
             image = data_url(record, max_pixels=max_pixels)
             return self.ask(rewards.question_text(record), image, **knobs)
 
-        lost = 0
+        lost = self.lost = 0
         for reply in self.threads.imap(ask, records):
             lost = lost + 1 if failed(reply[0]) else 0
             expect(lost < min(GIVE_UP, len(records)),
@@ -266,7 +266,8 @@ class Server:
                 why = f"HTTP {status}"
                 if status == 200:
                     choice = json.loads(reply)["choices"][0]
-                    text = str(choice["message"].get("content") or "")
+                    text = (choice["message"].get("content") or "").strip()
+                    text.encode()  # half a surrogate pair, which no file can hold, raises
                     self.usage.append("call")
                     self.lost = 0
                     return text, choice.get("finish_reason") == "length"
@@ -306,7 +307,7 @@ def write_thought(record, described, known, writer, judge):
     image, what the describer said of it, and what is true of it. The writer is told what was wrong
     with its last of three attempts; without a reply or a verdict it ends."""
     seen, image, again = described[record["image"]], data_url(record, SIDE), ""
-    if failed(seen):
+    if failed(seen) or not seen:
         return seen, ["got no description"]
     prompt = WRITE.format(described=defused(seen), question=defused(record["question"]),
                           options=options_text(map(defused, record["options"])),
@@ -377,7 +378,7 @@ def annotate(args):
     for r, (thought, wrong) in zip(records, written, strict=True):
         reasons.update(wrong)
         if not wrong:
-            good.append(dict(r, thought=thought.strip()))
+            good.append(dict(r, thought=thought))
     print(f"{len(records)} questions: {len(good)} thoughts accepted, {len(records) - len(good)}",
           f"left out (run again for those without a reply); last attempts: {failures(reasons)}")
     for role, model in dict(describer=describer, writer=writer, judge=judge).items():
@@ -414,9 +415,9 @@ def decide(args):
     try:
         decisions = json.loads(Path(args.decisions).read_text())
         said = [decisions.get(key_of(r["id"], r["thought"])) for r in records]
-    except (OSError, ValueError, AttributeError):
+        n = Counter(said)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         raise DataError(f"{args.decisions}: expected decisions saved by a review page") from None
-    n = Counter(said)
     print(f"{len(said)} thoughts: {n[True]} accepted, {n[False]} rejected, {n[None]} not decided")
     return [r for r, yes in zip(records, said, strict=True) if yes is True]
 
@@ -436,6 +437,7 @@ def main(argv=None):
     add("--decisions", help="instead: keep of the file what this page's saved decisions accept")
     args = parser.parse_args(argv)
     expect(args.concurrency > 0 and args.timeout > 0, "--concurrency, --timeout: too small")
+    expect(args.review != args.out, f"--review {args.review}: expected another file than --out")
     expect(Path(args.file).parent.resolve() == Path(args.out).parent.resolve(),
            f"--out {args.out}: expected it in the folder of {args.file}, where its images are")
     good, described = (decide(args), {}) if args.decisions else annotate(args)

@@ -135,6 +135,12 @@ def test_rules_are_linear_in_the_thought(unit, world):
     assert long < 30 * short + 0.02
 
 
+def test_an_empty_description_is_none(world):
+    """The writer is not asked."""
+    r = world.records[0]
+    assert J.write_thought(r, {r["image"]: ""}, None, None, None) == ("", ["got no description"])
+
+
 def test_good_words_are_not_taken_for_bad(world):
     """A denial, a hint on the way and a conclusion in the last sentence's usual words pass."""
     r = dict(world.records[0], question="What is the kind of lesion?", options=["cyst", "glioma", "abscess", "plaques"],
@@ -215,7 +221,8 @@ def test_decisions_are_applied_to_the_thoughts_that_were_read(world, box, capsys
     kept = annotate(box, None, "--decisions", str(box / "decisions.json"), "--review", str(box / "again.html"), out="verified.jsonl")
     assert [r["id"] for r in kept] == [made[k]["id"] for k in (0, 3, 4)] and (box / "again.html").exists()
     assert "40 thoughts: 3 accepted, 1 rejected, 36 not decided" in capsys.readouterr().out
-    for broken in ("", "[1]", "{}x", "null", '[{"thought": []}]'):
+    listed = json.dumps(dict.fromkeys(said, []))
+    for broken in ("", "[1]", "{}x", "null", '[{"thought": []}]', listed, "[" * 200_000):
         (box / "decisions.json").write_text(broken)
         with pytest.raises(DataError, match="decisions"):
             annotate(box, None, "--decisions", str(box / "decisions.json"), out="verified.jsonl")
@@ -255,7 +262,8 @@ def test_a_person_clicks_through_the_page(world, box):
     (["--describer", "lexical", "--writer", "lexical"], "no chat server"),
     (["--describer", "hf:x", "--writer", "hf:x"], "expected openai:BASE_URL#MODEL"),
     (["--describer", "openai:http://me:secret@h#m", "--writer", "hf:x"], "OPENAI_API_KEY"), (["--concurrency", "0"], "--concurrency"),
-    (["--decisions", "/no/where"], "/no/where"), (["--nonsense"], "nonsense"), (["--out", "/tmp/elsewhere.jsonl"], "folder")])
+    (["--decisions", "/no/where"], "/no/where"), (["--nonsense"], "nonsense"), (["--out", "/tmp/elsewhere.jsonl"], "folder"),
+    (["--review", "out.jsonl", "--out", "out.jsonl"], "--review")])
 def test_bad_commands_are_one_sentence(flags, told, box):
     """Said before anything is written."""
     before = sorted(box.rglob("*"))

@@ -74,7 +74,8 @@ class Handler(BaseHTTPRequestHandler):
         server.calls.append(prompt)
         time.sleep(server.seconds)
         kind = server.fault(prompt, server.calls.count(prompt))
-        said = {"wrong": random.choice(["Z", "F", "The answer is B.", "B or C", "BB", "nonesuch"]), "empty": None}
+        said = {"wrong": random.choice(["Z", "F", "The answer is B.", "B or C", "BB", "nonesuch"]), "empty": None,
+                "parts": [{"type": "text", "text": "B"}], "half": "B \ud800"}
         choices = [{"message": {"role": "assistant", "content": said.get(kind, "B") if kind else server.reply(prompt)}}]
         good = json.dumps({"choices": choices, "usage": {}}).encode()
         if kind == "429":
@@ -174,6 +175,19 @@ def test_a_reply_that_is_no_letter_is_a_failure(fault, serve):
     assert J.failures(judge.usage) == "a reply that is no letter (1 times)"
 
 
+@pytest.mark.parametrize("fault", ["parts", "half"])
+def test_a_reply_that_no_file_can_hold_is_a_failure(fault, serve):
+    """A list of parts, and half a surrogate pair: asked again, and never taken for what a model wrote."""
+    server = serve(fault=lambda prompt, n: fault)
+    reply, _ = J.Server(server.spec).ask("Describe.")
+    assert math.isnan(reply) and len(server.calls) == len(WAITS)
+
+
+@pytest.mark.parametrize("said", ["none", "None.", "(none)", '"none"', "**none**"])
+def test_none_is_no_failure(said, serve):
+    assert J.make_judge(serve(reply=lambda prompt: said).spec)(["It is dark."], [KIND]) == [None]
+
+
 @pytest.mark.parametrize("status, tries", [("401", 1), ("400", 1), ("404", 1), ("302", 1), ("408", 3), ("503", 3)])
 def test_what_cannot_get_better_is_not_asked_again(status, tries, serve, monkeypatch):
     """A wrong key or model fails at once; an overloaded server is asked again."""
@@ -220,7 +234,7 @@ def test_nothing_is_asked_twice(serve, tmp_path):
     first = J.make_judge(server.spec, cache=file)(thoughts * 2, [KIND] * 12)
     assert len(server.calls) == 6 and [i for i, v in enumerate(first) if v != v] == [3, 9]
     with open(file, "a") as f:
-        f.write('\n["torn')
+        f.write('\n5\n["torn')
     assert J.make_judge(server.spec, cache=file)(thoughts, [KIND] * 6) == expected and len(server.calls) == 7
     again = J.make_judge(server.spec, cache=file)
     assert again(thoughts, [KIND] * 6) == expected and len(server.calls) == 7

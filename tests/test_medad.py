@@ -145,7 +145,8 @@ TREES = {
         says(f"<case><tirads>4a</tirads><mark><image>1</image>{svg(LU)}</mark>",
         f"<mark><image>2</image>{svg(RL, RL)}</mark></case>"), "101_1.jpg": img(2, "nodule"), "101.xml":
         says(f"<case><tirads/><mark><image>1</image>{svg(LL)[:-9]}</svg></mark></case>"), "102_1.jpg": img(3, "nodule"),
-        "102.xml": says(f"<case><mark><image>1</image>{svg(RU, LL)}</mark></case>"), "103_1.jpg": img(4, "nodule")},
+        "102.xml": says(f"<case><mark><image>1</image>{svg(RU, LL)}</mark></case>"), "103_1.jpg": img(4, "nodule"),
+        "103.xml": says(f"<case><mark><image>1</image>{svg(LL)}</mark></case>".replace('"y": ', '"y": null, "z": '))},
         {"no mask or outline": 2, "in several regions": 1}),
     "ddti as PNG": ("ddti", "Ultrasound", "Thyroid", "DDTI/", {  # no patients told: a hundred images are a group
         "1_or_data/image/0000.PNG": img(1, "nodule", LU),
@@ -704,7 +705,7 @@ def test_omnimedvqa(tmp_path, capsys):
     grades, name = dict(option_A="grade +", option_B="grade ++"), "QA_information/Open-access/ACRIMA.json"
     write(tmp_path, {name: says(json.dumps([
         omni(0), omni(1, " fundus  Imaging. "), omni(2, "X ray scan"), omni(3, "Xray scan"), few, other, omni(6, "MRI"),
-        omni(7, option_A="fundus imaging."), omni(8, "grade ++", **grades), omni(9, "grade", **grades)]))})
+        omni(7, option_A="fundus imaging."), omni(8, "grade ++ ", **grades), omni(9, "grade", **grades)]))})
     records = {r["id"][7:]: r for r in data.read_records(tmp_path / name)}
     assert {k: r["answer"] for k, r in records.items()} == dict(zip("01234578", "DDBBBDDB", strict=True))
     assert "2 of 10 questions can't be used, as question 7: gt_answer fits 0 options" in capsys.readouterr().err
