@@ -299,4 +299,4 @@ def test_machines_without_a_shared_folder_are_told(machines):
     one that hasn't ends with a sentence that says which and what, and ends the other."""
     assert (machines["out"] / "machine-0" / "state.pt").exists() and not (machines["out"] / "machine-1" / "state.pt").exists()
     assert all(machines["codes"]) and "process 1: " in machines["said"]
-    assert "machine-1: nothing to resume" in machines["said"] and "another process has ended" in machines["said"]
+    assert "machine-1/state.pt: missing" in machines["said"] and "another process has ended" in machines["said"]
