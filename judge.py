@@ -266,7 +266,7 @@ class Server:
                 why = f"HTTP {status}"
                 if status == 200:
                     choice = json.loads(reply)["choices"][0]
-                    text = (choice["message"].get("content") or "").strip()
+                    text = choice["message"].get("content") or ""
                     text.encode()  # half a surrogate pair, which no file can hold, raises
                     self.usage.append("call")
                     self.lost = 0
@@ -281,9 +281,8 @@ class Server:
 
     def post(self, body):
         """-> (status, bytes). No redirect and no proxy: the key goes to no other address."""
-        kinds = dict(http=http.client.HTTPConnection, https=http.client.HTTPSConnection)
-        connection = kinds[self.url.scheme](self.url.netloc, timeout=self.timeout)
-        with closing(connection):
+        kind = getattr(http.client, f"{self.url.scheme.upper()}Connection")  # HTTP or HTTPS
+        with closing(kind(self.url.netloc, timeout=self.timeout)) as connection:
             connection.request("POST", self.url.path, json.dumps(body), self.headers)
             reply = connection.getresponse()
             return reply.status, reply.read(2**22)
@@ -307,7 +306,7 @@ def write_thought(record, described, known, writer, judge):
     image, what the describer said of it, and what is true of it. The writer is told what was wrong
     with its last of three attempts; without a reply or a verdict it ends."""
     seen, image, again = described[record["image"]], data_url(record, SIDE), ""
-    if failed(seen) or not seen:
+    if failed(seen) or not seen.strip():
         return seen, ["got no description"]
     prompt = WRITE.format(described=defused(seen), question=defused(record["question"]),
                           options=options_text(map(defused, record["options"])),
@@ -378,7 +377,7 @@ def annotate(args):
     for r, (thought, wrong) in zip(records, written, strict=True):
         reasons.update(wrong)
         if not wrong:
-            good.append(dict(r, thought=thought))
+            good.append(dict(r, thought=thought.strip()))
     print(f"{len(records)} questions: {len(good)} thoughts accepted, {len(records) - len(good)}",
           f"left out (run again for those without a reply); last attempts: {failures(reasons)}")
     for role, model in dict(describer=describer, writer=writer, judge=judge).items():
