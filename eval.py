@@ -483,7 +483,7 @@ PAGE = r"""<!doctype html>
   .raw { opacity: .25; stroke-width: 1 } .grid { opacity: .2; stroke-width: 1 }
   .dot { stroke-width: 6; stroke-linecap: round }
   section { display: flex; flex-wrap: wrap; gap: 1.2em; border-top: 1px solid }
-  section p { flex: 1 14em; max-height: 20em; overflow: auto; white-space: pre-wrap;
+  section p { flex: 1 14em; max-height: 28em; overflow: auto; white-space: pre-wrap;
     unicode-bidi: plaintext; padding-left: .6em; border-left: 4px solid transparent }
   .right { border-color: hsl(140 65% var(--light)) } .wrong { border-color: hsl(0 65% 50%) }
   img { width: 160px; height: max-content; margin: 1em 0 } [hidden] { display: none }
