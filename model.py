@@ -479,9 +479,10 @@ class KVCache:
             both = torch.stack([k, v]).repeat_interleave(self.G, 1)  # (2, rows, h, P, d)
             self.layers.append(pad(both, (0, 0, 0, self.room)))
             return k, v
-        read = self.layers[layer][:, :, :, :self.end]  # (2, rows, h, end, d)
-        read.index_copy_(3, self.at, torch.stack([k, v]))
-        return tuple(read)
+        keys, values = self.layers[layer]
+        keys.index_copy_(2, self.at, k)
+        values.index_copy_(2, self.at, v)
+        return keys[:, :, :self.end], values[:, :, :self.end]
 
     def keep(self, rows):
         self.seen, self.position = self.seen[rows], self.position[rows]
