@@ -561,8 +561,10 @@ class Graphed:
         return self.logits
 
     def capture(self):
+        if self.given.is_cuda:
+            stream = torch.cuda.current_stream(self.given.device)
         try:
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.given.device)
+            graph = torch.cuda.CUDAGraph()
             # On torch's one stream for it: cuBLAS keeps a workspace for each that it has seen.
             # Other threads may go on.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
