@@ -129,7 +129,9 @@ def dispatch(func, args, kwargs):
     known = {id(x.held): x for x in ours}  # an operation in place answers with what it was given
 
     def wrapped(x):
-        return known.get(id(x)) if id(x) in known else Pretend(x) if to_cuda else x
+        if id(x) in known:
+            return known[id(x)]
+        return Pretend(x) if to_cuda else x
     return tree_map_only(torch.Tensor, wrapped, out)
 
 
