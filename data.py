@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import warnings
 import zlib
@@ -69,6 +70,7 @@ class Parser(argparse.ArgumentParser):  # a mistake on the command line is bad i
 def cli(main):
     """Run main(); bad input, a full or read-only disk and Ctrl-C end it with one sentence on stderr
     and exit code 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see the first lines of the programs
     try:
         main()
     except (DataError, OSError, KeyboardInterrupt) as e:

@@ -20,6 +20,11 @@ Models that were not trained here (openai:, and folders without knobs.json or ba
 without our tags: rewards.read_leniently. Left out on purpose: partial credit, majority votes.
 Rounding aside, greedy results depend neither on --batch nor on the number of processes.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import argparse
 import json
 import math

@@ -21,6 +21,11 @@ further from 1 - eps times on.
 Left out on purpose: a value network (the group's mean is the baseline), a replay buffer, sampling
 ahead of the update, asymmetric clipping.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import contextlib
 import copy
 import functools

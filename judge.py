@@ -18,6 +18,11 @@ are verified by rule; then a person may accept or reject them:
 
 Left out on purpose: proxies, redirects, streaming, annotators without a server.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import http.client
 import json
 import math

@@ -10,6 +10,11 @@ of them (`make_base`, kept in ROOT/tiny-base) and fine-tunes that.
 
 Left out on purpose: early stopping, packing of several questions into one row.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import argparse
 import contextlib
 import functools
@@ -17,7 +22,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import time
 from collections import defaultdict

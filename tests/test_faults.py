@@ -459,6 +459,15 @@ def test_weights_that_find_no_room_are_one_sentence(part, world, monkeypatch, tm
         M.save(policy, world.processor, tmp_path / "x", keep_adapter=True)
 
 
+@pytest.mark.parametrize("program", ["sft", "grpo", "eval", "judge"])
+def test_ctrl_c_while_a_program_is_imported_prints_no_traceback(program, tmp_path):
+    """Seconds pass until torch is imported. In its place stands a module in which Ctrl-C is pressed."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run([sys.executable, ROOT / f"{program}.py"], env=os.environ | dict(PYTHONPATH=str(tmp_path)),
+                          capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stderr == done.stdout == ""
+
+
 # -------------------------------------------------------------------------------------------------------------- F and its log
 
 def test_what_has_no_verdict_is_left_out_of_the_log(world):
