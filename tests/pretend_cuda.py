@@ -190,6 +190,12 @@ def capture(graph, **_):
             tensor.copy_(old)
 
 
+def backward(loss):
+    """Straight to the engine: torch's own way there switches the modes below off, which checkpointed layers need."""
+    torch.autograd.graph._engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
 class Generator(torch.Generator):
     def __new__(cls, device="cpu"):
         made = super().__new__(cls, "cpu")
@@ -206,7 +212,7 @@ def pretended():
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(patch(f"torch.cuda.{name}", lambda *_, answer=answer, **__: answer))
-        for name, stand_in in (("Generator", Generator), ("cuda.CUDAGraph", Graph), ("cuda.graph", capture)):
+        for name, stand_in in (("Generator", Generator), ("Tensor.backward", backward), ("cuda.CUDAGraph", Graph), ("cuda.graph", capture)):
             stack.enter_context(patch(f"torch.{name}", stand_in))
         torch.__future__.set_swap_module_params_on_conversion(True)
         stack.enter_context(Functions())
