@@ -1,12 +1,13 @@
 """Run a program of this repository on a pretended CUDA device, where there is none: with torch's CPU build and g++.
 
     python tests/pretend_cuda.py grpo --root out --max_steps 2 --out out/pretended
+    python tests/pretend_cuda.py pytest tests -k cuda
 
 Tensors say that they are on cuda:0 and hold their values on the CPU. An operation on tensors of both devices fails as on CUDA;
 autocast is CUDA's, in bf16; a CUDA graph records the operations of a step, takes back what they wrote, and replays them, so a
-number of Python's that changes from token to token would be frozen in it. At the end: graphs, replays, and how often the program
-waited for the device. Not shown: CUDA's kernels, their speed and memory, NCCL, and what runs in the backward pass outside torch's
-operations (--checkpointing reads lists there, which fails).
+number of Python's that changes from token to token would be frozen in it. Several processes are several devices; gloo stands in
+for NCCL. At the end: graphs, replays, and how often the program waited for the device. Not shown: CUDA's kernels, their speed and
+memory, and NCCL.
 """
 import contextlib
 import importlib
@@ -19,6 +20,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
@@ -54,6 +56,7 @@ std::optional<DeviceType> getAccelerator(bool) { return DeviceType::CUDA; }
 bool isAccelerator(DeviceType d) { return d == DeviceType::CUDA; }
 }
 """
+PRELOADED = "PRETENDED_CUDA"  # in the environment of a process that has the library
 CUDA = torch.device("cuda", 0)
 WAITS = "_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"
 MIXES = "copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"  # take tensors of both devices
@@ -205,35 +208,52 @@ class Generator(torch.Generator):
     device = property(lambda self: self.asked)
 
 
+def on_gloo(call):
+    """A collective of torch.distributed on the values that a pretended tensor holds."""
+    def called(tensor, *args, **knobs):
+        return call(tensor.held if isinstance(tensor, Pretend) else tensor, *args, **knobs)
+    return called
+
+
 @contextlib.contextmanager
 def pretended():
-    answers = dict(is_available=True, device_count=1, is_bf16_supported=True, set_device=None, current_device=0, synchronize=None,
+    answers = dict(is_available=True, device_count=8, is_bf16_supported=True, set_device=None, current_device=0, synchronize=None,
                    max_memory_allocated=0, reset_peak_memory_stats=None, _lazy_init=None, set_stream=None, current_stream=None)
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(patch(f"torch.cuda.{name}", lambda *_, answer=answer, **__: answer))
         for name, stand_in in (("Generator", Generator), ("Tensor.backward", backward), ("cuda.CUDAGraph", Graph), ("cuda.graph", capture)):
             stack.enter_context(patch(f"torch.{name}", stand_in))
+        for name in ("all_reduce", "broadcast"):
+            stack.enter_context(patch(f"torch.distributed.{name}", on_gloo(getattr(dist, name))))
+        stack.enter_context(patch("torch.distributed.init_process_group", lambda _, started=dist.init_process_group, **knobs:
+                                  started("gloo", **knobs)))
         torch.__future__.set_swap_module_params_on_conversion(True)
         stack.enter_context(Functions())
         stack.enter_context(Operations())
         yield
 
 
+def compiled(folder):
+    """LIBRARY, to be preloaded -> its path. OSError or CalledProcessError where it can't be compiled."""
+    root, source, library = Path(torch.__file__).parent, Path(folder, "cuda.cpp"), Path(folder, "cuda.so")
+    source.write_text(LIBRARY)
+    subprocess.run(["g++", "-std=c++20", "-w", "-shared", "-fPIC", "-I", root / "include", source, "-o", library,
+                    "-L", root / "lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}"], check=True)
+    return library
+
+
 def main():
-    if "PRETENDED" not in os.environ:
-        root = Path(torch.__file__).parent
+    if PRELOADED not in os.environ:
         with tempfile.TemporaryDirectory() as folder:
-            source, library = Path(folder, "cuda.cpp"), Path(folder, "cuda.so")
-            source.write_text(LIBRARY)
-            subprocess.run(["g++", "-std=c++20", "-w", "-shared", "-fPIC", "-I", root / "include", source, "-o", library,
-                            "-L", root / "lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}"], check=True)
-            env = os.environ | dict(LD_PRELOAD=str(library), PRETENDED="1")
-            sys.exit(subprocess.run([sys.executable, *sys.argv], env=env).returncode)
+            library = str(compiled(folder))
+            again = subprocess.run([sys.executable, *sys.argv], env=os.environ | {PRELOADED: library, "LD_PRELOAD": library})
+            sys.exit(again.returncode)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     with pretended():
-        importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+        code = importlib.import_module(sys.argv[1]).main(sys.argv[2:])
     print(dict(counts))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def flags_of(world, out, *more):
             "--out", str(out), *more]
 
 
-GRPO = ["--batch", "16", "--G", "4", "--max_new_tokens", "12", "--no-drop_no_spread", "--show_every", "1", "--micro_tokens", "400",
+GRPO = ["--batch", "8", "--G", "4", "--max_new_tokens", "8", "--no-drop_no_spread", "--show_every", "1", "--micro_tokens", "150",
         "--lr", "1e-6"]
 
 
@@ -98,7 +98,7 @@ def test_sft_learns_on_cuda_the_same_with_checkpointing(knobs, world, tmp_path):
     """Loss and gradient of two steps, to bf16's precision; the checkpoint is one that the CPU can use."""
     every = {}
     for name, more in (("plain", ()), ("checkpointed", ("--checkpointing",))):
-        sft.main(flags_of(world, tmp_path / name, *knobs, *more, "--batch", "6", "--micro_batch", "2", "--lr", "1e-4"))
+        sft.main(flags_of(world, tmp_path / name, *knobs, *more, "--batch", "2", "--micro_batch", "1", "--lr", "1e-4"))
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         every[name] = [[json.loads(line)[k] for k in ("loss", "grad_norm")] for line in lines]
         assert M.all_finite(M.load(str(tmp_path / name))[0].parameters())

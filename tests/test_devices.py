@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import memory
+import pretend_cuda
 import pytest
 import torch
 
@@ -153,6 +154,69 @@ def test_cuda_s_draw_asks_the_device_nothing_and_follows_the_softmax():
         counts = torch.bincount(drawn, minlength=7)
         assert (counts[expected == 0] == 0).all() and (counts / 20000 - expected).abs().max() < 0.015
     assert "exponential_" in seen and not seen & {"multinomial", "_local_scalar_dense", "nonzero", "_assert_async"}
+
+
+# ------------------------------------------------------------------------------------------------------------- a pretended GPU
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """What a process preloads to pretend that it has a CUDA device."""
+    if torch.cuda.is_available() or torch.version.cuda or sys.platform != "linux":
+        pytest.skip("only torch's CPU build on Linux can pretend to have CUDA")
+    try:
+        return str(pretend_cuda.compiled(tmp_path_factory.mktemp("library")))
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs a g++ that compiles torch's headers")
+
+
+def on_pretended_cuda(library, *start, cwd):
+    """A command of Python's that runs on it -> what it printed."""
+    env = os.environ | {pretend_cuda.PRELOADED: library, "LD_PRELOAD": library, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
+    done = subprocess.run([sys.executable, *map(str, start)], env=env, cwd=cwd, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_what_needs_cuda_passes_on_a_pretended_device(library):
+    """test_cuda.py: no operation mixes devices, none in a CUDA graph waits for a value, and a replayed graph draws what the step
+    itself draws, where it comes from operations on tensors alone."""
+    said = on_pretended_cuda(library, "tests/pretend_cuda.py", "pytest", "tests/test_cuda.py", "-q", "-p", "no:cacheprovider",
+                             cwd=ROOT)
+    assert " passed" in said and "skipped" not in said, said
+
+
+ON_TWO_DEVICES = """
+import faults
+import grpo
+import model as M
+import rewards
+import sft
+
+def main(knobs):
+    rewards.score = faults.toy_score
+    close, M.close_devices = M.close_devices, lambda: None  # not between runs
+    sft.main([*knobs, "--out", "sft", "--batch", "2", "--micro_batch", "1", "--max_steps", "2"])
+    group = [*knobs, "--batch", "8", "--G", "4", "--max_new_tokens", "6", "--no-drop_no_spread", "--show_every", "1"]
+    grpo.main([*group, "--out", "whole", "--max_steps", "2"])
+    grpo.main([*group, "--out", "again", "--max_steps", "1"])
+    grpo.main([*group, "--out", "again", "--max_steps", "2", "--resume"])
+    close()
+"""
+
+
+def test_two_pretended_devices_train_as_one_cpu_does(library, world, tmp_path):
+    """sft.py's losses on two devices are those of one CPU, to bf16's precision; gradients, the moments that are shared out and
+    what is saved of them lie on the right devices: grpo.py goes on from its first step to the same completions."""
+    knobs = ["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--lora", "2"]
+    (tmp_path / "two_devices.py").write_text(ON_TWO_DEVICES)
+    on_pretended_cuda(library, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                      ROOT / "tests" / "pretend_cuda.py", "two_devices", *knobs, cwd=tmp_path)
+    sft.main([*knobs, "--out", str(tmp_path / "one"), "--batch", "2", "--max_steps", "2"])
+    one, two = ([json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+                for name in ("one", "sft"))
+    assert len(one) == 2 and one == pytest.approx(two, rel=5e-3) and one != two, "bf16 differs from fp32"
+    whole, again = ((tmp_path / name / "completions.jsonl").read_text() for name in ("whole", "again"))
+    assert whole == again and whole.count("\n") == 8
 
 
 # ----------------------------------------------------------------------------------------------------------- several processes
