@@ -58,7 +58,7 @@ bool isAccelerator(DeviceType d) { return d == DeviceType::CUDA; }
 """
 PRELOADED = "PRETENDED_CUDA"  # in the environment of a process that has the library
 CUDA = torch.device("cuda", 0)
-WAITS = "_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"
+WAITS = "_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero", "_assert_async"
 MIXES = "copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"  # take tensors of both devices
 counts = Counter()
 recording = None  # the graph that is being captured
@@ -122,8 +122,8 @@ def dispatch(func, args, kwargs):
     if name in WAITS:
         counts[name] += 1
     if recording is not None:
-        if name in WAITS:
-            raise RuntimeError(f"{name} in a graph")
+        if name in WAITS or name in ("copy_", "_to_copy") and (theirs or not to_cuda):
+            raise RuntimeError(f"{name} in a graph: it waits for the device, or copies from one to the other")
         if func._schema.is_mutable:
             recording.before.append((args[0], args[0].clone()))
     out = func(*args, **kwargs)
