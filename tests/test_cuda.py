@@ -121,7 +121,7 @@ def test_grpo_on_cuda_draws_the_same_with_a_graph_without_and_resumed(world, toy
     monkeypatch.setattr(M, "GRAPHED", {})
     grpo.main(flags_of(world, tmp_path / "plain", *GRPO))
     for other in ("resumed", "plain"):
-        assert as_many(texts, left(tmp_path / other)[1]) > 0.8, other
+        assert as_many(texts, left(tmp_path / other)[1]) > 0.5, other
 
 
 @pytest.mark.parametrize("knobs", [
