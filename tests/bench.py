@@ -35,7 +35,7 @@ SHAPES = dict(  # defaults of the other knobs
     tiny=dict(layers=4, size=112, tokens=64, lora=0),
     **{"3b": dict(layers=36, size=392, tokens=256, lora=64)})
 
-def parse(argv=None):
+def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", choices=list(SHAPES), default="tiny", help="of the network")
     p.add_argument("--peer", choices=["trl"], help="run this beside, by turns")
@@ -241,7 +241,7 @@ def trl(a):
 
 # --------------------------------------------------------------------------------------------------------------- the two tables
 
-def compare(a):
+def compare(a, argv):
     """Processes of both sides by turns -> the figures, printed as a table."""
     sides = ["ours"] + [a.peer] * bool(a.peer)
     runs = {side: [] for side in sides}
@@ -249,7 +249,7 @@ def compare(a):
         make_work(a, folder)
         for k in range(a.rounds):
             for side in sides if k % 2 == 0 else sides[::-1]:
-                command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
+                command = [sys.executable, __file__, *argv, "--side", side, "--folder", folder]
                 environment = dict(os.environ, OMP_NUM_THREADS=str(a.threads))
                 done = subprocess.run(command, capture_output=True, text=True, env=environment)
                 if done.returncode:
@@ -287,22 +287,22 @@ def grow(a):
     import data
     import model as M
     torch.set_num_threads(a.threads)
-    out = []
+    out, device = [], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print("| G | image, px | prompt, tokens | one row per group, s | one row per completion, s | ratio of times | of tokens |\n"
           "|---|---|---|---|---|---|---|")
     for G, size in [(G, 112) for G in (2, 4, 8, 16, 32)] + [(8, size) for size in (224, 336, 448)]:
         with tempfile.TemporaryDirectory() as folder:
             make_work(argparse.Namespace(**vars(a) | dict(size=size, steps=1, warmup=0)), folder)
-            net, processor = M.load(folder)
-            batch = M.encode(processor, data.read_records([f"{folder}/records.jsonl"], "train"))
+            net, processor = M.load(folder, device=device)
+            batch = M.encode(processor, data.read_records([f"{folder}/records.jsonl"], "train"), device)
         P, generator = batch["input_ids"].shape[1], torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, 256, (a.questions, G, a.tokens), generator=generator)
+        tokens = torch.randint(0, 256, (a.questions, G, a.tokens), generator=generator).to(device)
         mask = torch.ones_like(tokens, dtype=torch.bool)
         single = [(M.rows_of(batch, slice(i, i + 1)), tokens[i:i + 1, g:g + 1]) for i in range(a.questions) for g in range(G)]
         alone = M.rows_of(batch, slice(0, 1))
         repeated = dict(alone, input_ids=torch.cat([b["input_ids"] for b, _ in single]),
                         attention_mask=torch.cat([b["attention_mask"] for b, _ in single]),
-                        pixel_values=torch.cat([b["pixel_values"][0] for b, _ in single]),
+                        pixel_values=[b["pixel_values"][0] for b, _ in single],
                         image_grid_thw=torch.cat([b["image_grid_thw"] for b, _ in single]))
         flat, whole = tokens.flatten(0, 1)[:, None], mask.flatten(0, 1)[:, None]
 
@@ -310,6 +310,8 @@ def grow(a):
             began = time.perf_counter()
             M.token_logprobs(net, batch, tokens, mask).sum().backward()
             net.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             return time.perf_counter() - began
         times = [(update(batch, tokens, mask), update(repeated, flat, whole)) for _ in range(a.rounds + 1)][1:]
         group, each = (statistics.median(x) for x in zip(*times, strict=True))
@@ -318,9 +320,14 @@ def grow(a):
         print(f"| {G} | {size} | {P} | {group:.3f} | {each:.3f} | {group / each:.2f} | {out[-1]['tokens']:.2f} |", flush=True)
     Path(a.json).write_text(json.dumps(out, indent=1))
 
-if __name__ == "__main__":
-    a = parse()
+def main(argv):
+    a = parse(argv)
     if a.side:
         print(json.dumps({"ours": ours, "trl": trl}[a.side](a)))
+    elif a.grow:
+        grow(a)
     else:
-        (grow if a.grow else compare)(a)
+        compare(a, argv)
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

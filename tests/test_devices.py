@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench
 import memory
 import pretend_cuda
 import pytest
@@ -154,6 +155,18 @@ def test_cuda_s_draw_asks_the_device_nothing_and_follows_the_softmax():
         counts = torch.bincount(drawn, minlength=7)
         assert (counts[expected == 0] == 0).all() and (counts / 20000 - expected).abs().max() < 0.015
     assert "exponential_" in watch.seen and not watch.seen & {"multinomial", *pretend_cuda.WAITS}
+
+
+# ---------------------------------------------------------------------------------------------------------------- the benchmark
+
+def test_the_benchmark_s_two_tables_can_be_made(tmp_path, capsys, monkeypatch):
+    """With so little work that the figures say nothing: a step of grpo.py in a process of its own, and the update as it grows."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # the tests' own number stays
+    file, little = str(tmp_path / "bench.json"), ["--questions", "1", "--tokens", "4", "--rounds", "1", "--threads", "1"]
+    bench.main([*little, "--G", "2", "--steps", "1", "--warmup", "1", "--json", file])
+    assert "| ours | " in capsys.readouterr().out and json.loads(Path(file).read_text())["ours"]["seconds"] > 0
+    bench.main(["--grow", *little, "--json", file])
+    assert capsys.readouterr().out.count("\n| ") == 8 and len(json.loads(Path(file).read_text())) == 8
 
 
 # ------------------------------------------------------------------------------------------------------------- a pretended GPU
