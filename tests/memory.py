@@ -56,7 +56,10 @@ def memory(net, *, cuda, world, lora, checkpointing, sampled, micro, G, image, p
     D_vision = vision[0].norm1.weight.numel()
     fp = 2 if cuda else 4  # bytes of a number in a matrix product
 
-    policy = M.add_lora(copy.deepcopy(net), lora) if lora else net
+    policy = net
+    if lora:
+        with torch.device("meta"):  # 72B's adapter alone has a billion numbers
+            policy = M.add_lora(copy.deepcopy(net), lora)
     sizes = [p.numel() for p in policy.parameters() if p.requires_grad]
     trained = sum(sizes)
     out = dict(weights=sum(p.numel() * (4 if p.requires_grad else fp) for p in policy.parameters()),
