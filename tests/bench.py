@@ -287,7 +287,7 @@ def grow(a):
     import data
     import model as M
     torch.set_num_threads(a.threads)
-    out, device = [], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out, (*_, device) = [], M.setup_devices()
     print("| G | image, px | prompt, tokens | one row per group, s | one row per completion, s | ratio of times | of tokens |\n"
           "|---|---|---|---|---|---|---|")
     for G, size in [(G, 112) for G in (2, 4, 8, 16, 32)] + [(8, size) for size in (224, 336, 448)]:

@@ -1,4 +1,5 @@
 """What the tests share: the repository on sys.path, no network, and one tiny world: phantoms, a random model, its folder."""
+import json
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+import faults
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,17 @@ def world(tmp_path_factory):
 def seeded():
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Rewards that a random model has a spread of."""
+    monkeypatch.setattr(rewards, "score", faults.toy_score)
+
+
+def lines_of(out):
+    """A run's metrics.jsonl."""
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
 
 
 def images_of(batch):

@@ -58,7 +58,8 @@ bool isAccelerator(DeviceType d) { return d == DeviceType::CUDA; }
 """
 PRELOADED = "PRETENDED_CUDA"  # in the environment of a process that has the library
 CUDA = torch.device("cuda", 0)
-WAITS = "_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero", "_assert_async"
+WAITS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "unique", "_unique2",
+         "_assert_async")
 MIXES = "copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"  # take tensors of both devices
 counts = Counter()
 recording = None  # the graph that is being captured
@@ -243,11 +244,15 @@ def compiled(folder):
     return library
 
 
+def preloading(library):
+    """The environment of a process that has it."""
+    return os.environ | {PRELOADED: library, "LD_PRELOAD": library}
+
+
 def main():
     if PRELOADED not in os.environ:
         with tempfile.TemporaryDirectory() as folder:
-            library = str(compiled(folder))
-            again = subprocess.run([sys.executable, *sys.argv], env=os.environ | {PRELOADED: library, "LD_PRELOAD": library})
+            again = subprocess.run([sys.executable, *sys.argv], env=preloading(str(compiled(folder))))
             sys.exit(again.returncode)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     with pretended():

@@ -12,6 +12,7 @@ import memory
 import pretend_cuda
 import pytest
 import torch
+from conftest import lines_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -97,14 +98,14 @@ def test_a_reference_in_bf16_is_the_reference(world, monkeypatch):
 
 
 class Watch(TorchDispatchMode):
-    """Inside, `seen` has the names of the operations."""
+    """Notes the names of the operations in `seen`."""
 
     def __init__(self):
         super().__init__()
-        self.seen = set()
+        self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.add(func.overloadpacket.__name__)
+        self.seen.append(func.overloadpacket.__name__)
         return func(*args, **kwargs or {})
 
 
@@ -136,7 +137,7 @@ def test_a_token_s_step_asks_the_device_nothing(half, world, monkeypatch):
             every = torch.tensor([i for i in range(len(world.processor.tokenizer)) if i not in never]).expand(2, -1)[..., None]
             others = M.token_logprobs(policy, batch, every, torch.ones_like(every, dtype=torch.bool))[..., 0]
         assert (taken[:, 0] > others.max(1).values - (0.05 if half else 1e-4)).all()
-    assert len(watch.seen) > 20 and not watch.seen & {*pretend_cuda.WAITS, "lift_fresh"}
+    assert len(watch.seen) > 100 and not {*watch.seen} & {*pretend_cuda.WAITS, "lift_fresh"}
 
 
 class OnCuda(torch.Tensor):
@@ -154,7 +155,7 @@ def test_cuda_s_draw_asks_the_device_nothing_and_follows_the_softmax():
             drawn = M.draw(logits, 1.0, top_p, torch.Generator().manual_seed(0)).as_subclass(torch.Tensor)
         counts = torch.bincount(drawn, minlength=7)
         assert (counts[expected == 0] == 0).all() and (counts / 20000 - expected).abs().max() < 0.015
-    assert "exponential_" in watch.seen and not watch.seen & {"multinomial", *pretend_cuda.WAITS}
+    assert "exponential_" in watch.seen and not {*watch.seen} & {"multinomial", *pretend_cuda.WAITS}
 
 
 # ---------------------------------------------------------------------------------------------------------------- the benchmark
@@ -184,7 +185,7 @@ def library(tmp_path_factory):
 
 def on_pretended_cuda(library, *start, cwd):
     """A command of Python's that runs on it -> what it printed."""
-    env = os.environ | {pretend_cuda.PRELOADED: library, "LD_PRELOAD": library, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
+    env = pretend_cuda.preloading(library) | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(cwd))
     done = subprocess.run([sys.executable, *map(str, start)], env=env, cwd=cwd, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -225,8 +226,7 @@ def test_two_pretended_devices_train_as_one_cpu_does(library, world, tmp_path):
     on_pretended_cuda(library, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                       ROOT / "tests" / "pretend_cuda.py", "two_devices", *knobs, cwd=tmp_path)
     sft.main([*knobs, "--out", str(tmp_path / "one"), "--batch", "2", "--max_steps", "2"])
-    one, two = ([json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-                for name in ("one", "sft"))
+    one, two = ([line["loss"] for line in lines_of(tmp_path / name)] for name in ("one", "sft"))
     assert len(one) == 2 and one == pytest.approx(two, rel=5e-3) and one != two, "bf16 differs from fp32"
     whole, again = ((tmp_path / name / "completions.jsonl").read_text() for name in ("whole", "again"))
     assert whole == again and whole.count("\n") == 8

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from conftest import lines_of
 from PIL import Image
 
 import data
@@ -54,10 +55,6 @@ def refused(said, *words):
     assert all(word in lines[0] for word in words), (words, lines[0])
 
 
-def lines_of(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def state_of(out):
     return torch.load(out / "state.pt", weights_only=True)
 
@@ -65,12 +62,6 @@ def state_of(out):
 def copy_of(folder, to):
     shutil.copytree(folder, to)
     return to
-
-
-@pytest.fixture
-def toy(monkeypatch):
-    """Rewards that a random model has a spread of."""
-    monkeypatch.setattr(rewards, "score", faults.toy_score)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- kills

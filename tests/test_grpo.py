@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import lines_of
 
 import data
 import grpo
@@ -303,10 +304,6 @@ def train(world, monkeypatch, out, *flags, stage=grpo):
 
 def weights(folder):
     return safetensors.torch.load_file(Path(folder) / "model.safetensors")
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 def same(a, b):

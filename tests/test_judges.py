@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import lines_of
 
 import data
 import grpo
@@ -443,7 +444,7 @@ def train(world, root, spec, *flags):
     grpo.main(["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--root", str(root), "--judge", spec,
                "--batch", "16", "--G", "4", "--max_new_tokens", "4", "--judge_timeout", "0.4", "--epochs", "4",
                "--no-drop_no_spread", *flags])
-    return [json.loads(line) for line in (Path(root) / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    return lines_of(Path(root, "grpo"))
 
 
 def by_hand(verdicts, G=4):

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import images_of
+from conftest import images_of, lines_of
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
@@ -806,7 +806,7 @@ def test_the_real_vocabulary_and_processor_run_through_all_three_programs(tmp_pa
     grpo.main(["--model", f"{out}/sft", "--batch", "4", "--G", "2", "--max_new_tokens", "6", *knobs])
     for stage in ("sft", "grpo"):
         used = json.loads(Path(out, stage, "knobs.json").read_text())
-        lines = [json.loads(line) for line in Path(out, stage, "metrics.jsonl").read_text().splitlines()]
+        lines = lines_of(Path(out, stage))
         assert used["preset"] == "paper" and used["lora"] == 4 and [x["step"] for x in lines] == [1, 2]
         figures = [(k, v) for line in lines for k, v in line.items()]
         assert all(np.isfinite(v) for k, v in figures if k not in ("judge_failed", "thoughts_cut"))  # null: no thought in six tokens

@@ -20,18 +20,19 @@ import torch
 import data
 import grpo
 import rewards
-import sft
 
 FLAGS = "--batch 64 --G 8 --max_new_tokens 32 --no-drop_no_spread --max_steps 24".split()
 
 
+by_length = grpo.questions_of
+
+
 def every_second(records, step, n, args, rank, world):
-    """As grpo.questions_of, without regard to length."""
-    epoch, place = divmod(step, len(records) // n)
-    return [records[i] for i in sft.epoch_order(len(records), epoch, args.seed)[place * n:][:n][rank::world]]
+    """Of the same questions, without regard to length."""
+    return by_length(records, step, n, args, 0, 1)[rank::world]
 
 
-WAYS = {"every second": every_second, "by length": grpo.questions_of}
+WAYS = {"every second": every_second, "by length": by_length}
 
 
 def worker(way, *flags):
