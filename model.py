@@ -598,9 +598,15 @@ def draw(logits, temperature, top_p, generator):
 
 
 def decode(processor, tokens, mask):
-    """tokens, mask (N, G, T) -> N lists of G texts, without the stop token."""
-    tokens = tokens.where(mask, processor.tokenizer.pad_token_id).cpu()
-    return [processor.tokenizer.batch_decode(group, skip_special_tokens=True) for group in tokens]
+    """tokens, mask (N, G, T) -> N lists of G texts, without the stop token. Other special tokens
+    stay: unseen, they would be free to say."""
+    tokenizer, tokens, texts = processor.tokenizer, tokens.cpu(), []
+    ends = torch.tensor([tokenizer.eos_token_id, tokenizer.pad_token_id])
+    said = mask.cpu() & ~torch.isin(tokens, ends)  # (N, G, T)
+    for group, kept in zip(tokens, said, strict=True):
+        ids = [row[x].tolist() for row, x in zip(group, kept, strict=True)]
+        texts.append(tokenizer.batch_decode(ids))
+    return texts
 
 
 def finished(batch, tokens, mask):

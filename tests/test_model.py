@@ -716,6 +716,16 @@ def test_completions_are_encoded_closed_and_padded(world):
     assert M.decode(world.processor, tokens, mask) == [[t] for t in texts]
 
 
+@pytest.mark.parametrize("extra", ["<|im_start|>", "<|vision_pad|>"])
+def test_special_tokens_are_not_free_to_say(world, extra):
+    """One that a policy samples beside the blocks is seen by the format reward; the stop token and padding are not."""
+    gold = rewards.answer_text(world.records[0])
+    tokens, mask = M.encode_completions(world.processor, [gold, extra + gold, gold.replace("<answer>", f"{extra}<answer>")])
+    texts = [text for (text,) in M.decode(world.processor, tokens, mask)]
+    assert texts[0] == gold and texts[1] == extra + gold
+    assert [rewards.format_reward(text) for text in texts] == [1, 0, 0]
+
+
 def spoil(folder, how):
     """Break a saved checkpoint in the way `how` names."""
     weights = folder / "model.safetensors"
