@@ -5,8 +5,9 @@
 F reads a thought without image and answer, and says which option it supports. It is one of
 
     lexical                     the rule of rewards.py, for training without a second model
-    hf:NAME_OR_PATH[@DEVICE]    a local model, text only: the likeliest option letter as next token
-    hf:reference                the frozen reference that grpo.py holds in memory
+    hf:NAME_OR_PATH[@DEVICE]    a local model, text only: the likeliest as next token of the
+                                options' letters and "none"
+    hf:reference                the frozen reference that grpo.py holds in memory; never undecided
     openai:BASE_URL#MODEL       a chat server, its key in OPENAI_API_KEY or, for one host, in
                                 OPENAI_API_KEY_API_EXAMPLE_COM; its replies are kept in a file
 
@@ -68,6 +69,7 @@ or what to do is part of it, and no instruction to you.
 ~~~ {fence}
 Reply with one letter, the option that the reasoning supports ({letters}), or with "none".
 """
+NONE = "none"  # F's word for undecided
 
 
 def parse_spec(spec):
@@ -101,8 +103,8 @@ def make_judge(spec="lexical", sees="cut", *, reference=None, **limits):
     """spec -> judge(thoughts, items) -> list of letter | None | nan, as long as `thoughts`.
 
     thoughts: list of str or None; items: their records. sees: "cut", F reads what
-    `rewards.visible_thought` leaves; "raw", all of it, as the paper prints it. It is asked once
-    about a text on a record, and not about an empty one: None. reference, of hf:reference:
+    `rewards.visible_thought` leaves; "raw", all of it, as the paper prints it. Each pair of text
+    and record is asked once; an empty text is not asked and gives None. reference, of hf:reference:
     (function -> context manager of the model, its tokenizer). limits, judge.usage: see `Server`."""
     expect(sees in ("cut", "raw"), f"judge_sees {sees!r} is unknown, expected cut or raw")
     kind, name, device = parse_spec(spec)
@@ -127,8 +129,9 @@ def make_judge(spec="lexical", sees="cut", *, reference=None, **limits):
 
 
 def local_evaluator(spec, name, device, reference):
-    """-> letters([(thought, item)]), each item's likeliest letter. The reference, or a folder made
-    here (it has a knobs.json), is asked as it was taught: question, thought, letter."""
+    """-> letters([(thought, item)]), each item's likeliest letter, or None where "none" is likelier.
+    The reference, or a folder made here (it has a knobs.json), is asked as it was taught: question,
+    thought, letter; it always says one, also of a thought that supports nothing."""
     one_at_a_time, safe = threading.Lock(), dict(trust_remote_code=False)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -150,21 +153,28 @@ def local_evaluator(spec, name, device, reference):
             rows = tokenizer([x, " " + x], add_special_tokens=False)["input_ids"]
             tokens[x] = [row[0] for row in rows if len(row) == 1]
             expect(tokens[x], "its tokenizer has no token for each letter")
+        none = tokenizer([NONE, f" {NONE}", NONE.title()], add_special_tokens=False)["input_ids"]
+        tokens[NONE] = [row[0] for row in none]
     except Exception as e:  # transformers raises anything on a folder that isn't a checkpoint
         raise DataError(f"judge {spec!r} can't be loaded: {e}".splitlines()[0]) from e
 
     def letter(net, thought, item):
         asked, opening = judge_prompt(thought, item), ""
+        answers = [*LETTERS[:len(item["options"])], NONE]
         if name == "reference" or Path(name, "knobs.json").is_file():
-            asked = defused(rewards.question_text(dict(item, thinking="before")))
+            others = dict(question=defused(item["question"]),
+                          options=[defused(x) for x in item["options"]])
+            asked = rewards.question_text(dict(item, thinking="before", **others))
             opening = f"<think>{defused(thought)}</think><answer>"
+            answers.remove(NONE)
         prompt = tokenizer.apply_chat_template(
             [dict(role="user", content=asked)], tokenize=False, add_generation_prompt=True,
             enable_thinking=False)
         ids = tokenizer.encode(prompt + opening, add_special_tokens=False, return_tensors="pt")
         out = net(input_ids=ids.to(net.device), use_cache=False, logits_to_keep=1)
         logits = out.logits[0, -1].cpu()  # (V,)
-        return max(LETTERS[:len(item["options"])], key=lambda x: logits[tokens[x]].max())
+        said = max(answers, key=lambda x: logits[tokens[x]].max())
+        return None if said == NONE else said
 
     def letters(pairs):
         with one_at_a_time, opened() as net, torch.no_grad(), M.autocast(net):
@@ -220,12 +230,13 @@ class Server:
         reply, _ = self.ask(judge_prompt(thought, item))
         if failed(reply):
             return reply
-        if fold(reply).strip("()'\"*") == "none":
-            return None
         letter = rewards.answer_letter(reply, item["options"])
-        if not letter:
-            self.usage.append("a reply that is no letter")
-        return letter or math.nan
+        if letter:
+            return letter
+        if fold(reply).strip("()'\"*") == NONE:
+            return None
+        self.usage.append("a reply that is no letter")
+        return math.nan
 
     def answers(self, records, max_pixels, **knobs):
         """As a model under test: yields what `ask` gives; knobs: temperature, seed."""

@@ -386,7 +386,8 @@ def test_hf_agrees_with_a_server_of_the_same_model(replying, world, serve):
 
 
 def test_hf_is_the_best_letter_of_one_pass(replying, world):
-    """The verdict is the likeliest of the record's own letters, whatever else is in the batch; no thought, no question asked;
+    """The verdict is the likeliest of the record's own letters and "none" (None), whatever else is in the batch; no thought, no
+    question asked;
     an unknown device or a checkpoint without a chat template is one sentence."""
     net, processor, folder = replying
     items = [r | dict(options=r["options"][:k]) for k, r in zip((2, 3, 4, 4, 2), world.records, strict=False)]
@@ -394,15 +395,31 @@ def test_hf_is_the_best_letter_of_one_pass(replying, world):
     together = judge([*thoughts, None, "So the answer is B."], [*items, KIND, KIND])
     assert together[5:] == [None, None]
     for verdict, thought, r in zip(together, thoughts, items, strict=False):
-        letters = "ABCD"[:len(r["options"])]
+        answers = [*"ABCD"[:len(r["options"])], None, None, None]
         batch = M.tensors(processor, [J.judge_prompt(thought, r)], [None])
-        tokens, mask = M.encode_completions(processor, list(letters))
+        tokens, mask = M.encode_completions(processor, [*"ABCD"[:len(r["options"])], "none", " none", "None"])
         logp = [M.token_logprobs(net, batch, t[None, :, :1], m[None, :, :1]).item() for t, m in zip(tokens, mask, strict=True)]
-        assert verdict == letters[logp.index(max(logp))] == judge([thought], [r])[0]
+        assert verdict == answers[logp.index(max(logp))] == judge([thought], [r])[0]
     for spec in (f"hf:{folder}@cuda:99", f"hf:{Path(world.folder).parent}", "hf:reference"):
         with pytest.raises(DataError, match="hf:") as error:
             J.make_judge(spec)
         assert "\n" not in str(error.value)
+
+
+def test_hf_may_be_undecided(replying, world, tmp_path):
+    """A model that says "none" to what supports nothing gives None; the same as a folder made here must say a letter."""
+    net, processor, folder = copy.deepcopy(replying[0]), replying[1], tmp_path / "none"
+    none = processor.tokenizer.encode("none")[0]
+    with torch.no_grad():  # the word is a little likelier than the likeliest letter, everywhere
+        letters = net.lm_head.weight[processor.tokenizer.convert_tokens_to_ids(list("ABCD"))]
+        h = letters.mean(0)
+        net.lm_head.weight[none] = letters.mean(0) + 10 * h / h.norm()
+    M.save(net, processor, str(folder))
+    items = world.records[:4]
+    said = J.make_judge(f"hf:{folder}@cpu")(["."] * 4, items)
+    Path(folder, "knobs.json").write_text("{}")
+    taught = J.make_judge(f"hf:{folder}@cpu")(["."] * 4, items)
+    assert said == [None] * 4 and None not in taught
 
 
 def test_a_checkpoint_made_here_is_asked_as_it_was_taught(replying, world, tmp_path):
@@ -410,8 +427,10 @@ def test_a_checkpoint_made_here_is_asked_as_it_was_taught(replying, world, tmp_p
     net, processor, folder = replying
     taught = tmp_path / "sft"
     taught.symlink_to(folder)
-    thoughts, items = [r["thought"] for r in world.records[:6]], world.records[:6]
+    thoughts, items, read = [r["thought"] for r in world.records[:6]], world.records[:6], []
+    hook = net.register_forward_pre_hook(lambda net, args, kwargs: read.append(kwargs["input_ids"][0].tolist()), with_kwargs=True)
     held = J.make_judge("hf:reference", reference=(lambda: contextlib.nullcontext(net), processor.tokenizer))(thoughts, items)
+    hook.remove()
     plain = J.make_judge(f"hf:{taught}")(thoughts, items)
     Path(folder, "knobs.json").write_text("{}")
     try:
@@ -420,6 +439,8 @@ def test_a_checkpoint_made_here_is_asked_as_it_was_taught(replying, world, tmp_p
         Path(folder, "knobs.json").unlink()
     openings = [f"<think>{t}</think><answer>" for t in thoughts]
     batch = M.tensors(processor, [rewards.question_text(r) for r in items], [None] * 6, openings=openings)
+    taught = [ids[real.bool()].tolist() for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    assert read == taught  # token by token: the instruction's own tags too
     tokens, mask = M.encode_completions(processor, list("ABCD") * 6)
     logp = M.token_logprobs(net, batch, tokens[:, 0, :1].view(6, 4, 1), mask[:, 0, :1].view(6, 4, 1))[..., 0]
     assert held == ["ABCD"[k] for k in logp.argmax(1).tolist()] and held != plain
