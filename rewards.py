@@ -11,6 +11,7 @@ Left out on purpose: partial credit, length rewards, any reward for an answer ou
 
 import math
 import re
+import unicodedata
 
 from data import ANATOMIES, KINDS, LETTERS, LOCATIONS, SIGNS, STATES, STYLES, expect
 
@@ -185,13 +186,16 @@ def score(texts, items, judge):
 LABEL = re.compile(r"""
     [(\[{"'`*_“‘]{1,2}\s?([a-f])\s?[)\]}"'`*_”’]{1,2}         # "(B)", "[b]", "{B}", "**B**"
   | \b(?:option|choice|answer|letter)\s(a)\b                  # elsewhere "a" may be the article
-  | \b(?:option|choice|answer)\s(?:\#|no\.?\s|number\s)?(?:[1-6]|one|two|three|four|five|six)\b
-  | \b(?:first|second|third|fourth|fifth|sixth|last)\s(?:option|choice|answer)\b
+  | \b(?:option|choice|answer|ans)[_:=-]([a-f])(?![a-z0-9-])   # "option-B", "answer:B"
+  | \b(?:option|choice|answer)[\s_-](?:\#|no\.?\s|number\s)?
+        (?:[1-6]|one|two|three|four|five|six)\b
+  | \b(?:first|second|third|fourth|fifth|sixth|last|1st|2nd|3rd|[4-6]th)
+        \s(?:option|choice|answer)\b
   # letters alone, not joined to something as in "B-lines", "H&E", "d'orange", "C+", "e.g."
   | (?<!\w) (?<!\w['’&-]) (?<!\b\w\.) (?:
-        ([b-f])\)? (?!\w|['’&-]\w|\+|\.\w\b)                  # "B", "B) CT": these are no words
+        ([b-f])\)? (?![^\W_]|['’](?!s\b)\w|[&-]\w|\+|\.\w\b)  # "B", "B) CT": no words
       | (a) (?:\)|(?=\s?(?:[.,:;!?\n]|$)))                    # "is a.", "A) CT": no articles
-      | (a) (?=\s(?:is|was|and|or|fits)\b)
+      | (a) (?=\s(?:is|was|and|or|fits|it\sis|therefore)\b)
       | (?<=(?-i:[a-z,:])\s)((?-i:A))(?![\w'’-]) )            # "it is A": no sentence begins here
 """, re.VERBOSE | re.IGNORECASE)
 CUT = "\0"  # stands where a label was, and around the numbers of `mentions`
@@ -215,9 +219,10 @@ def visible_thought(thought):
     Cut are the options' letters, places ("the second option") and answer statements with nothing
     else in them ("so the answer is B"): spelling the letter would make Eq. (6) hold whatever was
     thought. "(A) MRI" becomes "MRI"; articles stay. Letters of a term go as well, so that the rule
-    finds no option like "Hepatitis B".
+    finds no option like "Hepatitis B". A spelling that LABEL doesn't know stays ("B1", "bee").
     """
-    marked = STATEMENT.sub(CUT, LABEL.sub(CUT, single_blanks(thought)))
+    text = unicodedata.normalize("NFKC", thought)  # a full-width B is a B
+    marked = STATEMENT.sub(CUT, LABEL.sub(CUT, single_blanks(text)))
     return GAP.sub("", marked).strip(), CUT in marked
 
 
@@ -231,11 +236,13 @@ def spelled_out(thought, options):
 
 # ---- F as a rule ---------------------------------------------------------------------------------
 
-NEGATION = r"no|not|never|neither|nor|none|cannot|without|rather than|instead of"
+NEGATION = (r"no|not|never|neither|nor|none|cannot|without|rather than|instead of|anything but|"
+            r"rules? out|ruling out|excludes?|excluding|absence of|free of|negative for")
 DENIES_REST = re.compile(rf"\b(?:{NEGATION})\b|n['’]t\b")  # what follows in its clause
-DENIES_ALL = re.compile(r"\b(?:excluded|ruled out|unlikely|absent)\b")  # of its clause
+DENIES_ALL = re.compile(  # of its clause
+    r"\b(?:excluded|ruled out|unlikely|absent|wrong|incorrect)\b")
 CLAUSE_END = re.compile(
-    r"[,:]|\b(?:but|however|though|while|whereas|so|therefore|thus|hence|because)\b")
+    r"[,:]|\b(?:(?<!anything )but|however|though|while|whereas|so|therefore|thus|hence|because)\b")
 SENTENCE_END = re.compile(r"[!?;\n]|\.(?!\d)")
 
 
@@ -299,8 +306,10 @@ def lexical_verdict(thought, item, sees_letters=False):
 DECORATION = re.compile(r"</?(?:think|answer)>|<\|[^<|>]*\|>|\\(?:boxed|text)\b|[*_`#>${}]|^ *[-•]")
 THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
 SENTENCE = re.compile(r"\n|(?<=[.!?;]) (?=\S+ \S+ \S)")  # "B. CT" is a label and its option
-STATED = re.compile(r"^(?!.*\b(?:if|unless|were)\b).*\banswer(?: (?:is|would be):?|:) (?:option )?"
-                    r"(.+?)(?:,? (?:because|since)\b.*)?$", re.IGNORECASE)
+STATED = re.compile(r"^(?!.*\b(?:if|unless|were|wrong|incorrect)\b)"
+                    r".*\b(?:answer|option|choice)(?:(?: is| would be):? |: ?)(?:option )?"
+                    r"(.+?)(?:,? (?:because|since)\b.*|, as .*)?$", re.IGNORECASE)
+ALONE = re.compile(r"(?:option )?\W*([a-f])\W*(?: is (?:correct|right)\W*)?", re.IGNORECASE)
 
 
 def plain(text):
@@ -309,8 +318,10 @@ def plain(text):
 
 
 def letters_stated(line, options):
-    """-> the letters that a line gives alone ("(B)") or as "the answer is B", a set."""
-    said = [line] if re.fullmatch(r"\W*[a-f]\W*", line, re.IGNORECASE) else []
+    """-> the letters that a line gives alone ("(B)", "Option B", "B is correct.") or as "the answer
+    is B", a set."""
+    alone = ALONE.fullmatch(line)
+    said = [alone[1]] if alone else []
     for sentence in SENTENCE.split(line):
         said += STATED.findall(sentence)
     return {answer_letter(x, options) for x in said} - {None}
@@ -320,8 +331,8 @@ def read_leniently(text, item):
     """A completion -> (thought, letter, how it was read); thought and letter may be None.
 
     tags         the answer block says it, and nothing outside is looked at
-    last line    it is a letter alone ("B", "**B**") or says "The answer is (B)."; if it does
-                 not, the other lines that do must agree
+    last line    it is a letter alone ("B", "**B**", "B is correct.") or says "The answer is
+                 (B)."; if it does not, the other lines that do must agree
     option text  no line does; lines that are an option ("CT", "B) CT") agree
     unreadable   no letter or several; nothing in or behind an unfinished thought is an answer
     """
@@ -351,8 +362,10 @@ def score_leniently(texts, items, judge):
     above, or "failed" for a text that is nan (no reply came), whose fmt, acc and con are nan."""
     came = ["" if failed(text) else text for text in texts]
     read = [read_leniently(text, item) for text, item in zip(came, items, strict=True)]
-    tagged = [answer_text(dict(item, thought=thought or "", answer=letter or ""))
-              for item, (thought, letter, _) in zip(items, read, strict=True)]
+    tagged = []  # as it would have been said in our tags; a thought may hold loose ones
+    for item, (thought, letter, _) in zip(items, read, strict=True):
+        thought = re.sub("|".join(TAGS), "", thought or "")
+        tagged.append(answer_text(dict(item, thought=thought, answer=letter or "")))
     rows = score(tagged, items, judge)
     for text, row, item, (_, _, how) in zip(texts, rows, items, read, strict=True):
         if failed(text):
@@ -379,10 +392,13 @@ def statements(thought, shows):
     signs = SIGNS.get(shows["modality"], "").split(" and ")
     style = STYLES.get(shows["style"])
     holding = {fold(x) for x in (*state, *signs, style, *shows.values()) if x}
-    sentences, told = SENTENCE_END.split(thought), {}
+    true = {}  # number of a sentence -> whether all that it says is
     for number, name, denied in mentions(thought, CLAIMS):
+        true[number] = true.get(number, True) and (name in holding) != denied
+    sentences, told = SENTENCE_END.split(thought), {}
+    for number, holds in true.items():
         sentence = sentences[number].strip()
-        told[sentence] = told.get(sentence, True) and (name in holding) != denied
+        told[sentence] = told.get(sentence, True) and holds
     return told
 
 

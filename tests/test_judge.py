@@ -8,7 +8,7 @@ import pytest
 
 from data import DataError
 from judge import make_judge
-from rewards import lexical_verdict, visible_thought
+from rewards import grounding, lexical_verdict, visible_thought
 
 STATE = ["Normal", "Abnormal", "Artifact", "Uncertain"]
 PLACE = ["Left Upper", "Right Upper", "Center Region", "Left Lower"]
@@ -79,6 +79,9 @@ def test_gold_thoughts_and_swapped_conclusions():
     ("An abscess is likely; a glioma is unlikely.", KIND, "C"),
     ("It is unlikely to be a cyst, it is a glioma", KIND, "A"),
     ("no longer a cyst", KIND, None),
+    ("The image is Abnormal. Normal would be incorrect.", STATE, "B"), ("Abnormal. Normal is wrong.", STATE, "B"),
+    ("A glioma. This rules out cyst.", KIND, "A"), ("It excludes a cyst.", KIND, None), ("Absence of cyst.", KIND, None),
+    ("Negative for cyst, free of glioma.", KIND, None), ("It is anything but Normal.", STATE, None),
     ("A glioma. No sign of a cyst in the brain.", KIND, "A"),
     ("Is it a cyst? No, a glioma.", KIND, "A"),
     ("not in the left upper but in the left lower", PLACE, "D"),
@@ -120,6 +123,8 @@ def test_readings(thought, options, letter):
     ("It shows A.", "It shows."), ("I pick a.", "I pick."), ("\\boxed{C}", "\\boxed"),
     ("So it is b because of CT", "So it is because of CT"), ("The second option fits", "The fits"),
     ("It is dark.B fits", "It is dark. fits"), ("hepatitis B at 37 C", "hepatitis at 37"),
+    ("So option-B.", "So."), ("ans-C", ""), ("Option_A", ""), ("Answer:b", ""), ("the 2nd option", "the"), ("answer_2", ""),
+    ("It is B's.", "It is 's."), ("A it is.", "it is."), ("it is B_", "it is _"), ("\uff22 fits", "fits"),
 ])
 def test_letters_are_cut(thought, left):
     """What F must not see goes, the finding's own name stays."""
@@ -130,7 +135,7 @@ def test_letters_are_cut(thought, left):
 @pytest.mark.parametrize("thought", [
     "So the finding is cyst.", "A cyst is seen.", "There is a dark area; a rim.", "The best option is a scan.", THOUGHT, "",
     "T1 C+ shows B-lines", "i.e. dark, e.g. bright", "an answer", "CE-MRI, CT, X-ray", "Crohn's disease, peau d'orange",
-    "H&E stain"])
+    "H&E stain", "The answer is C-shaped.", "best option - a scan", "The answer is a cyst"])
 def test_words_are_not_cut(thought):
     """Articles and letters that are joined to something are no labels."""
     assert visible_thought(thought) == (thought, False)
@@ -198,7 +203,7 @@ def test_a_thousand_thoughts():
 
 @pytest.mark.parametrize("unit", [
     "a", " ", "no ", "so the ", "cyst, ", "is ", "B) ", "option ", "no cyst ", ", a", ",", "oma", "?", "a.", "upper-", "no x, ",
-    "upper left ", "\0 ", "(", "normal "])
+    "upper left ", "\0 ", "(", "normal ", "normal, "])
 def test_linear_in_the_thought(unit):
     """Eight times the text takes about eight times as long; quadratic would be 64 times."""
     def seconds(n):
@@ -207,6 +212,7 @@ def test_linear_in_the_thought(unit):
         visible_thought(thought)
         for options in (KIND, PLACE, STATE):
             lexical_verdict(thought, {"options": options})
+        grounding(thought, dict(modality="CT", anatomy="Lung", lesion=None, style=None, location=None))
         return time.process_time() - began
     short, long = (min(seconds(n) for _ in range(3)) for n in (4_000, 32_000))  # the best of three: the machine may be busy
     assert long < 30 * short + 0.02

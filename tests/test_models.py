@@ -35,6 +35,7 @@ LISTED = rewards.options_text(OPTIONS)
         "ANSWER: B", "The correct answer is **B) CT**.", "The answer is option B.", "The answer is CT.", "The answer is B. CT.",
         "The answer is B because bone is bright.", "Bone is bright. So the final answer is: B", "It may be A.\n\nB", "A\n\nNo. B it is.\n\nB",
         f"{LISTED}\nThe answer is B", "B\n\nBone is bright.", "The answer is B. Bone is bright.", "t</think>\n\nB", "<think>t</think>B",
+        "[B]", '"B"', "Option B", "Answer:B", "The correct option is B.", "B is correct.", "The answer is **B) CT**, as it is bright.",
         "<answer>B", "<think>The answer is A.</think>\nB", "If it were dark, the answer is A. It is bright.\nThe answer is B."]),
     ("option text", "B", ["CT", "ct.", "**CT**", "B) CT", "(B) CT", "Let me see.\nCT"]),
     ("unreadable", None, [
@@ -42,7 +43,7 @@ LISTED = rewards.options_text(OPTIONS)
         "B) MRI", "The answer is B. MRI.", "The answer is B) MRI.", "E", "The answer is E.", LISTED, f"{LISTED}I can't tell.", "A CT scan.",
         "Answer: A cyst.", "The answer is not B.", "The answer is unclear.", "<think>t", "<think>It is bright.\nThe answer is B.",
         "<answer>A</answer> or <answer>B</answer>", "<answer>no idea</answer> B", "A.\nIt is dark.\nB.\nIt is bright.",
-        "If it were dark, the answer is A.", "MRI\nor\nCT", "Is the answer B?"])])
+        "If it were dark, the answer is A.", "MRI\nor\nCT", "Is the answer B?", "The wrong option is B.", "A is correct.\nB is correct.\nWell."])])
 def test_answers_are_read_as_a_person_would_or_not_at_all(how, letter, texts):
     """The rules of the docstring, each manner by itself: nothing is guessed."""
     for text in texts:
@@ -67,6 +68,14 @@ def test_a_thought_without_tags_is_what_states_no_letter():
     assert thought("Bone is bright. So it is a CT.\nThe answer is (B).") == "Bone is bright. So it is a CT."
     assert thought("**B**\n\nBone is bright.") == "Bone is bright." and not thought("B") and not thought("The answer is B) CT.")
     assert thought("Bright.</think>\nB") == "Bright." and thought("<think>Bright.</think>\nI see.\nB") == "Bright."
+
+
+def test_a_lenient_answer_is_scored_as_it_was_read():
+    """A thought that holds a loose tag costs the format alone: the letter that was read is the letter that counts."""
+    text = "<think>foo <answer> bar</think> B"
+    (row,) = rewards.score_leniently([text], [ITEM], lambda thoughts, items: ["B"])
+    assert (row["thought"], row["given"], row["read_as"]) == ("foo  bar", "B", "last line")
+    assert (row["fmt"], row["acc"], row["con"]) == (0, 1, 1)
 
 
 @pytest.mark.parametrize("unit", ["<think>", "</think>", "<|", " ", "\n.", "answer is ", "answer: B. ", "if ", "B\n", ". a b ", "because ", "*"])
