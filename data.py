@@ -1190,6 +1190,16 @@ def balanced(pool, rng):
             yield pool[answer].pop(), answer, offered
 
 
+def apart(names, truth, rng):
+    """The names in a random order, of two that are ALIKE only one: where both are offered, neither
+    would be right."""
+    kept = [truth]
+    for name in rng.permutation(names).tolist():
+        if name != truth and not any({name, other} in ALIKE for other in kept):
+            kept.append(name)
+    return kept
+
+
 def medad_records(pictures, seed):
     """The records of pictures that have a split: anatomy and modality of all, the rest dealt."""
     rng, rounds, records = np.random.default_rng(seed), defaultdict(list), []
@@ -1201,8 +1211,8 @@ def medad_records(pictures, seed):
 
     pools = defaultdict(lambda: defaultdict(list))  # {what is asked together: {answer: pictures}}
     for f in pictures:
-        add(f, "anatomy", f["anatomy"], ANATOMIES)
-        add(f, "modality", f["modality"], MODALITIES)
+        for task, names in (("anatomy", ANATOMIES), ("modality", MODALITIES)):
+            add(f, task, f[task], apart(names, f[task], rng))
         for task in DEALT:
             truth, _ = true_answer(f, task)
             where = () if task == "location" else (f["modality"], f["anatomy"])
@@ -1250,8 +1260,8 @@ def join_alike(looks, groups):
     """Groups (N,) int of looks (N, LOOK, LOOK) -> the same, joined to the smallest number where
     looks are `same`.
 
-    None is missed: to go coarse, to add the mirror image, to keep one coordinate only shortens
-    distances. So looks are sorted along one axis and compared with those in reach, with the mirror
+    No pair is missed: going coarse, adding the mirror image and keeping one coordinate can only
+    shorten a distance. So looks are sorted along one axis and compared with those in reach, with the mirror
     images added; who is near is compared at full size."""
     groups, reach = np.array(groups), 2 - 2 * SAME[0]  # squared distance of normed looks
     a = coarse(looks)

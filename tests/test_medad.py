@@ -1,5 +1,6 @@
 """data.py build: a miniature of each of the 17 sources with its facts stated by hand, copies, split, balance, bad input; the
 question files of others, --only and --thinking."""
+import itertools
 import json
 import os
 import re
@@ -242,6 +243,8 @@ def test_source(name, tmp_path):
         assert len(r["options"]) == 4 and os.path.isfile(r["path"]) and r["source"] == key and r["thought"] is None
         assert right == {"modality": modality, "anatomy": anatomy, "location": f["place"][0], "pathology": f["finding"],
                          "anomaly": "Abnormal" if f["finding"] else "Normal"}[r["task"]]
+        pairs = itertools.combinations(r["options"], 2)
+        assert r["task"] in data.DEALT or not [pair for pair in pairs if {*pair} in data.ALIKE]  # two alike are both wrong
         assert not [o for o in r["options"] if {o, right} in data.ALIKE]
         asked[r["task"]] += 1
     assert {k: n for k, n in missing.items() if "no picture with another answer" not in k} == {
