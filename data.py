@@ -1035,7 +1035,7 @@ def photo(job):
     return [(image, lesion, "")]
 
 
-def spread(items, n):
+def evenly(items, n):
     """Up to n of the items, evenly spaced."""
     return [items[k] for k in np.linspace(0, len(items) - 1, min(n, len(items))).astype(int)]
 
@@ -1062,7 +1062,7 @@ def slices(job):
                 well = (mask > 0).mean((1, 2)) > .02
             well = well & (area == 0)
             sick = np.flatnonzero(area > .001)
-        for z in sorted(spread(sick, SLICES) + spread(np.flatnonzero(well), SLICES)):
+        for z in sorted(evenly(sick, SLICES) + evenly(np.flatnonzero(well), SLICES)):
             a = volume[z].astype(np.float32)
             low, high = job["window"] or np.percentile(a, (1, 99))
             a = np.clip((a - low) / max(high - low, 1e-9), 0, 1) * 255
@@ -1261,8 +1261,8 @@ def join_alike(looks, groups):
     looks are `same`.
 
     No pair is missed: going coarse, adding the mirror image and keeping one coordinate can only
-    shorten a distance. So looks are sorted along one axis and compared with those in reach, with the mirror
-    images added; who is near is compared at full size."""
+    shorten a distance. So looks are sorted along one axis and compared with those in reach, with
+    the mirror images added; those that are near are compared at full size."""
     groups, reach = np.array(groups), 2 - 2 * SAME[0]  # squared distance of normed looks
     a = coarse(looks)
     a = (a + a[..., ::-1])[..., :8].reshape(-1, 128) / 2**.5  # its other half is alike
@@ -1391,7 +1391,7 @@ def source_sheet(folder, key, pictures):
     """SHEET pictures of a source: the five regions, a box around the lesion, a dot on its centroid,
     what it is and where."""
     cells = []
-    for f in spread(pictures, SHEET):
+    for f in evenly(pictures, SHEET):
         image = Image.open(folder / f["image"]).convert("RGB")
         image.thumbnail((2 * SIZE, 2 * SIZE))
         pen, (w, h) = ImageDraw.Draw(image), image.size

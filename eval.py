@@ -143,7 +143,7 @@ def grouped(rows, key, order=()):
     return {value: members for value, members in groups.items() if members}
 
 
-def spread(rows, key="acc"):
+def mean_and_std(rows, key="acc"):
     """Rows of one or several runs -> a figure: "mean" of `key` over the runs (None without a
     number), "std" over them (n - 1 in the denominator; 0 for one run), "n" questions, "runs". A run
     is a checkpoint where there are several, else a seed of the sampling. nan is left out."""
@@ -166,14 +166,14 @@ def summary(rows):
     tasks = grouped(rows, "task", data.TASKS)
     modalities = grouped(rows, "modality", data.MODALITIES)
     ways = Counter(row["read_as"] for row in rows if "read_as" in row)
-    return {rate: spread(rows, key) for rate, key in RATES.items()} | dict(
-        tasks={x: spread(members) for x, members in tasks.items()},
-        modality={x: spread(members) for x, members in modalities.items()},
-        grounding_by_task={x: spread(members, "grounding") for x, members in tasks.items()},
+    return {rate: mean_and_std(rows, key) for rate, key in RATES.items()} | dict(
+        tasks={x: mean_and_std(members) for x, members in tasks.items()},
+        modality={x: mean_and_std(members) for x, members in modalities.items()},
+        grounding_by_task={x: mean_and_std(members, "grounding") for x, members in tasks.items()},
         seeds=sorted({row["seed"] for row in rows}),
         checkpoints=list(dict.fromkeys(row["ckpt"] for row in rows)),
         judge_failed=sum(rewards.failed(row["verdict"]) for row in rows),
-        cut_off=spread(rows, "cut_off")["mean"],
+        cut_off=mean_and_std(rows, "cut_off")["mean"],
         read_as=dict(sorted(ways.items())))
 
 
@@ -578,14 +578,14 @@ form.onchange();  // a browser may have kept what was chosen
 """
 
 
-KINDS = {  # of answers: their accuracy, or accuracy and consistency
+OUTCOMES = {  # of answers: their accuracy, or accuracy and consistency
     "right": (1,), "wrong": (0,), "consistent-but-wrong": (0, 1), "right-but-inconsistent": (1, 0)}
 
 
 def kinds_of(row):
-    """Those of KINDS that a row is of: none without an accuracy."""
+    """Those of OUTCOMES that a row is of: none without an accuracy."""
     scores = row["acc"], row["con"]
-    return [kind for kind, expected in KINDS.items() if scores[:len(expected)] == expected]
+    return [kind for kind, expected in OUTCOMES.items() if scores[:len(expected)] == expected]
 
 
 def examples(rows):
@@ -625,7 +625,7 @@ def write_report(out, results, rows, what, paper=False, matrix=None):
     tasks = sorted({row["task"] for answers in rows.values() for row in answers})
     data.write_text(out / "eval.html", page(
         title="Evaluation", what=what, tables=found, runs=runs, charts=curves(runs),
-        shown=examples(rows), filters=dict(task=tasks, answer=KINDS, model=rows)))
+        shown=examples(rows), filters=dict(task=tasks, answer=OUTCOMES, model=rows)))
     print(f"\n{text}\n{out}: results.json, report.md, eval.html, completions-*.jsonl")
 
 

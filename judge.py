@@ -129,9 +129,9 @@ def make_judge(spec="lexical", sees="cut", *, reference=None, **limits):
 
 
 def local_evaluator(spec, name, device, reference):
-    """-> letters([(thought, item)]), each item's likeliest letter, or None where "none" is likelier.
-    The reference, or a folder made here (it has a knobs.json), is asked as it was taught: question,
-    thought, letter; it always says one, also of a thought that supports nothing."""
+    """-> letters([(thought, item)]): of each item the likeliest letter, or None where "none" is
+    likelier. The reference, or a folder made here (it has a knobs.json), is asked as it was taught:
+    question, thought, letter. It always says one, also of a thought that supports nothing."""
     one_at_a_time, safe = threading.Lock(), dict(trust_remote_code=False)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16

@@ -713,7 +713,7 @@ def sum_over_ranks(x):
     return sum(gather([x]))
 
 
-def meet():
+def wait_for_all():
     """Wait for the slowest process -> s, the mean of how long each waited here."""
     began = time.perf_counter()
     gather([None])

@@ -273,7 +273,7 @@ class Run(contextlib.ExitStack):
             tqdm.write(f"{self.out}: saved after step {self.saved}, --resume goes on",
                        file=sys.stderr)
         if self.agreed:
-            M.meet()  # the other processes wait until it is saved
+            M.wait_for_all()  # the other processes wait until it is saved
             M.close_devices()
 
 
@@ -331,7 +331,7 @@ class Clock:
 
     def wait(self):
         """Wait for the slowest process, and book the mean of all processes' waits."""
-        self.figures["seconds_waiting"] = M.meet()
+        self.figures["seconds_waiting"] = M.wait_for_all()
         self.last = time.perf_counter()
 
 
@@ -650,7 +650,7 @@ def prepare_tiny(args, rank):
                 data.write_text(made, recipe)
         data.expect(made.read_text() == recipe, f"{base} was made with another seed or recipe: "
                                                 "remove it, or name another --root")
-    M.meet()  # the other processes wait here
+    M.wait_for_all()  # the other processes wait here
     return str(base), str(phantoms / "phantoms.jsonl")
 
 # ---- Eq. (1) and the loop ------------------------------------------------------------------------

@@ -347,13 +347,13 @@ def test_a_run_logs_everything_and_moves_the_weights(world, monkeypatch, tmp_pat
 def test_the_wait_for_other_processes_is_not_booked_on_f(world, monkeypatch, tmp_path):
     """Between a rollout and the meeting before the update nothing waits for the other processes: seconds_waiting tells of it."""
     calls = []
-    for name, real, answer in (("sample", M.sample, None), ("gather", M.gather, None), ("meet", M.meet, 7.0)):
+    for name, real, answer in (("sample", M.sample, None), ("gather", M.gather, None), ("wait_for_all", M.wait_for_all, 7.0)):
         def told(*args, name=name, real=real, answer=answer, **knobs):
             calls.append(name)
             return answer or real(*args, **knobs)
         monkeypatch.setattr(M, name, told)
     _, lines, _ = train(world, monkeypatch, tmp_path / "x", "--max_steps", "1")
-    assert calls[calls.index("sample") + 1] == "meet" and lines[0]["seconds_waiting"] == 7
+    assert calls[calls.index("sample") + 1] == "wait_for_all" and lines[0]["seconds_waiting"] == 7
 
 
 @pytest.mark.parametrize("flags", [("--mu", "2", "--ratio", "old"), ("--mu", "2", "--ratio", "sft"), ("--scale", "std"),
