@@ -58,7 +58,8 @@ KNOBS = dict(
                "(default: ROOT/sft)", may_change=True),
     out=Knob(str, None, None, "folder of this run (default: ROOT/grpo)", may_change=True),
     # the algorithm
-    epochs=Knob(float, 1.0, 1.0, "passes over the training questions", positive=True),
+    epochs=Knob(float, 1.0, 1.0, "passes over the training questions; of each, what does not "
+               "fill a batch is left out", positive=True),
     batch=Knob(int, 128, 64, "completions per optimiser step over all processes", positive=True),
     G=Knob(int, 8, 8, "completions per question: the group", positive=True),
     max_new_tokens=Knob(int, 80, 512, "tokens at which a completion is cut off", positive=True),
@@ -82,8 +83,9 @@ KNOBS = dict(
     lora=Knob(int, 16, 64, "rank of LoRA; 0 trains every parameter against a frozen copy"),
     lr=Knob(float, 1e-3, 1e-6, "peak learning rate of AdamW", positive=True),
     warmup=Knob(int, 10, 10, "optimiser steps in which the learning rate rises"),
-    schedule=Knob(str, "linear", "constant", "the learning rate after the rise: constant, or under "
-                  "a line that falls to 0 at the end", choices=("constant", "linear")),
+    schedule=Knob(str, "linear", "constant", "the learning rate after the rise: constant, or at "
+                  "most a line from lr at the first step to 0 at the last",
+                  choices=("constant", "linear")),
     # the evaluator F of Eq. (6)
     judge=Knob(str, "lexical", "lexical", "lexical, hf:NAME_OR_PATH, hf:reference or "
                "openai:BASE_URL#MODEL"),

@@ -133,7 +133,7 @@ def weights_digest(model):
 def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
     """As `load`, but a checkpoint of GRPO under LoRA comes as it was trained: pi_SFT in `dtype`
     under an fp32 adapter, see add_lora. The folder's weights less the adapter's part are pi_SFT's,
-    bit for bit."""
+    bit for bit once rounded to bf16, if it was in bf16 when the adapter was trained."""
     adapter = Path(name, ADAPTER)
     if dtype == torch.float32 or not adapter.is_dir():
         return load(name, dtype=dtype, device=device, max_pixels=max_pixels)

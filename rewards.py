@@ -1,10 +1,10 @@
 """The reward of Con-GRPO, Eqs. (3) to (6): a question's text, and what a completion is worth.
 
 A completion is taken apart into thought T and answer A, and scored for format, accuracy and
-consistency, each for itself: text beside the blocks costs the format, not the accuracy. F of
-Eq. (6) stands here as a rule, `lexical_verdict`; judge.py has it as a model. Whatever the text, the
-time is linear in its length. At the end, for eval.py alone: answers outside our tags, and whether a
-thought is true of its phantom.
+consistency, independently of one another: text beside the blocks costs the format, not the
+accuracy. F of Eq. (6) stands here as a rule, `lexical_verdict`; judge.py has it as a model.
+Whatever the text, the time is linear in its length. At the end, for eval.py alone: answers outside
+our tags, and whether a thought is true of its phantom.
 
 Left out on purpose: partial credit, length rewards, any reward for an answer outside its tags.
 """

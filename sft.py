@@ -84,7 +84,8 @@ KNOBS = dict(
     out=Knob(str, None, None, "folder of this run (default: ROOT/sft)", may_change=True),
     images=Knob(int, 2000, 2000, "phantoms to draw, 70 %% of them to train on"),
     thoughts=Knob(int, 60, 60, "train images that have chains of thought, others answers alone"),
-    epochs=Knob(float, 40.0, 2.0, "passes over the questions that have a thought", positive=True),
+    epochs=Knob(float, 40.0, 2.0, "passes over the questions that have a thought; of each, "
+                "what does not fill a batch is left out", positive=True),
     batch=Knob(int, 32, 64, "questions per optimiser step over all processes", positive=True),
     micro_batch=Knob(int, 32, 8, "questions per forward pass: for memory alone", positive=True),
     lr=Knob(float, 1e-3, 1e-4, "peak learning rate of AdamW", positive=True),
