@@ -51,7 +51,7 @@ MAX_TEXT = 4096             # tokens of a question or an answer: attention's mem
 PIXEL_CACHE = 2**29         # bytes of image patches that are kept
 LOGIT_FLOATS = 2**26        # logits that exist at a time in token_logprobs
 GRAPHED = dict(cuda=16)     # devices on which a step is a graph: tokens between looks at what ended
-STAY = 0.8                  # share of unfinished rows at which the finished ones leave
+STAY = dict(cpu=0.8, cuda=0.5)  # share of unfinished rows at which the finished ones leave
 PIECE_FLOATS = 2**24        # gradients that are summed over the processes at a time
 LONGEST_WAIT = datetime.timedelta(minutes=30)  # of a process for another; F may be slow
 
@@ -145,7 +145,7 @@ def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
     for key, p in policy.named_parameters():
         if "lora_" not in key:
             p.data = p.data.to(dtype)
-    return policy.to(device), processor
+    return leave_inputs(policy.to(device)), processor
 
 
 def save(model, processor, folder, keep_adapter=False):
@@ -218,7 +218,16 @@ def add_lora(net, rank, seed=0):
     of lr 1e-6 is smaller than bf16's spacing."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
-    return get_peft_model(net, config).eval()
+    return leave_inputs(get_peft_model(net, config).eval())
+
+
+def leave_inputs(policy):
+    """The policy, whose adapters take their inputs as they are where autocast rounds them: peft
+    makes them fp32 first. The same bits."""
+    for m in policy.modules():
+        if isinstance(m, LoraLayer):
+            m.cast_input_dtype_enabled = network(policy).device.type != "cuda"
+    return policy
 
 
 @contextlib.contextmanager
@@ -526,7 +535,7 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
                 going_on = (~ended).nonzero()[:, 0]
                 if len(going_on) == 0:
                     break
-                if len(going_on) <= STAY * len(rows):  # not for every row: it copies the cache
+                if len(going_on) <= STAY[device.type] * len(rows):  # to leave copies the cache
                     cache.keep(going_on)
                     rows, y = rows[going_on], y[going_on]
             y = draw(next_logits(y), temperature, top_p, generator)
@@ -664,6 +673,9 @@ def setup_devices():
         expect(device.index < torch.cuda.device_count(), "--nproc_per_node: expected at most this "
                f"machine's number of GPUs, {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
+        # cuDNN's attention with a mask has nan gradients at some lengths (pytorch issue 196678,
+        # found on Qwen2.5's weights), and prepares anew for every length.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
     return rank, world, device

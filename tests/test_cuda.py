@@ -42,6 +42,39 @@ def test_bf16_on_cuda_agrees_with_fp32_and_lora_learns_at_1e_6(world):
     assert all((p != b).float().mean() > 0.5 for p, b in zip(train, before, strict=True))
 
 
+def test_lora_takes_its_inputs_as_they_are(world):
+    """On the device peft's rounding of LoRA's inputs to fp32 is left out, and every log-probability and gradient is the same bits."""
+    policy = with_lora(copy.deepcopy(world.net).to("cuda", torch.bfloat16))
+    batch = M.encode(world.processor, world.mixed[:2], "cuda")
+    tokens, mask = M.sample(policy, batch, group_size=2, max_new_tokens=8, generator=torch.Generator("cuda").manual_seed(0))
+    layers, found = [m for m in policy.modules() if isinstance(m, M.LoraLayer)], []
+    assert not any(m.cast_input_dtype_enabled for m in layers)
+    for cast in (False, True):
+        for m in layers:
+            m.cast_input_dtype_enabled = cast
+        logp = M.token_logprobs(policy, batch, tokens, mask)
+        logp.sum().backward()
+        found.append([logp.detach()] + [p.grad for p in policy.parameters() if p.grad is not None])
+        policy.zero_grad()
+    assert len(found[0]) > 2 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_masked_attention_has_finite_gradients_at_every_length():
+    """On the device attention with a mask, on scores of -120 and lengths of 64 modulo 128: cuDNN's kernel gives nan there
+    (pytorch issue 196678), so it is switched off."""
+    M.setup_devices()
+    for S in (704, 768):
+        q, k, v = (torch.randn(1, 1, S, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        q, k = 0.1 * q, 0.1 * k
+        q[..., 0], k[..., 0] = 1.0, -120.0 * 8
+        for x in (q, k, v):
+            x.requires_grad_()
+        mask = M.causal_mask(torch.ones(1, S, device="cuda"))
+        M.attend(q, k, v, mask, 1 / 8).sum().backward()
+        assert all(x.grad.isfinite().all() for x in (q, k, v))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_cuda_graphs_draw_the_policy(lora, world, monkeypatch, recwarn):
     """On the device a token's step is captured, without a word that it failed; rows leave and it is captured again; what was

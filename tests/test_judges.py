@@ -428,7 +428,7 @@ def test_a_checkpoint_made_here_is_asked_as_it_was_taught(replying, world, tmp_p
     taught = tmp_path / "sft"
     taught.symlink_to(folder)
     thoughts, items, read = [r["thought"] for r in world.records[:6]], world.records[:6], []
-    hook = net.register_forward_pre_hook(lambda net, args, kwargs: read.append(kwargs["input_ids"][0].tolist()), with_kwargs=True)
+    hook = net.register_forward_pre_hook(lambda net, args, kwargs: read.extend(kwargs["input_ids"].tolist()), with_kwargs=True)
     held = J.make_judge("hf:reference", reference=(lambda: contextlib.nullcontext(net), processor.tokenizer))(thoughts, items)
     hook.remove()
     plain = J.make_judge(f"hf:{taught}")(thoughts, items)
@@ -440,7 +440,7 @@ def test_a_checkpoint_made_here_is_asked_as_it_was_taught(replying, world, tmp_p
     openings = [f"<think>{t}</think><answer>" for t in thoughts]
     batch = M.tensors(processor, [rewards.question_text(r) for r in items], [None] * 6, openings=openings)
     taught = [ids[real.bool()].tolist() for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    assert read == taught  # token by token: the instruction's own tags too
+    assert [ids[:len(real)] for ids, real in zip(read, taught, strict=True)] == taught  # token by token, the instruction's tags too
     tokens, mask = M.encode_completions(processor, list("ABCD") * 6)
     logp = M.token_logprobs(net, batch, tokens[:, 0, :1].view(6, 4, 1), mask[:, 0, :1].view(6, 4, 1))[..., 0]
     assert held == ["ABCD"[k] for k in logp.argmax(1).tolist()] and held != plain
