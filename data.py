@@ -30,6 +30,7 @@ import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -47,6 +48,7 @@ KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "an
         "source", "group", "split")
 SHOWS = ("modality", "anatomy", "lesion", "style", "location")  # optional, in a key "shows"
 SPLITS = ("train", "val", "test")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # of a completion: no thought may hold one
 MAX_PIXELS = 2**26  # pixels an image may have; looked at before anything is decoded
 MAX_ASPECT = 200    # longer side / shorter side: beyond it Qwen's processor refuses an image
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, and warns from here on
@@ -101,6 +103,8 @@ def check_record(record, folder):
         expect(key in record, f"key {key!r} is missing, expected {', '.join(KEYS)}")
         fine = key == "options" or is_text(record[key]) or (key, record[key]) == ("thought", None)
         expect(fine, f"{key!r} is {record[key]!r:.60}, expected a non-empty string")
+    found = [tag for tag in TAGS if tag in (record["thought"] or "")]
+    expect(not found, f"'thought' holds {', '.join(found)}, expected none of the tags")
     check_options(record["options"])
     letters = tuple(LETTERS[:len(record["options"])])
     for key, allowed in (("answer", letters), ("task", TASKS + MED_R1_TASKS), ("split", SPLITS)):
@@ -149,7 +153,8 @@ def read_records(files, split=None, only=(), thinking="before"):
 
 def read_file(file, used):
     """Yields the records of a file: JSONL, or a JSON list of others' questions (.json), of which
-    those that can't be used are left out and counted on stderr. used, {id: file}, is added to."""
+    those that can't be used are left out and counted on stderr. used, {id: its line}, is added
+    to."""
     foreign, folder = file.suffix == ".json", file.absolute().parent
     if foreign:  # OmniMedVQA's and Med-R1's image paths start beside these two
         roots = [p.parent for p in folder.parents if p.name in ("QA_information", "Splits")]
@@ -178,7 +183,7 @@ def read_file(file, used):
             expect(foreign, f"{file}, line {k}: {why}")
             bad.append(f"question {k}: {why}")
         else:
-            used[name] = file
+            used[name] = f"{file}, line {k}"
             yield record
     if bad:
         print(f"warning: {file}: {len(bad)} of {len(items)} questions can't be used, as {bad[0]}",
@@ -188,6 +193,8 @@ def read_file(file, used):
 def foreign_record(item, stem, k):
     """The record of question k of OmniMedVQA's or Med-R1's file `stem`."""
     expect(isinstance(item, dict), "expected an object")
+    expect(not {*KEYS} <= {*item}, "is a record as this project writes them, expected in a file "
+                                   "that ends in .jsonl, one on each line")
     record = omnimedvqa(item, stem) if "gt_answer" in item else med_r1(item, stem, k)
     return {**record, "anatomy": "unknown", "thought": None, "group": record["image"]}
 
@@ -330,31 +337,31 @@ def digest(content):
 
 # ---- images --------------------------------------------------------------------------------------
 def check_images(records):
-    """DataError for the first record whose image isn't there or, by its header, can't be used."""
-    for record in {r["path"]: r for r in records}.values():
-        load_image(record, header=True)
+    """DataError for the first record whose image can't be used. Each is decoded: one that is cut
+    off would end a run hours later, and every attempt to resume it."""
+    images = {r["path"]: r for r in records}
+    with ThreadPool(os.cpu_count()) as pool:
+        whole = pool.imap(lambda record: load_image(record).size, images.values())
+        for _ in tqdm(whole, desc="checking images", total=len(images), unit="image", leave=False):
+            pass
 
 
-def load_image(record, header=False):
+def load_image(record):
     """The record's image as PIL RGB; DataError names record and file, see open_image."""
     try:
-        image = open_image(record["path"], header)
+        return open_image(record["path"]).convert("RGB")
     except DataError as e:
         raise DataError(f"record {record['id']!r}: image {record['path']} {e}") from None
-    return None if header else image.convert("RGB")
 
 
-def open_image(path, header=False):
+def open_image(path):
     """An image as PIL RGB or L, upright by its EXIF tag; 16 bits and floats go from min to max.
-    With `header` nothing is decoded -> None. DataError, half a sentence, when it is missing,
-    truncated, not an image, has 0 or more than MAX_PIXELS pixels or a side more than MAX_ASPECT
-    times the other."""
+    DataError, half a sentence, when it is missing, truncated, not an image, has 0 or more than
+    MAX_PIXELS pixels or a side more than MAX_ASPECT times the other."""
     try:
         with Image.open(path) as file:
             expect(max(file.size) <= MAX_ASPECT * min(file.size),
                    f"has a side more than {MAX_ASPECT} times as long as the other")
-            if header:
-                return None
             image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
             a = np.nan_to_num(np.asarray(image, dtype=np.float64))
@@ -741,9 +748,11 @@ def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, care
         "size": SIZE, "lesion_rate": LESION_RATE, "lesion_radius": LESION_RADIUS,
         "lesion_contrast": LESION_CONTRAST, "shares": PHANTOM_SHARES})
     if meta.is_file():
-        old = meta.read_text()
-        expect(old == knobs, f"{out} is there already with {old}, expected {knobs}:"
-                             " remove it or name another folder")
+        old, new = json.loads(meta.read_text()), json.loads(knobs)
+        other = [f"{name} {old.get(name)}, not {new[name]}" for name in new
+                 if old.get(name) != new[name]]
+        expect(not other, f"{out} is there already with {'; '.join(other)}: remove it or name"
+                          " another folder")
         return str(jsonl)
 
     records, rounds, in_train = [], defaultdict(list), 0
@@ -827,6 +836,7 @@ TRAIN_SHARE = 0.7  # of a source's pictures; the rest is the test split
 LOOK = 64          # px, side of the small grey picture by which pictures are compared
 SAME = .99, 4      # two show the same: correlation above, mean difference of greys (of 255) below
 BLANK = 4          # standard deviation of the greys below which a picture shows nothing
+FEW = 5            # images that can't be used are named by `check`
 FAR = .2           # above chance: a look-up that answers so much more is warned of
 SIMILAR = .5       # of the area of a lesion's largest part: so large, another counts as well
 SLICES = 4         # of a volume with the lesion, and as many without
@@ -1285,11 +1295,11 @@ def join_alike(looks, groups):
 
 # ---- what answers are found by without understanding ---------------------------------------------
 def look_at(path):
-    """The look of a picture's file; None if it can't be read or shows nothing."""
+    """A picture's file -> its look, None if it shows nothing, and why it can't be used, or None."""
     try:
-        return look_of(open_image(path))
-    except DataError:
-        return None
+        return look_of(open_image(path)), None
+    except DataError as e:
+        return None, f"{path} {e}"
 
 
 def look_up(task, records, points):
@@ -1326,13 +1336,16 @@ def look_up(task, records, points):
 
 
 def check(records):
-    """Prints what the questions are, what train shares with other splits, what look-ups answer."""
+    """Prints what the questions are, what train shares with other splits, what look-ups answer;
+    DataError at the end where images can't be used."""
     paths = sorted({r["path"] for r in records})
     with multiprocessing.Pool() as pool:
         looks = list(tqdm(pool.imap(look_at, paths, chunksize=16), desc="check", total=len(paths)))
+    looks, whys = zip(*looks, strict=True)
     seen = {path: x for path, x in zip(paths, looks, strict=True) if x is not None}
-    print(f"{len(records)} questions on {len(paths)} images, {len(paths) - len(seen)} of them"
-          " missing, broken or blank")
+    bad = [why for why in whys if why]
+    print(f"{len(records)} questions on {len(paths)} images, {len(bad)} of them can't be used,"
+          f" {len(paths) - len(seen) - len(bad)} show nothing")
     for key in ("task", "split", "answer", "modality"):
         print(f"{key}: {counted(records, key)}")
 
@@ -1353,6 +1366,8 @@ def check(records):
                   f" as of {both[0]['path']}")
     for task in sorted({r["task"] for r in records}):
         look_up(task, [r for r in records if r["task"] == task], points)
+    more = f"; and {len(bad) - FEW} more" if len(bad) > FEW else ""
+    expect(not bad, f"{'; '.join(bad[:FEW])}{more}: training would stop there")
 
 
 # ---- MedAD-38K: build ----------------------------------------------------------------------------
@@ -1369,7 +1384,8 @@ def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
         split_by_group(kept, seed)
         records = medad_records(kept, seed)
         write_records(records, part / "medad38k.jsonl")
-        command = f"python data.py build --max_side {max_side} --seed {seed}"
+        given = " ".join(f"{key}=DIR" for key in sorted(sources))
+        command = f"python data.py build --max_side {max_side} --seed {seed} {given}"
         write_text(part / "dataset.md", about(command, pictures, records))
         for key in sources:
             source_sheet(part, key, [f for f in kept if f["source"] == key])

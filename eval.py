@@ -634,6 +634,8 @@ def watch(folders, out):
     page reloads itself."""
     for folder in folders:
         expect(os.path.isdir(folder), f"--watch {folder}: no such folder, expected a run's")
+        if not Path(folder, "metrics.jsonl").exists():
+            print(f"{folder}: no metrics.jsonl yet")
     out.mkdir(parents=True, exist_ok=True)
     print(f"{out / 'watch.html'}: open it in a browser; Ctrl-C ends this")
     runs = {folder: [folder] for folder in folders}
@@ -728,9 +730,7 @@ def questions_of(ckpt, args):
     expect(args.data or phantoms.is_file(),
            f"{phantoms} is not there, expected the phantoms, or --data FILE")
     records = data.read_records(args.data or phantoms, args.split, args.only, thinking)
-    records = subset(records, args.questions)
-    data.check_images(records)
-    return records
+    return subset(records, args.questions)
 
 
 def answer(ckpt, records, judge, args, cache=os.devnull):
@@ -770,7 +770,8 @@ def main(argv=None):
     checkpoints = checkpoints_of(args.ckpt)
     ckpts = list(chain(*checkpoints.values()))
     if args.image or args.question or args.options:
-        expect(args.image and args.question, "one question needs --image, --question and --options")
+        expect(args.image and args.question and args.options,
+               "one question needs --image, --question and --options")
         data.check_options(args.options)
         for ckpt in ckpts:
             rows, _ = answer(ckpt, questions_of(ckpt, args), make_judge(), args)
@@ -784,6 +785,8 @@ def main(argv=None):
     rank, world, _ = M.setup_devices()  # before a judge is loaded: each process has its own GPU
     judge = make_judge(args.judge, args.judge_sees, cache=cache)
     questions = {ckpt: questions_of(ckpt, args) for ckpt in ckpts}
+    if rank == 0:
+        data.check_images(chain(*questions.values()))
     if args.matrix:
         values = {record[args.matrix] for ckpt in ckpts for record in questions[ckpt]}
         expect(values & checkpoints.keys(), f"--matrix {args.matrix}: expected --ckpt NAME=A.., "
@@ -791,7 +794,12 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     expect(os.access(out, os.W_OK), f"{out}: can't be written to, expected another --out")
     path = out / "results.json"
-    json_object(path)  # if it can't be read, say so now and not after an hour of sampling
+    earlier = json_object(path)  # if it can't be read, say so now and not after hours of sampling
+    expect(all(isinstance(x, dict) and "knobs" in x for x in earlier.values()),
+           f"{path}: not what eval.py writes: name another --out")
+    for name in ("report.md", "eval.html"):
+        expect(earlier or not (out / name).exists(),
+               f"{out / name}: there without a results.json beside it: name another --out")
 
     results, rows, before = {}, {}, []
     for name, paths in checkpoints.items():

@@ -32,6 +32,7 @@ import functools
 import math
 import os
 import time
+from pathlib import Path
 from statistics import fmean
 
 import torch
@@ -399,15 +400,24 @@ def train(run, argv):
     args = sft.knobs(KNOBS, __doc__, argv)
     args.out = args.out or os.path.join(args.root, "grpo")
     args.model = args.model or os.path.join(args.root, "sft")
-    args.data = args.data or [os.path.join(args.root, "phantoms", "phantoms.jsonl")]
+    phantoms = os.path.join(args.root, "phantoms", "phantoms.jsonl")
+    expect(args.data or (args.preset == "tiny" and os.path.exists(phantoms)),
+           f"no --data: expected FILE.., or for a tiny model what sft.py makes, {phantoms}")
+    args.data = args.data or [phantoms]
     rank, world, device = M.setup_devices()
     # Compared on --resume: each process has its own random numbers.
     args.fixed["nproc_per_node (processes in all)"] = world
     records = questions_to_train_on(args, world)
+    if rank == 0:
+        print(f"{len(records)} training questions of {', '.join(args.data)}")
     held_out = sft.held_out_questions(args)[rank::world]
 
     # The policy starts as pi_SFT, and pi_SFT is the reference (and F, with --judge hf:reference).
     policy, processor, optimizer = sft.policy_of(args, records, device, rank)
+    taught = evaluation.json_object(Path(args.model, "knobs.json")).get("thinking", args.thinking)
+    if rank == 0 and taught != args.thinking:
+        print(f"warning: {args.model} was trained with --thinking {taught}, and is asked with "
+              f"--thinking {args.thinking} here")
     sft_copy = None if args.lora else frozen_copy(policy)
     reference = functools.partial(reference_of, policy, sft_copy)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency,

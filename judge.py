@@ -367,7 +367,7 @@ def faults(thought, record, known, verdict):
     steps = re.split(r"(?<=[.!?;])\s+|\n+", thought.strip())
     early = [x for x in steps[:-1] if visible_thought(x)[1]  # it has an option's letter
              or (CONCLUDES.search(x) and mentions(x, [right_option(record)]))]
-    rules = {"holds <think> or <answer> tags": any(tag in thought for tag in rewards.TAGS),
+    rules = {"holds <think> or <answer> tags": any(tag in thought for tag in data.TAGS),
              "does not lead to the answer": verdict != record["answer"],
              "has fewer than two steps": len(steps) < 2,
              "states the answer before its last sentence": early}
@@ -388,12 +388,16 @@ def faults(thought, record, known, verdict):
 # ---- the command ---------------------------------------------------------------------------------
 
 def annotate(args):
-    """-> FILE's records with a verified thought, {image: its description}; keeps OUT.replies."""
+    """-> FILE's records that have a thought, or got a verified one, {image: its description}; keeps
+    OUT.replies. Asked for are the thoughts that SFT lacks: of split train, without one yet."""
     expect(args.describer and args.writer, "expected --describer and --writer, or --decisions")
     limits = dict(cache=f"{args.out}.replies", timeout=args.timeout, concurrency=args.concurrency)
     describer, writer = Server(args.describer, **limits), Server(args.writer, **limits)
     judge, records = make_judge(args.judge, **limits), data.read_records(args.file)
-    pictures, known = {r["image"]: r for r in records}, {}
+    asked = [r for r in records if r["thought"] is None and r["split"] == "train"]
+    expect(asked, f"{args.file}: no question of split train lacks a thought")
+    data.check_images(asked)
+    pictures, known = {r["image"]: r for r in asked}, {}
     for r in records:
         true = known.setdefault(r["image"], dict(modality=r["modality"], anatomy=r["anatomy"]))
         true[r["task"]] = right_option(r)
@@ -403,14 +407,20 @@ def annotate(args):
     replies = tqdm(describer.threads.imap(describe, pictures.values()), "describe", len(pictures))
     described = {image: text for image, (text, _) in zip(pictures, replies, strict=True)}
     write = partial(write_thought, described=described, known=known, writer=writer, judge=judge)
-    good, reasons = [], Counter()
-    written = tqdm(writer.threads.imap(write, records), "write", len(records))
-    for r, (thought, wrong) in zip(records, written, strict=True):
+    accepted, reasons = {}, Counter()
+    written = tqdm(writer.threads.imap(write, asked), "write", len(asked))
+    for r, (thought, wrong) in zip(asked, written, strict=True):
         reasons.update(wrong)
         if not wrong:
-            good.append(dict(r, thought=thought.strip()))
-    print(f"{len(records)} questions: {len(good)} thoughts accepted, {len(records) - len(good)}",
-          f"left out (run again for those without a reply); last attempts: {failures(reasons)}")
+            accepted[r["id"]] = thought.strip()
+    good = [dict(r, thought=r["thought"] or accepted[r["id"]]) for r in records
+            if r["thought"] or r["id"] in accepted]
+    had = len(good) - len(accepted)
+    print(f"{len(asked)} questions: {len(accepted)} thoughts accepted, "
+          f"{len(asked) - len(accepted)} left out (run again for those without a reply); "
+          f"last attempts: {failures(reasons)}")
+    print(f"{had} had a thought, which stays; {len(records) - had - len(asked)} of val and test "
+          "were not asked about and are left out")
     for role, model in dict(describer=describer, writer=writer, judge=judge).items():
         print(f"{role}: {model.usage.count('call')} calls; failures: {failures(model.usage)}")
     return good, described
@@ -456,8 +466,9 @@ def main(argv=None):
     parser = data.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("command", choices=["annotate"])
-    add("file", help="records, with or without thoughts")
-    add("--out", required=True, help="the same with verified thoughts, in the same folder")
+    add("file", help="records; of split train, those without a thought are asked about")
+    add("--out", required=True, help="the records that have a thought, the verified ones among "
+        "them; in the same folder")
     add("--describer", help="openai:BASE_URL#MODEL")
     add("--writer", help="the same, or another")
     add("--judge", default="lexical", help="the evaluator F that must reach the answer [lexical]")

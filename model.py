@@ -74,6 +74,9 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
     """A checkpoint (folder or hub name) -> (model in eval mode, Processor). DataError where it is
     none of FAMILIES, incomplete or not finite."""
     config = config_of(name)
+    if Path(name).is_dir():  # without it transformers guesses what ends a turn
+        expect(Path(name, "tokenizer_config.json").is_file(),
+               f"{name}: the checkpoint can't be used: tokenizer_config.json is missing")
     try:
         net, info = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True,
@@ -99,6 +102,9 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
 
 def config_of(name):
     """A checkpoint's configuration; DataError where there is none of FAMILIES."""
+    parent = Path(name).parent
+    here = parent != Path(".") and parent.is_dir()  # then it is no name on the hub
+    expect(Path(name).is_dir() or not here, f"{name}: there is no such folder in {parent}")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type in FAMILIES:
@@ -106,6 +112,8 @@ def config_of(name):
         found = f"another architecture ({config.model_type})"
     except Exception as e:  # as in load
         found = f"no such checkpoint, or one that needs code of its own ({type(e).__name__})"
+        if Path(name, "config.json").exists():
+            found = f"its config.json can't be read ({type(e).__name__})"
     raise DataError(f"{name}: {found}; expected a folder with a config.json, or a name on the hub, "
                     f"of {', '.join(FAMILIES)}; for others eval.py --ckpt openai:BASE_URL#MODEL "
                     "asks a chat server")
@@ -181,6 +189,8 @@ def save(model, processor, folder, keep_adapter=False):
         (beside / name).write_text(json.dumps(config, indent=2))
 
     shutil.rmtree(Path(folder, ADAPTER), ignore_errors=True)  # a folder can't be renamed over
+    for path in beside.rglob("*.safetensors"):  # written to be read by their owner alone
+        shutil.copymode(beside / "config.json", path)
     for path in beside.iterdir():
         path.replace(Path(folder, path.name))
     beside.rmdir()

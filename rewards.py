@@ -13,7 +13,7 @@ import math
 import re
 import unicodedata
 
-from data import ANATOMIES, KINDS, LETTERS, LOCATIONS, SIGNS, STATES, STYLES, expect
+from data import ANATOMIES, KINDS, LETTERS, LOCATIONS, SIGNS, STATES, STYLES, TAGS, expect
 
 INSTRUCTIONS = {  # by --thinking: where the thought stands (Med-R1's ablation)
     "before": "First think in <think></think>, then give the letter in <answer></answer>.",
@@ -25,7 +25,6 @@ FORMS = {  # of a target, and of a completion that is well formed
     "none": "<answer>{answer}</answer>",
     "after": "<answer>{answer}</answer>{gap}<think>{thought}</think>",
 }
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # each exactly once; case matters
 WEIGHTS = (1 / 3, 1 / 3, 1 / 3)  # lambda_fmt, lambda_acc, lambda_con of Eq. (3)
 ASKED = ("id", "task", "modality", "question", "options", "answer")  # kept of a scored record
 

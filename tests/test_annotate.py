@@ -84,10 +84,10 @@ class Annotators(Server):
 
 @pytest.fixture
 def box(world, tmp_path, monkeypatch):
-    """A folder with the forty questions (thoughts taken out) and their images; short waits between tries."""
+    """A folder with the forty questions (thoughts taken out, all to train on) and their images; short waits between tries."""
     monkeypatch.setattr(J, "WAITS", WAITS)
     shutil.copytree(Path(world.jsonl).parent / "images", tmp_path / "images")
-    data.write_records([r | dict(thought=None) for r in forty(world)[0]], tmp_path / "in.jsonl")
+    data.write_records([r | dict(thought=None, split="train") for r in forty(world)[0]], tmp_path / "in.jsonl")
     return tmp_path
 
 
@@ -178,6 +178,29 @@ def test_forty_phantoms_through_the_server(world, box, capsys):
     assert annotate(box, server) == made and len(server.calls) == n
     assert (box / "cot.jsonl.1").read_text() == first
     data.read_records(box / "cot.jsonl")  # images are where the file says
+
+
+def test_thoughts_that_are_there_stay_and_test_questions_are_not_asked(world, box, capsys):
+    """Of ten questions three have a thought that no rule would accept, and two are held out: five are asked about, the three
+    come out as they were. A picture that is missing is told before the server is asked."""
+    records, known = forty(world)
+    rows = [r | dict(thought="As I see it." if k < 3 else None, split="test" if k > 7 else "train") for k, r in enumerate(records[:10])]
+    data.write_records(rows, box / "in.jsonl")
+    server = Annotators(records, known)
+    made = annotate(box, server)
+    assert [r["thought"] for r in made] == ["As I see it."] * 3 + [r["thought"] for r in records[3:8]]
+    assert {x for kind, x in server.told if kind == "written"} == {r["id"] for r in records[3:8]}
+    said = capsys.readouterr().out
+    assert "5 questions: 5 thoughts accepted, 0 left out" in said
+    assert "3 had a thought, which stays; 2 of val and test were not asked about and are left out" in said
+    n = len(server.calls)
+    (box / rows[7]["image"]).unlink()
+    with pytest.raises(DataError, match="is missing"):
+        annotate(box, server, out="other.jsonl")
+    data.write_records(rows[:3], box / "in.jsonl")
+    with pytest.raises(DataError, match="no question of split train lacks a thought"):
+        annotate(box, server, out="other.jsonl")
+    assert len(server.calls) == n
 
 
 def test_a_killed_annotation_goes_on(world, box, monkeypatch):

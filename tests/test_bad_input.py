@@ -2,6 +2,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,3 +142,72 @@ def test_a_disk_that_is_full(world, tmp_path):
     errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("program", ["sft", "grpo"])
+def test_a_folder_that_is_no_run_is_not_written_into(program, world, tmp_path, capsys):
+    """A user's own checkpoint given as --out stays as it is; a run's folder is moved aside, also one without metrics.jsonl."""
+    jsonl, mine = one_record(world, tmp_path / "d"), tmp_path / "mine"
+    shutil.copytree(world.folder, mine)
+    before = {path: path.read_bytes() for path in mine.iterdir()}
+    check(run(program, *flags_for(program, world, jsonl, mine)), capsys, "--out", "mine", "not those of a run")
+    assert {path: path.read_bytes() for path in mine.iterdir()} == before
+    (mine / "knobs.json").write_text("{}")
+    PROGRAMS[program]([str(x) for x in flags_for(program, world, jsonl, mine)])
+    assert (tmp_path / "mine.1" / "knobs.json").read_text() == "{}" and (mine / "metrics.jsonl").exists()
+    assert {path.name for path in before} <= {path.name for path in (tmp_path / "mine.1").iterdir()}
+
+
+def test_a_report_that_is_not_ours_is_not_written_over(world, tmp_path, capsys):
+    """eval.py into a folder with a report or results of another origin: one sentence before anything is sampled."""
+    jsonl, out = one_record(world, tmp_path / "d"), tmp_path / "notes"
+    out.mkdir()
+    for name, text in (("report.md", "my own notes"), ("eval.html", "mine"), ("results.json", '{"mine": 1}')):
+        (out / name).write_text(text)
+        check(run("eval", *flags_for("eval", world, jsonl, out)), capsys, name, "another --out")
+        assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, text)]
+        (out / name).unlink()
+
+
+def test_a_checkpoint_without_its_tokenizers_config(world, tmp_path, capsys):
+    """transformers would guess the token that ends a turn: told, and so are a config that is cut off and a folder's typo, which
+    is not looked for on the hub."""
+    jsonl, half = one_record(world, tmp_path / "d"), tmp_path / "half"
+    shutil.copytree(world.folder, half)
+    (half / "tokenizer_config.json").unlink()
+    check(run("eval", *flags_for("eval", world, jsonl, tmp_path / "out", half)), capsys, "half", "tokenizer_config.json is missing")
+    (half / "config.json").write_text('{"model_type": "qwen2')
+    check(run("eval", *flags_for("eval", world, jsonl, tmp_path / "out", half)), capsys, "its config.json can't be read")
+    check(run("eval", *flags_for("eval", world, jsonl, tmp_path / "out", tmp_path / "hlaf")), capsys, "hlaf", "no such folder")
+
+
+def test_own_records_in_a_json_list(world, tmp_path, capsys):
+    """Records of this project in a .json file are told for what they are, and not for broken questions of another's."""
+    jsonl = one_record(world, tmp_path / "d")
+    lines = [json.loads(line) for line in jsonl.read_text().splitlines()]
+    jsonl.with_suffix(".json").write_text(json.dumps(lines))
+    with pytest.raises(data.DataError, match="no usable record"):
+        data.read_records(jsonl.with_suffix(".json"))
+    assert "8 of 8 questions can't be used, as question 1: is a record as this project writes them" in capsys.readouterr().err
+
+
+def test_grpo_tells_what_it_trains_on(world, tmp_path, capsys):
+    """The questions and their file; and where the model was taught another way to think than it is asked for."""
+    jsonl, taught = one_record(world, tmp_path / "d"), tmp_path / "taught"
+    shutil.copytree(world.folder, taught)
+    (taught / "knobs.json").write_text('{"thinking": "none"}')
+    grpo.main([str(x) for x in flags_for("grpo", world, jsonl, tmp_path / "out", taught)])
+    said = capsys.readouterr().out
+    assert f"4 training questions of {jsonl}" in said and "after 1 steps" in said
+    assert f"warning: {taught} was trained with --thinking none, and is asked with --thinking before here" in said
+    check(run("grpo", "--model", taught, "--root", tmp_path / "no"), capsys, "no --data", "phantoms.jsonl")
+    check(run("grpo", "--model", taught, "--root", tmp_path / "no", "--preset", "paper"), capsys, "no --data")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_weights_can_be_read_by_those_who_can_read_the_rest(world, tmp_path):
+    """safetensors writes them for their owner alone."""
+    jsonl = one_record(world, tmp_path / "d")
+    grpo.main([str(x) for x in flags_for("grpo", world, jsonl, tmp_path / "out")])
+    modes = {path.stat().st_mode for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert modes == {(tmp_path / "out" / "config.json").stat().st_mode}

@@ -69,6 +69,7 @@ BAD = {  # what line 2 holds -> what the sentence must say
     "shows is a text": (record(shows="a cyst"), "'shows' is 'a cyst', expected texts or null for modality"),
     "shows lacks a key": (record(shows={"modality": "CT"}), "'shows' is {'modality': 'CT'}"),
     "shows an unknown style": (record(shows=dict.fromkeys(data.SHOWS, "cyst")), "the style one of solid, cystic"),
+    "tag in the thought": (record(id="x2", thought="so </think> it is"), "'thought' holds </think>, expected none of the tags"),
     "same id": (record(), "id 'x1' was already used in"),
     "surrogate in path": (json.dumps(record(id="x2", image="\ud800.png")), ""),
     "null byte in path": (record(id="x2", image="a\0.png"), ""),
@@ -520,7 +521,7 @@ def test_command_line(tmp_path):
     code, out, _ = run("phantoms", "--n", 13, "--out", "ph", cwd=tmp_path)
     assert code == 0 and out.strip().endswith("phantoms.jsonl")
     code, out, _ = run("check", "ph/phantoms.jsonl", cwd=tmp_path)
-    assert code == 0 and "on 13 images, 0 of them missing" in out and "task: anatomy 13, anomaly 8" in out
+    assert code == 0 and "on 13 images, 0 of them can't be used, 0 show nothing" in out and "task: anatomy 13, anomaly 8" in out
     for args in (("check", "no.jsonl"), ("phantoms", "--n", 14, "--out", "ph"), ("phantoms", "--n", "many"), ("paint",), ()):
         code, out, err = run(*args, cwd=tmp_path)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
@@ -543,21 +544,31 @@ def test_cli(error, says, capsys):
 
 
 def test_check_tells_missing_images(tmp_path, monkeypatch, capsys):
-    """Records whose image is not there are counted by check and refused, by name, when loaded."""
+    """Records whose image is cut off or not there are named by check, and refused before the first step: a header isn't enough."""
     folder = Path(data.make_phantoms(tmp_path / "p", 0, 4)).parent
+    records, cut = data.read_records(folder / "phantoms.jsonl"), folder / "images" / "00002.png"
+    data.check_images(records)
+    cut.write_bytes(cut.read_bytes()[:-200])
+    out = check_of(folder, monkeypatch, capsys, folder / "phantoms.jsonl")
+    assert "on 4 images, 1 of them can't be used" in out and f"error: {cut} is truncated or broken" in out
+    with pytest.raises(data.DataError, match=r"^record '.*00002.png is truncated or broken"):
+        data.check_images(records)
     shutil.rmtree(folder / "images")
-    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(folder / "phantoms.jsonl")])
-    data.main()
-    assert "4 of them missing" in capsys.readouterr().out
+    assert "on 4 images, 4 of them can't be used" in check_of(folder, monkeypatch, capsys, folder / "phantoms.jsonl")
     with pytest.raises(data.DataError, match="is missing"):
-        data.load_image(data.read_records(folder / "phantoms.jsonl")[0])
+        data.load_image(records[0])
 
 
 # ---- what answers are found by without understanding ------------------------------------------------------------------------
 def check_of(folder, monkeypatch, capsys, *files):
+    """What check prints, and its error, if any, behind that."""
     monkeypatch.setattr(sys, "argv", ["data.py", "check", *map(str, files or (folder / "q.jsonl",))])
-    data.main()
-    return capsys.readouterr().out
+    error = ""
+    try:
+        data.main()
+    except data.DataError as e:
+        error = f"error: {e}"
+    return capsys.readouterr().out + error
 
 
 def leaking(folder, told):
@@ -596,7 +607,8 @@ def test_check_finds_answers_that_options_tell(tmp_path, monkeypatch, capsys):
     write(tmp_path, *lines)
     out = check_of(tmp_path, monkeypatch, capsys)
     assert "modality, 30 test questions: chance 25.0%, commonest answer 100.0%\n" in out and "warning: modality" in out
-    assert "on 90 images, 90 of them missing, broken or blank" in out
+    assert "on 90 images, 90 of them can't be used, 0 show nothing" in out
+    assert f"error: {tmp_path / '0.png'} is missing; {tmp_path / '1.png'} is missing; " in out and "; and 85 more: training" in out
 
 
 def test_check_finds_groups_on_both_sides(tmp_path, monkeypatch, capsys):
