@@ -795,7 +795,7 @@ def main(argv=None):
     expect(os.access(out, os.W_OK), f"{out}: can't be written to, expected another --out")
     path = out / "results.json"
     earlier = json_object(path)  # if it can't be read, say so now and not after hours of sampling
-    expect(all(isinstance(x, dict) and "knobs" in x for x in earlier.values()),
+    expect(all(isinstance(x, dict) and "overall" in x for x in earlier.values()),
            f"{path}: not what eval.py writes: name another --out")
     for name in ("report.md", "eval.html"):
         expect(earlier or not (out / name).exists(),

@@ -435,7 +435,7 @@ def test_a_subset_is_fixed_and_nested(world):
 
 def test_from_checkpoint_to_results(out, monkeypatch, capsys):
     """The whole command on a random model: schema, agreement of results.json with the completions, merge, nothing left half."""
-    (out / "results.json").write_text(json.dumps({"elsewhere": {"overall": {"mean": 0.5}}, str(out / "sft"): "an old run"}))
+    (out / "results.json").write_text(json.dumps({"elsewhere": {"overall": {"mean": 0.5}}, str(out / "sft"): {"overall": "an old run"}}))
     run(monkeypatch, "--ckpt", out / "sft", "--max_new_tokens", 6, "--questions", 30, "--batch", 16)
     results = json.loads((out / "results.json").read_text())
     assert results["elsewhere"] == {"overall": {"mean": 0.5}} and len(results) == 2
@@ -604,7 +604,7 @@ def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
     (tmp_path / "odd" / "knobs.json").write_text('{"thinking": "aloud"}')
     ok, picture = ["--ckpt", out / "sft"], world.records[0]["path"]
     cases = [
-        (["--ckpt", out / "none"], "no such checkpoint"),
+        (["--ckpt", out / "none"], "no such folder"),
         (["--ckpt", tmp_path / "bert"], "another architecture (bert)"),
         (["--ckpt", tmp_path / "nowhere" / "sft"], "is not there, expected the phantoms, or --data"),
         ([*ok, out / "sft"], "expected a checkpoint, or NAME=A,B,.., and each name once"),

@@ -232,7 +232,7 @@ def test_a_base_of_another_seed_or_recipe_is_refused(monkeypatch, tmp_path):
         os.makedirs(folder)
     monkeypatch.setattr(sft, "make_base", make)
     monkeypatch.setattr(data, "make_phantoms", lambda *args: None)
-    args = argparse.Namespace(root=str(tmp_path), seed=3, images=10, thoughts=1)
+    args = argparse.Namespace(root=str(tmp_path), seed=3, images=10, thoughts=1, data=[])
     assert sft.prepare_tiny(args, 0)[0] == sft.prepare_tiny(args, 0)[0] and made == [3]
     args.seed = 4
     with pytest.raises(data.DataError, match="another seed or recipe"):
@@ -292,7 +292,7 @@ def test_training_on_from_the_folder_itself(world, tmp_path):
     try:
         sft.main(["--model", str(out), *flags])
     except data.DataError as e:
-        assert "no such checkpoint" not in str(e)
+        assert "no such" not in str(e)
         assert (out / "model.safetensors").read_bytes() == weights
     else:
         assert (tmp_path / "sft.1" / "model.safetensors").read_bytes() == weights
