@@ -621,3 +621,37 @@ def test_check_finds_groups_on_both_sides(tmp_path, monkeypatch, capsys):
     assert "e.png" in out and "their like" not in out
     write(tmp_path, *rows[:4])
     assert "are in train" not in check_of(tmp_path, monkeypatch, capsys)
+
+
+def test_the_commonest_answer_is_the_likeliest_when_offered(capsys):
+    """Not the one that is most often right: "a" is right 6 times of 14, "b" 4 times of 4."""
+    def asked(options, right, split):
+        return dict(options=options, right=right, split=split, path="")
+    train = [asked(["a", "c"], "ac"[i % 2], "train") for i in range(8)] + [asked(["a", "d"], "a", "train")] * 2
+    train += [asked(["a", "b"], "b", "train")] * 4
+    data.look_up("anatomy", [*train, asked(["a", "b"], "b", "test")], {})
+    assert "commonest answer 100.0%" in capsys.readouterr().out
+
+
+def test_a_careless_report_is_false_in_style_and_place():
+    """Otherwise a thought that is said to misreport the lesion would in part be true."""
+    rng, facts = np.random.default_rng(0), data.facts_of("MRI", "Brain", ("solid", "Left Upper"))
+    reports = [data.careless_report(facts, rng) for _ in range(60)]
+    assert {r["style"] for r in reports} == {*data.STYLES} - {"solid"} and {r["location"] for r in reports} == {*data.LOCATIONS} - {"Left Upper"}
+
+
+def test_an_id_is_used_once_over_all_files(world):
+    """Two files with a question of one id in each: the second is refused, and it is said where the first stands."""
+    again = Path(world.jsonl).with_name("again.jsonl")
+    data.write_records(world.records[:1], again)
+    with pytest.raises(data.DataError, match=f"already used in {world.jsonl}"):
+        data.read_records([world.jsonl, str(again)])
+
+
+def test_the_nearest_picture_that_has_an_offered_answer(capsys):
+    """The nearest picture of all has an answer that isn't offered: the next one's counts."""
+    points = {"a": np.eye(256)[0], "b": np.eye(256)[0] + 0.2 * np.eye(256)[1], "q": np.eye(256)[0]}
+    train = [dict(options=["x", "y"], right=right, split="train", path=path) for path, right in (("a", "x"), ("b", "y"))]
+    test = dict(options=["y", "z"], right="y", split="test", path="q")
+    data.look_up("anatomy", [*train, test], points)
+    assert "nearest picture's 100.0%" in capsys.readouterr().out

@@ -216,3 +216,19 @@ def test_linear_in_the_thought(unit):
         return time.process_time() - began
     short, long = (min(seconds(n) for _ in range(3)) for n in (4_000, 32_000))  # the best of three: the machine may be busy
     assert long < 30 * short + 0.02
+
+
+@pytest.mark.parametrize("word", ["but", "however", "though", "while", "whereas", "so", "therefore", "thus", "hence", "because"])
+def test_a_word_ends_a_denial(word):
+    """What stands behind it is affirmed again."""
+    assert lexical_verdict(f"There is no cyst {word} a glioma is seen.", dict(options=["glioma", "cyst"])) == "A"
+
+
+@pytest.mark.parametrize("place", ["first", "second", "third", "fourth", "fifth", "sixth", "last"])
+def test_places_are_cut_like_letters(place):
+    """Up to six options."""
+    number = dict(zip(("first", "second", "third", "fourth", "fifth", "sixth"), (*"123456",), strict=True)).get(place, "one")
+    for said in (f"the {place} option", f"option {number}", f"choice no. {number}"):
+        assert visible_thought(f"It is {said}.")[1], said
+    for word in ("one", "two", "three", "four", "five", "six"):
+        assert visible_thought(f"It is option {word}.") == ("It is.", True)

@@ -1,6 +1,7 @@
 """The evaluators F that are other people's models: a chat server that fails in every way, a local model, runs with them."""
 import contextlib
 import copy
+import itertools
 import json
 import math
 import random
@@ -9,6 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -565,3 +567,51 @@ def test_the_reference_as_f(lora, world, monkeypatch, tmp_path):
     assert len(lines) == 3 and all(line["judge_failed"] == 0 for line in lines) and len(kept) == 5
     fixed = ask("hf:reference", reference=(lambda: contextlib.nullcontext(world.net), world.processor.tokenizer))
     assert all(fixed(thoughts, items) == verdicts for thoughts, items, verdicts in kept)
+
+
+def test_two_servers_of_one_model_s_name_keep_their_replies_apart(serve, tmp_path):
+    """A reply is kept by address and model: another server may hold other weights."""
+    for letter in "AB":
+        server = serve(reply=lambda prompt, letter=letter: letter)
+        assert J.make_judge(server.spec, cache=tmp_path / "replies")(["It is dark."], [KIND]) == [letter]
+
+
+def test_failures_between_replies_do_not_end_it(serve, world, monkeypatch):
+    """Only GIVE_UP in a row do: here every second request fails, in all more than that."""
+    monkeypatch.setattr(J, "WAITS", WAITS[:1])
+    monkeypatch.setattr(J, "GIVE_UP", 3)
+    calls = itertools.count()
+    server = serve(reply=lambda prompt: "B", fault=lambda prompt, n: "500" if next(calls) % 2 else None)
+    judge = J.make_judge(server.spec, concurrency=1)
+    verdicts = judge([f"Look {i}." for i in range(12)], [KIND] * 12)
+    assert [v == v for v in verdicts] == [True, False] * 6 and judge.usage.count("HTTP 500") == 6
+    monkeypatch.setattr(J, "data_url", lambda *_, **__: None)
+    asked = [world.records[0] | dict(question=f"{i}?") for i in range(12)]
+    model = J.Server(server.spec, concurrency=1)
+    assert [reply == reply for reply, _ in model.answers(asked, 1)] == [True, False] * 6
+
+
+def test_cut_off_is_what_the_server_calls_so(serve):
+    """A reply without a reason for its end, as some servers send it, was not cut off."""
+    assert J.Server(serve(reply=lambda prompt: "B").spec).ask("Say B.") == ("B", False)
+
+
+def test_a_letter_behind_a_blank_is_that_letter(world):
+    """Some models reply " B": the likelier of a letter's tokens counts."""
+    ids = {"A": [3], " A": [4], "B": [5], " B": [6]} | {f"{blank}{x}": [9] for x in ("C", "D", "E", "F", "none", "None") for blank in ("", " ")}
+
+    class Tokenizer:
+        chat_template = "x"
+        apply_chat_template = staticmethod(lambda *_, **__: "")
+        encode = staticmethod(lambda *_, **__: torch.zeros(1, 1, dtype=torch.long))
+
+        def __call__(self, texts, **_):
+            return dict(input_ids=[ids[x] for x in texts])
+
+    class Net(torch.nn.Linear):
+        device = torch.device("cpu")
+
+        def forward(self, **_):
+            return SimpleNamespace(logits=torch.tensor([[[0, 0, 0, 2.0, 0, 1.0, 3.0, 0, 0, 0]]]))  # " B", then "A"
+    judge = J.make_judge("hf:reference", reference=(lambda: contextlib.nullcontext(Net(1, 1)), Tokenizer()))
+    assert judge(["It is dark."], [KIND]) == ["B"]

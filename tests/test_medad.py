@@ -2,6 +2,7 @@
 question files of others, --only and --thinking."""
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -747,3 +748,26 @@ def test_thinking(two, tmp_path):
             with pytest.raises(data.DataError, match="no thought"):
                 rewards.answer_text(b)
     assert rewards.answer_text(b | {"thinking": "none"}) == f"<answer>{b['answer']}</answer>"
+
+
+def test_an_ellipse_is_turned(tmp_path):
+    """Long in x, turned by a right angle: long in y."""
+    shape = dict(name="ellipse", cx=30, cy=20, rx=12, ry=2, theta=math.pi / 2)
+    write(tmp_path, {"a.json": says(json.dumps({"a": {"filename": "a.jpg", "regions": [{"shape_attributes": shape}]}}))})
+    (name, points), = data.via_outlines(tmp_path / "a.json")
+    assert name == "a" and np.ptp(points, 0) == pytest.approx((4, 24), rel=0.02)
+    assert np.mean(points[:-1], 0) == pytest.approx((30, 20), abs=0.1)
+
+
+def test_a_slice_with_a_speck_of_the_lesion_is_not_healthy(tmp_path):
+    """Too little to ask about, too much to be called normal: it is left out."""
+    noise = np.random.default_rng(0).integers(-300, 300, (64, 64, 16), dtype=np.int16)
+    lesion = np.zeros((64, 64, 16), np.uint8)
+    lesion[30, 30, 4:12] = 1           # one pixel of 4096
+    lesion[20:40, 20:40, 7] = 1
+    lesion[:, :, 8] = 0
+    scan(tmp_path / "a.nii", noise)
+    scan(tmp_path / "m.nii", lesion)
+    job = dict(path=str(tmp_path / "a.nii"), masks=[str(tmp_path / "m.nii")], least=1, window=())
+    shown = {suffix: mask.sum() for _, mask, suffix in data.slices(job)}
+    assert shown == {"-007": 400, "-008": 0}

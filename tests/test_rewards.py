@@ -255,3 +255,8 @@ def test_nothing_known_is_no_grounding():
         found = grounding(thought, picture)
         assert math.isnan(found["grounding"]) and found["false_statements"] == []
     assert grounding("No lesion. The region is Lung. It is MRI.", shows)["grounding"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("mode, text", [("after", "<answer>B</answer><think> </think>"), ("before", "<think> </think><answer>B</answer>")])
+def test_an_empty_thought_is_no_format(mode, text):
+    assert parse_completion(text, mode) == (None, "B") and format_reward(text, mode) == 0
