@@ -104,7 +104,8 @@ def check_record(record, folder):
         fine = key == "options" or is_text(record[key]) or (key, record[key]) == ("thought", None)
         expect(fine, f"{key!r} is {record[key]!r:.60}, expected a non-empty string")
     found = [tag for tag in TAGS if tag in (record["thought"] or "")]
-    expect(not found, f"'thought' holds {', '.join(found)}, expected none of the tags")
+    expect(not found or record["split"] != "train",  # others' thoughts are not learned
+           f"'thought' holds {', '.join(found)}, expected none of the tags")
     check_options(record["options"])
     letters = tuple(LETTERS[:len(record["options"])])
     for key, allowed in (("answer", letters), ("task", TASKS + MED_R1_TASKS), ("split", SPLITS)):
@@ -183,7 +184,7 @@ def read_file(file, used):
             expect(foreign, f"{file}, line {k}: {why}")
             bad.append(f"question {k}: {why}")
         else:
-            used[name] = f"{file}, line {k}"
+            used[name] = f"{file}, {'question' if foreign else 'line'} {k}"
             yield record
     if bad:
         print(f"warning: {file}: {len(bad)} of {len(items)} questions can't be used, as {bad[0]}",
@@ -340,7 +341,7 @@ def check_images(records):
     """DataError for the first record whose image can't be used. Each is decoded: one that is cut
     off would end a run hours later, and every attempt to resume it."""
     images = {r["path"]: r for r in records}
-    with ThreadPool(os.cpu_count()) as pool:
+    with ThreadPool(8) as pool:  # more could need too much memory for large images
         whole = pool.imap(lambda record: load_image(record).size, images.values())
         for _ in tqdm(whole, desc="checking images", total=len(images), unit="image", leave=False):
             pass

@@ -774,7 +774,9 @@ def main(argv=None):
                "one question needs --image, --question and --options")
         data.check_options(args.options)
         for ckpt in ckpts:
-            rows, _ = answer(ckpt, questions_of(ckpt, args), make_judge(), args)
+            records = questions_of(ckpt, args)
+            data.check_images(records)
+            rows, _ = answer(ckpt, records, make_judge(), args)
             for row in rows:
                 print(f"{ckpt}\n  {row['completion']}\n  read as: {given_option(row)}")
         return

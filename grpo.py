@@ -60,7 +60,7 @@ KNOBS = dict(
     out=Knob(str, None, None, "folder of this run (default: ROOT/grpo)", may_change=True),
     # the algorithm
     epochs=Knob(float, 1.0, 1.0, "passes over the training questions; of each, what does not "
-               "fill a batch is left out", positive=True),
+               "fill a batch is left out (but fewer than a batch are one)", positive=True),
     batch=Knob(int, 128, 64, "completions per optimiser step over all processes", positive=True),
     G=Knob(int, 8, 8, "completions per question: the group", positive=True),
     max_new_tokens=Knob(int, 80, 512, "tokens at which a completion is cut off", positive=True),
@@ -85,7 +85,7 @@ KNOBS = dict(
     lr=Knob(float, 1e-3, 1e-6, "peak learning rate of AdamW", positive=True),
     warmup=Knob(int, 10, 10, "optimiser steps in which the learning rate rises"),
     schedule=Knob(str, "linear", "constant", "the learning rate after the rise: constant, or at "
-                  "most a line from lr at the first step to 0 at the last",
+                  "most a line from lr at the first step to 0 behind the last",
                   choices=("constant", "linear")),
     # the evaluator F of Eq. (6)
     judge=Knob(str, "lexical", "lexical", "lexical, hf:NAME_OR_PATH, hf:reference or "
@@ -401,8 +401,9 @@ def train(run, argv):
     args.out = args.out or os.path.join(args.root, "grpo")
     args.model = args.model or os.path.join(args.root, "sft")
     phantoms = os.path.join(args.root, "phantoms", "phantoms.jsonl")
-    expect(args.data or (args.preset == "tiny" and os.path.exists(phantoms)),
-           f"no --data: expected FILE.., or for a tiny model what sft.py makes, {phantoms}")
+    expect(args.data or (M.is_tiny(args.model) and os.path.exists(phantoms)),
+           f"no --data: expected FILE.., or a tiny --model ({args.model}) and the phantoms "
+           f"({phantoms}), which sft.py makes")
     args.data = args.data or [phantoms]
     rank, world, device = M.setup_devices()
     # Compared on --resume: each process has its own random numbers.
@@ -410,7 +411,7 @@ def train(run, argv):
     records = questions_to_train_on(args, world)
     if rank == 0:
         print(f"{len(records)} training questions of {', '.join(args.data)}")
-    held_out = sft.held_out_questions(args)[rank::world]
+    held_out = sft.held_out_questions(args, rank, world)
 
     # The policy starts as pi_SFT, and pi_SFT is the reference (and F, with --judge hf:reference).
     policy, processor, optimizer = sft.policy_of(args, records, device, rank)

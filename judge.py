@@ -150,26 +150,28 @@ def local_evaluator(spec, name, device, reference):
         expect(reference, "grpo.py alone has one, expected hf:FOLDER")
         opened, tokenizer = reference
         expect(tokenizer.chat_template, "it has no chat template")
-        tokens = {}  # letter -> its tokens, by itself and behind a blank
+        tokens, blanks = {}, set()  # letter -> its tokens, by itself and behind a blank
         for x in LETTERS:
             rows = tokenizer([x, " " + x], add_special_tokens=False)["input_ids"]
             tokens[x] = [row[0] for row in rows if len(row) == 1]
             expect(tokens[x], "its tokenizer has no token for each letter")
+            blanks.update(row[0] for row in rows if len(row) > 1)  # a token by themselves
         none = tokenizer([NONE, f" {NONE}", NONE.title()], add_special_tokens=False)["input_ids"]
-        tokens[NONE] = [row[0] for row in none]
+        tokens[NONE] = [row[0] for row in none if row[0] not in blanks]
     except Exception as e:  # transformers raises anything on a folder that isn't a checkpoint
         raise DataError(f"judge {spec!r} can't be loaded: {e}".splitlines()[0]) from e
 
     def asked(thought, item):
         """-> the prompt's ids (S,), and the replies to choose from."""
         asked, opening = judge_prompt(thought, item), ""
-        answers = [*LETTERS[:len(item["options"])], NONE]
+        answers = [*LETTERS[:len(item["options"])]]
         if name == "reference" or Path(name, "knobs.json").is_file():
             others = dict(question=defused(item["question"]),
                           options=[defused(x) for x in item["options"]])
             asked = rewards.question_text(dict(item, thinking="before", **others))
             opening = f"<think>{defused(thought)}</think><answer>"
-            answers.remove(NONE)
+        elif tokens[NONE]:
+            answers.append(NONE)
         prompt = tokenizer.apply_chat_template(
             [dict(role="user", content=asked)], tokenize=False, add_generation_prompt=True,
             enable_thinking=False)

@@ -102,18 +102,15 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
 
 def config_of(name):
     """A checkpoint's configuration; DataError where there is none of FAMILIES."""
-    parent = Path(name).parent
-    here = parent != Path(".") and parent.is_dir()  # then it is no name on the hub
-    expect(Path(name).is_dir() or not here, f"{name}: there is no such folder in {parent}")
+    local = len(Path(name).parts) > 2  # the hub's names are owner/name
+    expect(Path(name).is_dir() or not local, f"{name}: there is no such folder")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type in FAMILIES:
             return config
         found = f"another architecture ({config.model_type})"
     except Exception as e:  # as in load
-        found = f"no such checkpoint, or one that needs code of its own ({type(e).__name__})"
-        if Path(name, "config.json").exists():
-            found = f"its config.json can't be read ({type(e).__name__})"
+        found = f"no such checkpoint, a broken one, or one with its own code ({type(e).__name__})"
     raise DataError(f"{name}: {found}; expected a folder with a config.json, or a name on the hub, "
                     f"of {', '.join(FAMILIES)}; for others eval.py --ckpt openai:BASE_URL#MODEL "
                     "asks a chat server")

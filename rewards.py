@@ -11,7 +11,6 @@ Left out on purpose: partial credit, length rewards, any reward for an answer ou
 
 import math
 import re
-import unicodedata
 
 from data import ANATOMIES, KINDS, LETTERS, LOCATIONS, SIGNS, STATES, STYLES, TAGS, expect
 
@@ -185,14 +184,15 @@ def score(texts, items, judge):
 LABEL = re.compile(r"""
     [(\[{"'`*_“‘]{1,2}\s?([a-f])\s?[)\]}"'`*_”’]{1,2}         # "(B)", "[b]", "{B}", "**B**"
   | \b(?:option|choice|answer|letter)\s(a)\b                  # elsewhere "a" may be the article
-  | \b(?:option|choice|answer|ans)[_:=-]([a-f])(?![a-z0-9-])   # "option-B", "answer:B"
+  | \b(?:option|choice|answer|ans)[_:=-]([b-f])(?![^\W_]|-|\.\w)  # "option-B", "answer:B"
+  | \b(?:option|choice|answer|ans)[_:=-](a)(?=\s?(?:[.,:;!?\n]|$))
   | \b(?:option|choice|answer)[\s_-](?:\#|no\.?\s|number\s)?
         (?:[1-6]|one|two|three|four|five|six)\b
   | \b(?:first|second|third|fourth|fifth|sixth|last|1st|2nd|3rd|[4-6]th)
         \s(?:option|choice|answer)\b
   # letters alone, not joined to something as in "B-lines", "H&E", "d'orange", "C+", "e.g."
   | (?<!\w) (?<!\w['’&-]) (?<!\b\w\.) (?:
-        ([b-f])\)? (?![^\W_]|['’](?!s\b)\w|[&-]\w|\+|\.\w\b)  # "B", "B) CT": no words
+        ([b-f])\)? (?:['’]s\b)? (?![^\W_]|['’&-]\w|\+|\.\w\b)  # "B", "B) CT": no words
       | (a) (?:\)|(?=\s?(?:[.,:;!?\n]|$)))                    # "is a.", "A) CT": no articles
       | (a) (?=\s(?:is|was|and|or|fits|it\sis|therefore)\b)
       | (?<=(?-i:[a-z,:])\s)((?-i:A))(?![\w'’-]) )            # "it is A": no sentence begins here
@@ -220,8 +220,7 @@ def visible_thought(thought):
     thought. "(A) MRI" becomes "MRI"; articles stay. Letters of a term go as well, so that the rule
     finds no option like "Hepatitis B". A spelling that LABEL doesn't know stays ("B1", "bee").
     """
-    text = unicodedata.normalize("NFKC", thought)  # a full-width B is a B
-    marked = STATEMENT.sub(CUT, LABEL.sub(CUT, single_blanks(text)))
+    marked = STATEMENT.sub(CUT, LABEL.sub(CUT, single_blanks(thought)))
     return GAP.sub("", marked).strip(), CUT in marked
 
 
@@ -235,11 +234,13 @@ def spelled_out(thought, options):
 
 # ---- F as a rule ---------------------------------------------------------------------------------
 
-NEGATION = (r"no|not|never|neither|nor|none|cannot|without|rather than|instead of|anything but|"
-            r"rules? out|ruling out|excludes?|excluding|absence of|free of|negative for")
+NEGATION = r"no|not|never|neither|nor|none|cannot|without|rather than|instead of"
 DENIES_REST = re.compile(rf"\b(?:{NEGATION})\b|n['’]t\b")  # what follows in its clause
-DENIES_ALL = re.compile(  # of its clause
-    r"\b(?:excluded|ruled out|unlikely|absent|wrong|incorrect)\b")
+DENIES_ALL = re.compile(r"\b(?:excluded|ruled out|unlikely|absent)\b")  # of its clause
+MENTION = re.compile(rf"""  # a name's number; what denies this one alone stands before or behind it
+    (\b(?:rules?\ out|ruling\ out|excludes?|excluding|absence\ of|free\ of|negative\ for
+    |anything\ but)\s(?:an?\s|any\s|the\s)?)?
+    {CUT}(\d+){CUT} (\s(?:is|was|would\ be)\s(?:wrong|incorrect)\b)?""", re.VERBOSE)
 CLAUSE_END = re.compile(
     r"[,:]|\b(?:(?<!anything )but|however|though|while|whereas|so|therefore|thus|hence|because)\b")
 SENTENCE_END = re.compile(r"[!?;\n]|\.(?!\d)")
@@ -248,8 +249,9 @@ SENTENCE_END = re.compile(r"[!?;\n]|\.(?!\d)")
 def mentions(text, names):
     """Where a text names `names` (list of str; single characters are none), in order.
 
-    -> [(number of the sentence, name, denied: bool)]. Denied: behind a negation in its clause, or
-    in a clause that calls something unlikely or excluded. Names are whole words, and a hyphen
+    -> [(number of the sentence, name, denied: bool)]. Denied: behind a negation in its clause, in a
+    clause that calls something unlikely or excluded, or as in "absence of a cyst" and "cyst is
+    wrong". Names are whole words, and a hyphen
     joins: "mri" is not in "ce-mri".
     """
     folded = {fold(name): name for name in names if len(fold(name)) > 1}
@@ -270,8 +272,9 @@ def mentions(text, names):
             denied_from = denial.start() if denial else len(clause)
             if DENIES_ALL.search(clause):
                 denied_from = 0
-            for m in re.finditer(f"{CUT}(\\d+){CUT}", clause):
-                found.append((number, folded[order[int(m[1])]], m.start() >= denied_from))
+            for m in MENTION.finditer(clause):
+                denied = m.start(2) >= denied_from or m[1] or m[3]
+                found.append((number, folded[order[int(m[2])]], bool(denied)))
     return found
 
 
@@ -305,8 +308,9 @@ def lexical_verdict(thought, item, sees_letters=False):
 DECORATION = re.compile(r"</?(?:think|answer)>|<\|[^<|>]*\|>|\\(?:boxed|text)\b|[*_`#>${}]|^ *[-•]")
 THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
 SENTENCE = re.compile(r"\n|(?<=[.!?;]) (?=\S+ \S+ \S)")  # "B. CT" is a label and its option
-STATED = re.compile(r"^(?!.*\b(?:if|unless|were|wrong|incorrect)\b)"
-                    r".*\b(?:answer|option|choice)(?:(?: is| would be):? |: ?)(?:option )?"
+STATED = re.compile(r"^(?!.*\b(?:if|unless|were)\b).*"
+                    r"\b(?:(?<!wrong )(?<!incorrect )answer|(?:correct|right) (?:option|choice))"
+                    r"(?:(?: is| would be):? |: ?)(?:option )?"
                     r"(.+?)(?:,? (?:because|since)\b.*|, as .*)?$", re.IGNORECASE)
 ALONE = re.compile(r"(?:option )?\W*([a-f])\W*(?: is (?:correct|right)\W*)?", re.IGNORECASE)
 
@@ -363,7 +367,7 @@ def score_leniently(texts, items, judge):
     read = [read_leniently(text, item) for text, item in zip(came, items, strict=True)]
     tagged = []  # as it would have been said in our tags; a thought may hold loose ones
     for item, (thought, letter, _) in zip(items, read, strict=True):
-        thought = re.sub("|".join(TAGS), "", thought or "")
+        thought = re.sub("|".join(TAGS), " ", thought or "")
         tagged.append(answer_text(dict(item, thought=thought, answer=letter or "")))
     rows = score(tagged, items, judge)
     for text, row, item, (_, _, how) in zip(texts, rows, items, read, strict=True):

@@ -85,7 +85,8 @@ KNOBS = dict(
     images=Knob(int, 2000, 2000, "phantoms to draw, 70 %% of them to train on"),
     thoughts=Knob(int, 60, 60, "train images that have chains of thought, others answers alone"),
     epochs=Knob(float, 40.0, 2.0, "passes over the questions that have a thought; of each, "
-                "what does not fill a batch is left out", positive=True),
+                "what does not fill a batch is left out (but fewer than a batch are one)",
+                positive=True),
     batch=Knob(int, 32, 64, "questions per optimiser step over all processes", positive=True),
     micro_batch=Knob(int, 32, 8, "questions per forward pass: for memory alone", positive=True),
     lr=Knob(float, 1e-3, 1e-4, "peak learning rate of AdamW", positive=True),
@@ -136,6 +137,14 @@ def knobs(table, doc, argv=None):
 
 # ---- a run in its folder, for both stages --------------------------------------------------------
 
+RUN = "knobs.json", "metrics.jsonl"  # files by which a run's folder is known
+CHECKPOINT = "config.json", "*.safetensors", "state.pt"
+
+
+def holds(folder, patterns):
+    return any(any(Path(folder).glob(pattern)) for pattern in patterns)
+
+
 class Run(contextlib.ExitStack):
     """A run in its folder, --out, locked while the run is at work: opened or resumed, and saved now
     and then, at its end, and where it ends early by an error, Ctrl-C or SIGTERM."""
@@ -157,12 +166,8 @@ class Run(contextlib.ExitStack):
         data.expect(seen.count(seen[0]) == len(seen),
                     f"{self.out}: the processes see different models, questions or checkpoints")
         if rank == 0:
-            runs = [self.out / name for name in ("knobs.json", "metrics.jsonl")]
-            if not args.resume and any(path.exists() for path in runs):
+            if not args.resume and holds(self.out, RUN):
                 print(f"{self.out} held an earlier run: moved to {data.move_aside(self.out)}")
-            elif not args.resume and self.out.exists() and any(self.out.iterdir()):
-                raise data.DataError(f"--out {self.out}: holds files, but not those of a run; name "
-                                     "a new folder")
             self.out.mkdir(parents=True, exist_ok=True)
             for path, text in logs.items():
                 data.write_text(path, text)
@@ -347,6 +352,8 @@ def policy_of(args, records, device, rank):
     policy, processor, AdamW."""
     data.expect(os.path.realpath(args.model) != os.path.realpath(args.out),
                 f"--out {args.out} is the folder of the model itself; name another")
+    data.expect(holds(args.out, RUN) or not holds(args.out, CHECKPOINT),
+                f"--out {args.out}: holds a checkpoint that is not of a run; name another folder")
     texts = [{k: v for k, v in r.items() if k != "path"} for r in records]
     args.fixed["data (digest of its records)"] = data.digest(json.dumps(texts).encode())
     if rank == 0:
@@ -377,17 +384,18 @@ def trainable(policy, args):
     return policy, adamw(trained, lr=args.lr, weight_decay=args.weight_decay)
 
 
-def held_out_questions(args):
-    """With --eval_every, --eval_questions records of split "val" or, without any, "test"."""
+def held_out_questions(args, rank, world):
+    """With --eval_every, this process's share of --eval_questions records of split "val" or,
+    without any, "test"."""
     if not args.eval_every:
         return []
     records = data.read_records(args.data, None, args.only, args.thinking)
     held_out = [r for r in records if r["split"] == "val"]
     held_out = held_out or [r for r in records if r["split"] == "test"]
     data.expect(held_out, f"--eval_every: no held-out questions in {args.data}")
-    held_out = evaluation.subset(held_out, args.eval_questions)
-    data.check_images(held_out)
-    return held_out
+    share = evaluation.subset(held_out, args.eval_questions)[rank::world]
+    data.check_images(share)
+    return share
 
 
 def held_out_accuracy(policy, processor, records, judge, max_new_tokens):
@@ -713,7 +721,7 @@ def train(run, argv):
         args.model, phantoms = prepare_tiny(args, rank)
         args.data = args.data or [phantoms]
     data.expect(args.data, "--model was given without --data: name the files of records")
-    records, held_out = questions(args, rank, world), held_out_questions(args)[rank::world]
+    records, held_out = questions(args, rank, world), held_out_questions(args, rank, world)
 
     policy, processor, optimizer = policy_of(args, records, device, rank)
     M.check_texts(processor, records, rewards.answer_text)

@@ -150,12 +150,16 @@ def test_a_folder_that_is_no_run_is_not_written_into(program, world, tmp_path, c
     jsonl, mine = one_record(world, tmp_path / "d"), tmp_path / "mine"
     shutil.copytree(world.folder, mine)
     before = {path: path.read_bytes() for path in mine.iterdir()}
-    check(run(program, *flags_for(program, world, jsonl, mine)), capsys, "--out", "mine", "not those of a run")
+    check(run(program, *flags_for(program, world, jsonl, mine)), capsys, "--out", "mine", "not of a run")
     assert {path: path.read_bytes() for path in mine.iterdir()} == before
     (mine / "knobs.json").write_text("{}")
     PROGRAMS[program]([str(x) for x in flags_for(program, world, jsonl, mine)])
     assert (tmp_path / "mine.1" / "knobs.json").read_text() == "{}" and (mine / "metrics.jsonl").exists()
     assert {path.name for path in before} <= {path.name for path in (tmp_path / "mine.1").iterdir()}
+    (tmp_path / "logged").mkdir()
+    (tmp_path / "logged" / "slurm-1.out").write_text("a log")  # harms nobody
+    PROGRAMS[program]([str(x) for x in flags_for(program, world, jsonl, tmp_path / "logged")])
+    assert (tmp_path / "logged" / "slurm-1.out").read_text() == "a log" and (tmp_path / "logged" / "config.json").exists()
 
 
 def test_a_report_that_is_not_ours_is_not_written_over(world, tmp_path, capsys):
@@ -177,7 +181,7 @@ def test_a_checkpoint_without_its_tokenizers_config(world, tmp_path, capsys):
     (half / "tokenizer_config.json").unlink()
     check(run("eval", *flags_for("eval", world, jsonl, tmp_path / "out", half)), capsys, "half", "tokenizer_config.json is missing")
     (half / "config.json").write_text('{"model_type": "qwen2')
-    check(run("eval", *flags_for("eval", world, jsonl, tmp_path / "out", half)), capsys, "its config.json can't be read")
+    check(run("eval", *flags_for("eval", world, jsonl, tmp_path / "out", half)), capsys, "half", "a broken one")
     check(run("eval", *flags_for("eval", world, jsonl, tmp_path / "out", tmp_path / "hlaf")), capsys, "hlaf", "no such folder")
 
 

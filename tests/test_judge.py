@@ -82,6 +82,9 @@ def test_gold_thoughts_and_swapped_conclusions():
     ("The image is Abnormal. Normal would be incorrect.", STATE, "B"), ("Abnormal. Normal is wrong.", STATE, "B"),
     ("A glioma. This rules out cyst.", KIND, "A"), ("It excludes a cyst.", KIND, None), ("Absence of cyst.", KIND, None),
     ("Negative for cyst, free of glioma.", KIND, None), ("It is anything but Normal.", STATE, None),
+    ("Absence of a lesion means Normal.", STATE, "A"), ("Being free of lesions it is normal.", STATE, "A"),
+    ("Excluding the other options leaves glioma.", KIND, "A"), ("This rules out everything except glioma.", KIND, "A"),
+    ("Something is wrong with the lung.", ["Lung", "Liver"], "A"), ("No finding suggests a cyst.", KIND, None),
     ("A glioma. No sign of a cyst in the brain.", KIND, "A"),
     ("Is it a cyst? No, a glioma.", KIND, "A"),
     ("not in the left upper but in the left lower", PLACE, "D"),
@@ -124,7 +127,7 @@ def test_readings(thought, options, letter):
     ("So it is b because of CT", "So it is because of CT"), ("The second option fits", "The fits"),
     ("It is dark.B fits", "It is dark. fits"), ("hepatitis B at 37 C", "hepatitis at 37"),
     ("So option-B.", "So."), ("ans-C", ""), ("Option_A", ""), ("Answer:b", ""), ("the 2nd option", "the"), ("answer_2", ""),
-    ("It is B's.", "It is 's."), ("A it is.", "it is."), ("it is B_", "it is _"), ("\uff22 fits", "fits"),
+    ("It is B's.", "It is."), ("A it is.", "it is."), ("it is B_", "it is _"), ("answer:a.", ""),
 ])
 def test_letters_are_cut(thought, left):
     """What F must not see goes, the finding's own name stays."""
@@ -135,7 +138,8 @@ def test_letters_are_cut(thought, left):
 @pytest.mark.parametrize("thought", [
     "So the finding is cyst.", "A cyst is seen.", "There is a dark area; a rim.", "The best option is a scan.", THOUGHT, "",
     "T1 C+ shows B-lines", "i.e. dark, e.g. bright", "an answer", "CE-MRI, CT, X-ray", "Crohn's disease, peau d'orange",
-    "H&E stain", "The answer is C-shaped.", "best option - a scan", "The answer is a cyst"])
+    "H&E stain", "The answer is C-shaped.", "best option - a scan", "The answer is a cyst", "option:e.g. a rim",
+    "answer:a mass", "4 cm² of stage Ⅲ"])
 def test_words_are_not_cut(thought):
     """Articles and letters that are joined to something are no labels."""
     assert visible_thought(thought) == (thought, False)

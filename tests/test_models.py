@@ -36,14 +36,16 @@ LISTED = rewards.options_text(OPTIONS)
         "The answer is B because bone is bright.", "Bone is bright. So the final answer is: B", "It may be A.\n\nB", "A\n\nNo. B it is.\n\nB",
         f"{LISTED}\nThe answer is B", "B\n\nBone is bright.", "The answer is B. Bone is bright.", "t</think>\n\nB", "<think>t</think>B",
         "[B]", '"B"', "Option B", "Answer:B", "The correct option is B.", "B is correct.", "The answer is **B) CT**, as it is bright.",
-        "<answer>B", "<think>The answer is A.</think>\nB", "If it were dark, the answer is A. It is bright.\nThe answer is B."]),
+        "The answer is B because the other options are wrong.", "The answer is (B), because A is wrong.",
+        "The answer is B.\nA second option is MRI.", "<answer>B", "<think>The answer is A.</think>\nB", "If it were dark, the answer is A. It is bright.\nThe answer is B."]),
     ("option text", "B", ["CT", "ct.", "**CT**", "B) CT", "(B) CT", "Let me see.\nCT"]),
     ("unreadable", None, [
         "", " \n", "I am unable to help with medical images.", "A or B", "A, B", "The answer is A or B.", "The answer is A. The answer is B.",
         "B) MRI", "The answer is B. MRI.", "The answer is B) MRI.", "E", "The answer is E.", LISTED, f"{LISTED}I can't tell.", "A CT scan.",
         "Answer: A cyst.", "The answer is not B.", "The answer is unclear.", "<think>t", "<think>It is bright.\nThe answer is B.",
         "<answer>A</answer> or <answer>B</answer>", "<answer>no idea</answer> B", "A.\nIt is dark.\nB.\nIt is bright.",
-        "If it were dark, the answer is A.", "MRI\nor\nCT", "Is the answer B?", "The wrong option is B.", "A is correct.\nB is correct.\nWell."])])
+        "If it were dark, the answer is A.", "MRI\nor\nCT", "Is the answer B?", "The wrong option is B.", "The incorrect answer is B.", "The worst choice is A.",
+        "Another option is CT.", "Which option is A?", "A is correct.\nB is correct.\nWell."])])
 def test_answers_are_read_as_a_person_would_or_not_at_all(how, letter, texts):
     """The rules of the docstring, each manner by itself: nothing is guessed."""
     for text in texts:
@@ -74,7 +76,7 @@ def test_a_lenient_answer_is_scored_as_it_was_read():
     """A thought that holds a loose tag costs the format alone: the letter that was read is the letter that counts."""
     text = "<think>foo <answer> bar</think> B"
     (row,) = rewards.score_leniently([text], [ITEM], lambda thoughts, items: ["B"])
-    assert (row["thought"], row["given"], row["read_as"]) == ("foo  bar", "B", "last line")
+    assert (row["thought"], row["given"], row["read_as"]) == ("foo   bar", "B", "last line")
     assert (row["fmt"], row["acc"], row["con"]) == (0, 1, 1)
 
 
@@ -316,7 +318,8 @@ def test_other_architectures_are_shown_the_way(config, tmp_path, monkeypatch, ca
     """One sentence names the families that are loaded and openai: for the others; no code of a checkpoint is run."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "c.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nC = None")
+    Image.new("L", (56, 56)).save(tmp_path / "image.png")
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "--ckpt", tmp_path, "--image", __file__, "--question", "Q?", "--options", "MRI", "CT")
+        run(monkeypatch, "--ckpt", tmp_path, "--image", tmp_path / "image.png", "--question", "Q?", "--options", "MRI", "CT")
     said = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and "--ckpt openai:BASE_URL#MODEL" in said[-1] and not (tmp_path / "ran").exists()

@@ -247,12 +247,12 @@ def test_held_out_questions_are_those_of_val_where_there_are_any(world):
     """A run that looks at its progress leaves the test split to eval.py."""
     files = [str(world.jsonl)]
     args = argparse.Namespace(eval_every=1, eval_questions=0, data=files, only=(), thinking="before")
-    assert {r["split"] for r in sft.held_out_questions(args)} == {"val"}
+    assert {r["split"] for r in sft.held_out_questions(args, 0, 1)} == {"val"}
     args.data = [str(Path(world.jsonl).with_name("no-val.jsonl"))]
     data.write_records([r for r in world.records if r["split"] != "val"], args.data[0])
-    assert {r["split"] for r in sft.held_out_questions(args)} == {"test"}
+    assert {r["split"] for r in sft.held_out_questions(args, 0, 1)} == {"test"}
     args.eval_every = 0
-    assert sft.held_out_questions(args) == []
+    assert sft.held_out_questions(args, 0, 1) == []
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):

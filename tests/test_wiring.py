@@ -267,10 +267,10 @@ def test_weight_decay_is_decoupled(world, tmp_path):
 def test_held_out_questions_are_asked_as_those_that_are_learned(world):
     """Of what --only names, with --thinking's prompt, a fixed choice of all."""
     args = SimpleNamespace(eval_every=1, eval_questions=3, data=[world.jsonl], only=["task=anatomy"], thinking="none")
-    held_out = sft.held_out_questions(args)
+    held_out = sft.held_out_questions(args, 0, 1)
     assert {r["task"] for r in held_out} == {"anatomy"} and all(rewards.thinking_of(r) == "none" for r in held_out)
     val = data.read_records(world.jsonl, "val", ["task=anatomy"], "none")
-    assert held_out == evaluation.subset(val, 3)
+    assert held_out == evaluation.subset(val, 3) and sft.held_out_questions(args, 1, 2) == held_out[1::2]
 
 
 def test_held_out_accuracy_is_over_all_processes(world, monkeypatch):
