@@ -676,6 +676,10 @@ def phantom_of_turn(rng, i, lesion_rate=LESION_RATE):
 
 
 # ---- questions with their options ----------------------------------------------------------------
+def alike(name, others):
+    return any({name, other} in ALIKE for other in others)
+
+
 def ask(image, task, truth, others, rng, rounds):
     """The record of a question: the true answer among three of the others. `image` has the keys
     that its questions share. The letter comes from rounds[task, split], a shuffled A to D that is
@@ -684,7 +688,7 @@ def ask(image, task, truth, others, rng, rounds):
     if not letters:
         letters += rng.permutation(list("ABCD")).tolist()
     answer = letters.pop()
-    wrong = [x for x in others if x != truth and {x, truth} not in ALIKE]
+    wrong = [x for x in others if x != truth and not alike(x, [truth])]
     options = rng.permutation(wrong)[:3].tolist()
     options.insert(LETTERS.index(answer), truth)
     question = str(rng.choice(PHRASES)).format(ASKED[task])
@@ -749,11 +753,9 @@ def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, care
         "size": SIZE, "lesion_rate": LESION_RATE, "lesion_radius": LESION_RADIUS,
         "lesion_contrast": LESION_CONTRAST, "shares": PHANTOM_SHARES})
     if meta.is_file():
-        old, new = json.loads(meta.read_text()), json.loads(knobs)
-        other = [f"{name} {old.get(name)}, not {new[name]}" for name in new
-                 if old.get(name) != new[name]]
-        expect(not other, f"{out} is there already with {'; '.join(other)}: remove it or name"
-                          " another folder")
+        old = meta.read_text()
+        expect(old == knobs, f"{out} is there already with {old}, expected {knobs}:"
+                             " remove it or name another folder")
         return str(jsonl)
 
     records, rounds, in_train = [], defaultdict(list), 0
@@ -1191,8 +1193,7 @@ def balanced(pool, rng):
     while True:
         offered = []
         for answer in sorted(pool, key=lambda x: (-len(pool[x]), x)):
-            alike = any({answer, other} in ALIKE for other in offered)
-            if pool[answer] and len(offered) < 4 and not alike:
+            if pool[answer] and len(offered) < 4 and not alike(answer, offered):
                 offered.append(answer)
         size = size or max(2, len(offered))
         if len(offered) < size:
@@ -1206,7 +1207,7 @@ def apart(names, truth, rng):
     would be right."""
     kept = [truth]
     for name in rng.permutation(names).tolist():
-        if name != truth and not any({name, other} in ALIKE for other in kept):
+        if name != truth and not alike(name, kept):
             kept.append(name)
     return kept
 

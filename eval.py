@@ -717,11 +717,16 @@ def without_nan(row):
     return {key: None if rewards.failed(value) else value for key, value in row.items()}
 
 
+def taught_thinking(ckpt, otherwise):
+    """The --thinking that a checkpoint was trained with, or `otherwise` if that isn't known."""
+    return json_object(Path(ckpt, "knobs.json")).get("thinking", otherwise)
+
+
 def questions_of(ckpt, args):
     """The records that a checkpoint answers: of --data, of the phantoms beside it, or --image."""
-    knobs = Path(ckpt, "knobs.json")
-    thinking = args.thinking or json_object(knobs).get("thinking", "before")
-    expect(thinking in rewards.INSTRUCTIONS, f"{knobs}: thinking {thinking!r} is not known")
+    thinking = args.thinking or taught_thinking(ckpt, "before")
+    expect(thinking in rewards.INSTRUCTIONS,
+           f"{Path(ckpt, 'knobs.json')}: thinking {thinking!r} is not known")
     if args.image:
         item = dict.fromkeys(("task", "modality", "answer", "group"), "")
         return [item | dict(id="--image", path=args.image, question=args.question,

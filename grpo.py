@@ -32,7 +32,6 @@ import functools
 import math
 import os
 import time
-from pathlib import Path
 from statistics import fmean
 
 import torch
@@ -309,6 +308,23 @@ def learning_rate(step, steps, args):
 
 # ---- before the first step -----------------------------------------------------------------------
 
+def phantoms_of(args):
+    """Without --data: the phantoms under ROOT, for a tiny model alone -> their file, in a list."""
+    file = os.path.join(args.root, "phantoms", "phantoms.jsonl")
+    expect(M.is_tiny(args.model) and os.path.exists(file),
+           f"no --data: expected FILE.., or a tiny --model ({args.model}) and the phantoms "
+           f"({file}), which sft.py makes")
+    return [file]
+
+
+def tell_what_is_trained(records, args):
+    print(f"{len(records)} training questions of {', '.join(args.data)}")
+    taught = evaluation.taught_thinking(args.model, args.thinking)
+    if taught != args.thinking:
+        print(f"warning: {args.model} was trained with --thinking {taught}, and is asked with "
+              f"--thinking {args.thinking} here")
+
+
 def questions_to_train_on(args, world):
     """The records of --data; DataError where no run of `world` processes can be made of what was
     asked for."""
@@ -400,25 +416,17 @@ def train(run, argv):
     args = sft.knobs(KNOBS, __doc__, argv)
     args.out = args.out or os.path.join(args.root, "grpo")
     args.model = args.model or os.path.join(args.root, "sft")
-    phantoms = os.path.join(args.root, "phantoms", "phantoms.jsonl")
-    expect(args.data or (M.is_tiny(args.model) and os.path.exists(phantoms)),
-           f"no --data: expected FILE.., or a tiny --model ({args.model}) and the phantoms "
-           f"({phantoms}), which sft.py makes")
-    args.data = args.data or [phantoms]
+    args.data = args.data or phantoms_of(args)
     rank, world, device = M.setup_devices()
     # Compared on --resume: each process has its own random numbers.
     args.fixed["nproc_per_node (processes in all)"] = world
     records = questions_to_train_on(args, world)
     if rank == 0:
-        print(f"{len(records)} training questions of {', '.join(args.data)}")
+        tell_what_is_trained(records, args)
     held_out = sft.held_out_questions(args, rank, world)
 
     # The policy starts as pi_SFT, and pi_SFT is the reference (and F, with --judge hf:reference).
     policy, processor, optimizer = sft.policy_of(args, records, device, rank)
-    taught = evaluation.json_object(Path(args.model, "knobs.json")).get("thinking", args.thinking)
-    if rank == 0 and taught != args.thinking:
-        print(f"warning: {args.model} was trained with --thinking {taught}, and is asked with "
-              f"--thinking {args.thinking} here")
     sft_copy = None if args.lora else frozen_copy(policy)
     reference = functools.partial(reference_of, policy, sft_copy)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency,

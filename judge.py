@@ -92,11 +92,17 @@ def defused(text):
     return re.sub(r"~{2,}", "~", re.sub(r"([<\[])(?=\S)", r"\1 ", text))
 
 
+def defused_question(item):
+    """The record with its question and options defused."""
+    options = [defused(option) for option in item["options"]]
+    return dict(item, question=defused(item.get("question", "")), options=options)
+
+
 def judge_prompt(thought, item):
     """The message to F. The fence is a digest of the thought: no thought can hold it."""
-    question, options = item.get("question", ""), item["options"]
-    return PROMPT.format(question=defused(question), thought=defused(thought),
-                         options=options_text(map(defused, options)),
+    question, options, shown = item.get("question", ""), item["options"], defused_question(item)
+    return PROMPT.format(question=shown["question"], thought=defused(thought),
+                         options=options_text(shown["options"]),
                          letters=", ".join(LETTERS[:len(options)]),
                          fence=key_of(thought, question, options))
 
@@ -130,12 +136,10 @@ def make_judge(spec="lexical", sees="cut", *, reference=None, **limits):
     return judge
 
 
-def local_evaluator(spec, name, device, reference):
-    """-> letters([(thought, item)]): of each item the likeliest letter, or None where "none" is
-    likelier. The reference, or a folder made here (it has a knobs.json), is asked as it was taught:
-    question, thought, letter. It always says one, also of a thought that supports nothing."""
-    one_at_a_time, safe = threading.Lock(), dict(trust_remote_code=False)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def local_model(spec, name, device, reference):
+    """-> (function -> context manager of the model, its tokenizer, {reply: its tokens}); DataError
+    where there is none that can be asked."""
+    safe = dict(trust_remote_code=False)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
         if name != "reference":
@@ -150,30 +154,44 @@ def local_evaluator(spec, name, device, reference):
         expect(reference, "grpo.py alone has one, expected hf:FOLDER")
         opened, tokenizer = reference
         expect(tokenizer.chat_template, "it has no chat template")
-        tokens, blanks = {}, set()  # letter -> its tokens, by itself and behind a blank
-        for x in LETTERS:
-            rows = tokenizer([x, " " + x], add_special_tokens=False)["input_ids"]
-            tokens[x] = [row[0] for row in rows if len(row) == 1]
-            expect(tokens[x], "its tokenizer has no token for each letter")
-            blanks.update(row[0] for row in rows if len(row) > 1)  # a token by themselves
-        none = tokenizer([NONE, f" {NONE}", NONE.title()], add_special_tokens=False)["input_ids"]
-        tokens[NONE] = [row[0] for row in none if row[0] not in blanks]
+        return opened, tokenizer, reply_tokens(tokenizer)
     except Exception as e:  # transformers raises anything on a folder that isn't a checkpoint
         raise DataError(f"judge {spec!r} can't be loaded: {e}".splitlines()[0]) from e
 
+
+def reply_tokens(tokenizer):
+    """{letter: its tokens, by itself and behind a blank}, and those that NONE begins with."""
+    tokens, blanks = {}, set()
+    for x in LETTERS:
+        rows = tokenizer([x, " " + x], add_special_tokens=False)["input_ids"]
+        tokens[x] = [row[0] for row in rows if len(row) == 1]
+        expect(tokens[x], "its tokenizer has no token for each letter")
+        blanks.update(row[0] for row in rows if len(row) > 1)  # a token by themselves
+    none = tokenizer([NONE, f" {NONE}", NONE.title()], add_special_tokens=False)["input_ids"]
+    tokens[NONE] = [row[0] for row in none if row[0] not in blanks]
+    return tokens
+
+
+def local_evaluator(spec, name, device, reference):
+    """-> letters([(thought, item)]): of each item the likeliest letter, or None where "none" is
+    likelier. The reference, or a folder made here (it has a knobs.json), is asked as it was taught:
+    question, thought, letter. It always says one, also of a thought that supports nothing."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    opened, tokenizer, tokens = local_model(spec, name, device, reference)
+    taught = name == "reference" or Path(name, "knobs.json").is_file()
+    one_at_a_time = threading.Lock()
+
     def asked(thought, item):
         """-> the prompt's ids (S,), and the replies to choose from."""
-        asked, opening = judge_prompt(thought, item), ""
         answers = [*LETTERS[:len(item["options"])]]
-        if name == "reference" or Path(name, "knobs.json").is_file():
-            others = dict(question=defused(item["question"]),
-                          options=[defused(x) for x in item["options"]])
-            asked = rewards.question_text(dict(item, thinking="before", **others))
+        message, opening = judge_prompt(thought, item), ""
+        if taught:
+            message = rewards.question_text(dict(defused_question(item), thinking="before"))
             opening = f"<think>{defused(thought)}</think><answer>"
         elif tokens[NONE]:
             answers.append(NONE)
         prompt = tokenizer.apply_chat_template(
-            [dict(role="user", content=asked)], tokenize=False, add_generation_prompt=True,
+            [dict(role="user", content=message)], tokenize=False, add_generation_prompt=True,
             enable_thinking=False)
         ids = tokenizer.encode(prompt + opening, add_special_tokens=False, return_tensors="pt")
         return ids[0], answers
@@ -341,9 +359,9 @@ def write_thought(record, described, known, writer, judge):
     seen, image, again = described[record["image"]], data_url(record, SIDE), ""
     if failed(seen) or not seen.strip():
         return seen, ["got no description"]
-    prompt = WRITE.format(described=defused(seen), question=defused(record["question"]),
-                          options=options_text(map(defused, record["options"])),
-                          answer=defused(right_option(record)))
+    shown = defused_question(record)
+    prompt = WRITE.format(described=defused(seen), question=shown["question"],
+                          options=options_text(shown["options"]), answer=right_option(shown))
     for _ in range(3):
         thought, _ = writer.ask(prompt + again, image)
         [verdict] = [thought] if failed(thought) else judge([thought], [record])

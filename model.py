@@ -74,10 +74,9 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
     """A checkpoint (folder or hub name) -> (model in eval mode, Processor). DataError where it is
     none of FAMILIES, incomplete or not finite."""
     config = config_of(name)
-    if Path(name).is_dir():  # without it transformers guesses what ends a turn
-        expect(Path(name, "tokenizer_config.json").is_file(),
-               f"{name}: the checkpoint can't be used: tokenizer_config.json is missing")
     try:
+        told = not Path(name).is_dir() or Path(name, "tokenizer_config.json").is_file()
+        expect(told, "tokenizer_config.json is missing")  # what ends a turn would be guessed
         net, info = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True,
             use_safetensors=True, trust_remote_code=False)
@@ -268,6 +267,11 @@ def image_patches(processor, record):
     return known[path]
 
 
+def stop_ids(tokenizer):
+    """What ends a completion, and what stands behind it."""
+    return torch.tensor(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
+
+
 def tensors(processor, texts, images, device="cpu", openings=None):
     """N user messages, the image_patches of each (or None), what the answers open with -> the batch
     that `sample` and `token_logprobs` take: input_ids, attention_mask (N, P), left-padded;
@@ -285,8 +289,7 @@ def tensors(processor, texts, images, device="cpu", openings=None):
     batch = dict(tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
                            add_special_tokens=False).to(device))
     batch["pad_id"] = tokenizer.pad_token_id
-    stop_ids = sorted({tokenizer.eos_token_id, tokenizer.pad_token_id})
-    batch["stop_ids"] = torch.tensor(stop_ids, device=device)
+    batch["stop_ids"] = stop_ids(tokenizer).to(device)
     shown = [image for image in images if image is not None]
     if shown:
         batch["pixel_values"] = [patches.to(device) for patches, _ in shown]
@@ -616,12 +619,11 @@ def draw(logits, temperature, top_p, generator):
 def decode(processor, tokens, mask):
     """tokens, mask (N, G, T) -> N lists of G texts, without the stop token. Other special tokens
     stay: unseen, they would be free to say."""
-    tokenizer, tokens, texts = processor.tokenizer, tokens.cpu(), []
-    ends = torch.tensor([tokenizer.eos_token_id, tokenizer.pad_token_id])
-    said = mask.cpu() & ~torch.isin(tokens, ends)  # (N, G, T)
+    tokens, texts = tokens.cpu(), []
+    said = mask.cpu() & ~torch.isin(tokens, stop_ids(processor.tokenizer))  # (N, G, T)
     for group, kept in zip(tokens, said, strict=True):
         ids = [row[x].tolist() for row, x in zip(group, kept, strict=True)]
-        texts.append(tokenizer.batch_decode(ids))
+        texts.append(processor.tokenizer.batch_decode(ids))
     return texts
 
 

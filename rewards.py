@@ -251,8 +251,7 @@ def mentions(text, names):
 
     -> [(number of the sentence, name, denied: bool)]. Denied: behind a negation in its clause, in a
     clause that calls something unlikely or excluded, or as in "absence of a cyst" and "cyst is
-    wrong". Names are whole words, and a hyphen
-    joins: "mri" is not in "ce-mri".
+    wrong". Names are whole words, and a hyphen joins: "mri" is not in "ce-mri".
     """
     folded = {fold(name): name for name in names if len(fold(name)) > 1}
     if not folded:

@@ -31,9 +31,10 @@ def run(program, *flags):
 
 def flags_for(program, world, jsonl, out, model=None):
     if program == "eval":
-        return ["--ckpt", model or world.folder, "--data", jsonl, "--out", out]
-    return ["--model", model or world.folder, "--data", jsonl, "--out", out, "--batch", 4, "--max_steps", 1,
-            *(["--G", 2, "--max_new_tokens", 2] if program == "grpo" else [])]
+        return ["--ckpt", str(model or world.folder), "--data", str(jsonl), "--out", str(out)]
+    flags = ["--model", model or world.folder, "--data", jsonl, "--out", out, "--batch", 4, "--max_steps", 1,
+             *(["--G", 2, "--max_new_tokens", 2] if program == "grpo" else [])]
+    return [str(flag) for flag in flags]
 
 
 def one_record(world, folder, **change):
@@ -136,7 +137,7 @@ def test_a_disk_that_is_full(world, tmp_path):
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    done = subprocess.run([sys.executable, ROOT / "sft.py", *map(str, flags_for("sft", world, jsonl, tmp_path / "out"))],
+    done = subprocess.run([sys.executable, ROOT / "sft.py", *flags_for("sft", world, jsonl, tmp_path / "out")],
                           preexec_fn=limit, capture_output=True, text=True, cwd=tmp_path,
                           env=os.environ | dict(OMP_NUM_THREADS="1"))
     errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
@@ -153,12 +154,12 @@ def test_a_folder_that_is_no_run_is_not_written_into(program, world, tmp_path, c
     check(run(program, *flags_for(program, world, jsonl, mine)), capsys, "--out", "mine", "not of a run")
     assert {path: path.read_bytes() for path in mine.iterdir()} == before
     (mine / "knobs.json").write_text("{}")
-    PROGRAMS[program]([str(x) for x in flags_for(program, world, jsonl, mine)])
+    PROGRAMS[program](flags_for(program, world, jsonl, mine))
     assert (tmp_path / "mine.1" / "knobs.json").read_text() == "{}" and (mine / "metrics.jsonl").exists()
     assert {path.name for path in before} <= {path.name for path in (tmp_path / "mine.1").iterdir()}
     (tmp_path / "logged").mkdir()
     (tmp_path / "logged" / "slurm-1.out").write_text("a log")  # harms nobody
-    PROGRAMS[program]([str(x) for x in flags_for(program, world, jsonl, tmp_path / "logged")])
+    PROGRAMS[program](flags_for(program, world, jsonl, tmp_path / "logged"))
     assert (tmp_path / "logged" / "slurm-1.out").read_text() == "a log" and (tmp_path / "logged" / "config.json").exists()
 
 
@@ -200,7 +201,7 @@ def test_grpo_tells_what_it_trains_on(world, tmp_path, capsys):
     jsonl, taught = one_record(world, tmp_path / "d"), tmp_path / "taught"
     shutil.copytree(world.folder, taught)
     (taught / "knobs.json").write_text('{"thinking": "none"}')
-    grpo.main([str(x) for x in flags_for("grpo", world, jsonl, tmp_path / "out", taught)])
+    grpo.main(flags_for("grpo", world, jsonl, tmp_path / "out", taught))
     said = capsys.readouterr().out
     assert f"4 training questions of {jsonl}" in said and "after 1 steps" in said
     assert f"warning: {taught} was trained with --thinking none, and is asked with --thinking before here" in said
@@ -212,6 +213,6 @@ def test_grpo_tells_what_it_trains_on(world, tmp_path, capsys):
 def test_weights_can_be_read_by_those_who_can_read_the_rest(world, tmp_path):
     """safetensors writes them for their owner alone."""
     jsonl = one_record(world, tmp_path / "d")
-    grpo.main([str(x) for x in flags_for("grpo", world, jsonl, tmp_path / "out")])
+    grpo.main(flags_for("grpo", world, jsonl, tmp_path / "out"))
     modes = {path.stat().st_mode for path in (tmp_path / "out").rglob("*.safetensors")}
     assert modes == {(tmp_path / "out" / "config.json").stat().st_mode}
