@@ -74,7 +74,7 @@ def test_a_command_line_s_memory(stage, world):
     knobs = ["--preset", "paper", "--micro_batch" if stage is sft else "--micro_tokens", "90000"]
     said = memory.memory_of(stage, ["--model", world.folder, *knobs])
     assert said["memory_gb"]["peak"] > 0 and len(said["peak_gb_with"]) == 5
-    with pytest.raises(data.DataError, match="no such folder"):
+    with pytest.raises(data.DataError, match="no such checkpoint"):
         memory.memory_of(stage, ["--model", "/nowhere", *knobs])
     with pytest.raises(data.DataError, match="--model"):
         memory.memory_of(stage, knobs)
