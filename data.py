@@ -73,6 +73,7 @@ def cli(main):
     """Run main(); bad input, a full or read-only disk and Ctrl-C end it with one sentence on stderr
     and exit code 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see the first lines of the programs
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
     try:
         main()
     except (DataError, OSError, KeyboardInterrupt) as e:
@@ -753,7 +754,7 @@ def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, care
         "size": SIZE, "lesion_rate": LESION_RATE, "lesion_radius": LESION_RADIUS,
         "lesion_contrast": LESION_CONTRAST, "shares": PHANTOM_SHARES})
     if meta.is_file():
-        old = meta.read_text()
+        old = meta.read_text(encoding="utf-8")
         expect(old == knobs, f"{out} is there already with {old}, expected {knobs}:"
                              " remove it or name another folder")
         return str(jsonl)
@@ -779,7 +780,7 @@ def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, care
                     r["thought"] = None
                 records.append({**r, "shows": facts})
         write_records(records, part / jsonl.name)
-        (part / meta.name).write_text(knobs)
+        write_text(part / meta.name, knobs)
     return str(jsonl)
 
 
@@ -822,7 +823,7 @@ def ddti_outlines(file):
 def via_outlines(file):
     """The VGG annotator's JSON: polygons, circles and ellipses."""
     t = np.linspace(0, 2 * np.pi, 32)
-    for entry in json.loads(file.read_text()).values():
+    for entry in json.loads(file.read_text(encoding="utf-8")).values():
         regions = entry["regions"]
         for region in regions.values() if isinstance(regions, dict) else regions:
             s = region["shape_attributes"]

@@ -403,7 +403,7 @@ def steps_of(folder):
     """A run's metrics.jsonl -> its lines, [{figure: number, or None for nan}], with the "minutes"
     of training until then; none without the file. One that is half written is passed over."""
     path, steps, seconds = Path(folder, "metrics.jsonl"), [], 0.0
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with suppress(ValueError):
             steps.append(json.loads(line))
             seconds += sum(x for key, x in steps[-1].items() if key.startswith("seconds"))

@@ -242,7 +242,7 @@ class Server:
         self.lost = 0  # requests in a row
         self.cache, self.replies = Path(cache), {}
         if self.cache.exists():
-            for line in self.cache.read_text(errors="replace").splitlines():
+            for line in self.cache.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError, TypeError):  # a line torn by a kill
                     self.replies.update([json.loads(line)])
         self.url = urlsplit(f"{url.rstrip('/')}/chat/completions")
@@ -473,7 +473,7 @@ def decide(args):
     """FILE's records that a person accepted, as they read them."""
     records = data.read_records(args.file)
     try:
-        decisions = json.loads(Path(args.decisions).read_text())
+        decisions = json.loads(Path(args.decisions).read_text(encoding="utf-8"))
         said = [decisions.get(key_of(r["id"], r["thought"])) for r in records]
         n = Counter(said)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):

@@ -178,11 +178,11 @@ def save(model, processor, folder, keep_adapter=False):
 
     stock = type(net).__name__.replace("ForConditionalGeneration", "Processor")
     for name in ("preprocessor_config.json", "tokenizer_config.json"):
-        config = json.loads((beside / name).read_text())
+        config = json.loads((beside / name).read_text(encoding="utf-8"))
         config["processor_class"] = stock  # what AutoProcessor builds
         if "image_processor_type" in config:
             config["image_processor_type"] = "Qwen2VLImageProcessor"  # not the PIL variant
-        (beside / name).write_text(json.dumps(config, indent=2))
+        (beside / name).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     shutil.rmtree(Path(folder, ADAPTER), ignore_errors=True)  # a folder can't be renamed over
     for path in beside.rglob("*.safetensors"):  # written to be read by their owner alone

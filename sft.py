@@ -197,8 +197,8 @@ class Run(contextlib.ExitStack):
             for path in (self.out / "metrics.jsonl", self.out / "completions.jsonl"):
                 if not path.exists():
                     continue
-                kept = []
-                for k, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], 1):
+                kept, text = [], path.read_text(encoding="utf-8", errors="replace")
+                for k, line in enumerate(text.split("\n")[:-1], 1):
                     where = f"{path}, line {k}"
                     if json.loads(line)["step"] <= self.done:
                         kept.append(f"{line}\n")
@@ -312,7 +312,7 @@ def log(folder, **figures):
         if isinstance(value, float):  # digits, not places: lr may be 1e-7. JSON has no nan
             figures[name] = float(f"{value:.6g}") if math.isfinite(value) else None
     path = os.path.join(folder, "metrics.jsonl")
-    with data.naming(path), open(path, "a") as f:
+    with data.naming(path), open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(figures) + "\n")
 
 
@@ -320,7 +320,7 @@ def show(folder, step, rows, R):
     """Append completions to completions.jsonl, for eyes: a line for each, its row (rewards.score)
     and its reward. R (N, G)."""
     path = os.path.join(folder, "completions.jsonl")
-    with data.naming(path), open(path, "a") as f:
+    with data.naming(path), open(path, "a", encoding="utf-8") as f:
         for row, reward in zip(rows, R.flatten().tolist(), strict=False):
             line = evaluation.without_nan(dict(step=step, **row, reward=reward))
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -665,8 +665,9 @@ def prepare_tiny(args, rank):
             if not made.exists():
                 make_base(base, args.seed)
                 data.write_text(made, recipe)
-        data.expect(made.read_text() == recipe, f"{base} was made with another seed or recipe: "
-                                                "remove it, or name another --root")
+        same = made.read_text(encoding="utf-8") == recipe
+        data.expect(same, f"{base} was made with another seed or recipe: remove it, or name another"
+                          " --root")
     M.wait_for_all()  # the other processes wait here
     return str(base), str(phantoms / "phantoms.jsonl")
 

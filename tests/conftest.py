@@ -8,6 +8,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+# Programs that a test starts run where files and output are not UTF-8 unless a program says so, as on Windows.
+os.environ |= dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
 
 import faults
 import numpy as np
@@ -67,7 +69,7 @@ def toy(monkeypatch):
 
 def lines_of(out):
     """A run's metrics.jsonl."""
-    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def images_of(batch):

@@ -105,9 +105,9 @@ def left_behind(out):
     """All that a run leaves, but for the clock and the memory: what a resumed run must have too."""
     state = torch.load(out / "state.pt", weights_only=True)
     moments = {f"{k} {name}": x for k, of in state["optimizer"]["state"].items() for name, x in of.items()}
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figures = [{k: v for k, v in line.items() if "second" not in k and "peak" not in k} for line in lines]
-    shown = (out / "completions.jsonl").read_text() if (out / "completions.jsonl").exists() else ""
+    shown = (out / "completions.jsonl").read_text(encoding="utf-8") if (out / "completions.jsonl").exists() else ""
     return safetensors.torch.load_file(out / "model.safetensors"), state["trained"], moments, (figures, shown)
 
 
@@ -131,7 +131,7 @@ def main(only_stage=None, only_processes=None):
                 for place, at, number in KILLS_OF[stage]:
                     n, killed = n + 1, Path(folder, f"{n}")
                     code, said = launch(processes, stage, *flags, str(killed), kill=(place, at, int(number)))
-                    steps = (killed / "metrics.jsonl").read_text().count("\n")
+                    steps = (killed / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
                     again, said_again = launch(processes, stage, *flags, str(killed), "--resume")
                     whole = steps < 5 and again == 0 and same(left_behind(out), left_behind(killed))
                     good += whole

@@ -126,7 +126,7 @@ def lines_with_bars(file, x_title, arguments):
 
 def phantom_images(folder):
     """The folder of phantoms.jsonl -> {id: file of the image}."""
-    records = map(json.loads, (folder / "phantoms.jsonl").read_text().splitlines())
+    records = map(json.loads, (folder / "phantoms.jsonl").read_text(encoding="utf-8").splitlines())
     return {record["id"]: folder / record["image"] for record in records}
 
 
@@ -159,7 +159,7 @@ def examples(file, completions):
     names = [Path(path).stem.removeprefix("completions-") for path in completions]
     answers = []  # per file {id: row}
     for path in completions:
-        rows = map(json.loads, Path(path).read_text().splitlines())
+        rows = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
         answers.append({row["id"]: row for row in rows})
     images = phantom_images(Path(completions[0]).parent / "phantoms")
     chosen = turned_right(answers[0], answers[-1])

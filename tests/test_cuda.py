@@ -133,7 +133,7 @@ GRPO = ["--batch", "8", "--G", "4", "--max_new_tokens", "8", "--no-drop_no_sprea
 
 def left(out):
     """What a run left: its figures, a list for each step, and the completions it shows."""
-    texts = [json.loads(line)["completion"] for line in (out / "completions.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["completion"] for line in (out / "completions.jsonl").read_text(encoding="utf-8").splitlines()]
     return lines_of(out), texts
 
 
@@ -204,7 +204,7 @@ def test_eval_and_a_judge_on_cuda(world, tmp_path):
     assert {p.dtype for name, p in net.named_parameters() if "lora_" in name} == {torch.float32}
     evaluation.main(["--ckpt", str(tmp_path / "run"), "--data", world.jsonl, "--questions", "3", "--max_new_tokens", "8",
                      "--judge", f"hf:{world.folder}@cuda", "--out", str(tmp_path / "report")])
-    results, = json.loads((tmp_path / "report" / "results.json").read_text()).values()
+    results, = json.loads((tmp_path / "report" / "results.json").read_text(encoding="utf-8")).values()
     assert results["overall"]["n"] == 3
     shutil.copy(world.records[0]["path"], tmp_path / "scan.png")
     evaluation.main(["--ckpt", str(tmp_path / "run"), "--image", str(tmp_path / "scan.png"), "--question", "What is this?",
