@@ -161,14 +161,14 @@ def local_model(spec, name, device, reference):
 
 def reply_tokens(tokenizer):
     """{letter: its tokens, by itself and behind a blank}, and those that NONE begins with."""
-    tokens, blanks = {}, set()
+    tokens = {}
     for x in LETTERS:
         rows = tokenizer([x, " " + x], add_special_tokens=False)["input_ids"]
         tokens[x] = [row[0] for row in rows if len(row) == 1]
         expect(tokens[x], "its tokenizer has no token for each letter")
-        blanks.update(row[0] for row in rows if len(row) > 1)  # a token by themselves
-    none = tokenizer([NONE, f" {NONE}", NONE.title()], add_special_tokens=False)["input_ids"]
-    tokens[NONE] = [row[0] for row in none if row[0] not in blanks]
+    rows = tokenizer([NONE, f" {NONE}", NONE.title()], add_special_tokens=False)["input_ids"]
+    first = [row[0] for row in rows]  # some tokenizers begin a word with a blank by itself
+    tokens[NONE] = [token for token in first if tokenizer.decode([token]).strip()]
     return tokens
 
 

@@ -14,7 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import lines_of
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import data
 import grpo
@@ -604,6 +606,7 @@ def test_a_letter_behind_a_blank_is_that_letter(world):
         chat_template = "x"
         apply_chat_template = staticmethod(lambda *_, **__: "")
         encode = staticmethod(lambda *_, **__: torch.zeros(1, 1, dtype=torch.long))
+        decode = staticmethod(lambda ids: "none")
 
         def __call__(self, texts, **_):
             return dict(input_ids=[ids[x] for x in texts])
@@ -615,3 +618,15 @@ def test_a_letter_behind_a_blank_is_that_letter(world):
             return SimpleNamespace(logits=torch.tensor([[[0, 0, 0, 2.0, 0, 1.0, 3.0, 0, 0, 0]]]))  # " B", then "A"
     judge = J.make_judge("hf:reference", reference=(lambda: contextlib.nullcontext(Net(1, 1)), Tokenizer()))
     assert judge(["It is dark."], [KIND]) == ["B"]
+
+
+def test_a_blank_by_itself_is_no_none():
+    """SentencePiece may cut "none" into a blank and the word: the blank stands before letters too, and says nothing."""
+    pieces = {"<unk>": 0.0, "▁": -2.0, "none": -3.5} | {f"▁{x}": -3.0 for x in "ABCDEF"} | {x: -4.0 for x in "Noe"}
+    tokenizer = Tokenizer(models.Unigram(list(pieces.items()), 0, False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert tokenizer.tokenize("none") == ["▁", "none"]
+    tokens = J.reply_tokens(tokenizer)
+    assert tokens.pop("none") == [] and [tokenizer.convert_ids_to_tokens(x[0]) for x in tokens.values()] == [f"▁{x}" for x in "ABCDEF"]
