@@ -10,7 +10,8 @@ and test. A phantom's record also has "shows", what was drawn, which eval.py hol
     python data.py build --out medad38k busi=DIR br35h=DIR chestxray14=DIR
     python data.py check out/phantoms/phantoms.jsonl
 
-Left out on purpose: dataset classes, augmentation, download, resizing (model.py's processor does).
+Left out on purpose: dataset classes, augmentation, download, resizing for the network (model.py's
+processor does it).
 """
 import argparse
 import base64

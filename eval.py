@@ -56,7 +56,7 @@ KNOBS = dict(  # the flags, as argparse takes them
               "openai:BASE_URL#MODEL, a chat server's (key in OPENAI_API_KEY, replies kept in "
               "OUT/replies.jsonl, --batch requests at a time). NAME=A,B,..: one row, mean and "
               "deviation over A, B, .. [out/grpo]"),
-    data=dict(nargs="+", default=[], help="files of records, .jsonl or Med-R1's .json (default: "
+    data=dict(nargs="+", default=[], help="files of records, .jsonl, or others' .json (default: "
               "phantoms/phantoms.jsonl beside each checkpoint)"),
     split=dict(choices=data.SPLITS, default="test", help="which of their records [%(default)s]"),
     only=dict(nargs="+", default=[], help="KEY=VALUE they have, say modality=CT task=anatomy"),
@@ -270,8 +270,9 @@ def tables(results, paper=False, matrix=None):
     if matrix:
         found.append(square(matrix, part("tasks" if matrix == "task" else matrix)))
     elif any(part("difference").values()):
-        found.append(table("Each row minus the one before, on the same questions, in points; 95 % "
-                           "intervals over images, for these checkpoints", part("difference")))
+        title = ("Each row minus the one before, on the same questions, in points; 95 % intervals "
+                 "over groups (images, patients), for these checkpoints")
+        found.append(table(title, part("difference")))
     return found
 
 

@@ -98,7 +98,7 @@ KNOBS = dict(
                         "which the run saves and stops", may_change=True),
     # the machine, and what is written
     micro_tokens=Knob(int, 8192, 8192, "tokens per forward pass on one device: whole groups, each "
-                      "a prompt and its G completions", positive=True),
+                      "a prompt and its G completions", positive=True, may_change=True),
     save_every=Knob(int, 0, 50, "optimiser steps between checkpoints, 0 = one at the end",
                     may_change=True),
     show_every=Knob(int, 10, 10, "rollouts between samples in completions.jsonl, 0 = never",

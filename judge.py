@@ -7,7 +7,8 @@ F reads a thought without image and answer, and says which option it supports. I
     lexical                     the rule of rewards.py, for training without a second model
     hf:NAME_OR_PATH[@DEVICE]    a local model, text only: the likeliest as next token of the
                                 options' letters and "none"
-    hf:reference                the frozen reference that grpo.py holds in memory; never undecided
+    hf:reference                the frozen reference that grpo.py holds in memory; never undecided,
+                                nor is hf:FOLDER of a run of this project
     openai:BASE_URL#MODEL       a chat server, its key in OPENAI_API_KEY or, for one host, in
                                 OPENAI_API_KEY_API_EXAMPLE_COM; its replies are kept in a file
 

@@ -38,7 +38,7 @@ from data import DataError, cli, digest, expect, load_image
 from rewards import question_text
 
 transformers.logging.set_verbosity_error()
-# 5.17 does not have the names yet that later versions ask for.
+# Later versions ask for names that 5.17, on which this runs too, does not have.
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
 
 FAMILIES = "qwen2_vl", "qwen2_5_vl", "qwen3_vl"  # transformers' model types

@@ -62,7 +62,8 @@ class Knob(NamedTuple):
 
 # The knobs of both stages. `paper`: the values of the paper's section 4.1, where it gives them.
 SHARED = dict(
-    data=Knob(str, (), (), "files of records (default: ROOT/phantoms)", may_change=True),
+    data=Knob(str, (), (), "files of records (default: ROOT/phantoms, for the tiny model)",
+              may_change=True),
     only=Knob(str, (), (), "train on records with KEY=VALUE, say modality=CT task=anatomy"),
     thinking=Knob(str, "before", "before", "a thought before or after the answer, or none (Med-R1)",
                   tuple(rewards.INSTRUCTIONS)),
@@ -70,7 +71,8 @@ SHARED = dict(
     seed=Knob(int, 0, 0, "of phantoms, base, LoRA, order and sampling", most=2**32 - 1),
     weight_decay=Knob(float, 0.0, 0.0, "AdamW's decoupled weight decay"),
     clip=Knob(float, 1.0, 1.0, "gradient norm above which the gradient is scaled down"),
-    checkpointing=Knob(bool, False, True, "less memory, more time: layers are computed twice"),
+    checkpointing=Knob(bool, False, True, "less memory, more time: layers are computed twice",
+                       may_change=True),
     max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "above which an image shrinks", positive=True),
     max_steps=Knob(int, 0, 0, "optimiser step to stop at, 0 = the last; the learning rate is that "
                    "of the whole run", may_change=True),
@@ -88,7 +90,8 @@ KNOBS = dict(
                 "what does not fill a batch is left out (but fewer than a batch are one)",
                 positive=True),
     batch=Knob(int, 32, 64, "questions per optimiser step over all processes", positive=True),
-    micro_batch=Knob(int, 32, 8, "questions per forward pass: for memory alone", positive=True),
+    micro_batch=Knob(int, 32, 8, "questions per forward pass: for memory alone", positive=True,
+                     may_change=True),
     lr=Knob(float, 1e-3, 1e-4, "peak learning rate of AdamW", positive=True),
     warmup=Knob(float, 0.03, 0.03, "share of the steps in which lr rises; a cosine to 0 follows"),
     lora=Knob(int, 0, 64, "rank of LoRA on the language model; 0 trains every parameter"),

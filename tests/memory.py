@@ -179,7 +179,7 @@ def compare():
 
 
 def table(path):
-    """For each model, stage and card: the smallest number of cards (powers of two to 64) on which the paper preset fits."""
+    """For each model, stage and card: the smallest number of cards (1, 2, 4 or 8) on which the paper preset fits."""
     print("| model | stage | " + " | ".join(f"{card} GB" for card in CARDS) + " | GB on one card, on eight |\n|---|---|" + "---|" * (len(CARDS) + 1))
     for size, shape in SHAPES.items():
         config = json.loads(Path(path).read_text()) | shape
