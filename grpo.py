@@ -114,6 +114,8 @@ def group_advantages(rewards, scale="none"):
     2024 do; Eq. (7) does not."""
     R = rewards                                                          # (N, G)
     A = R - R.mean(1, keepdim=True)                                      # (N, G)
+    # Where all are alike rounding may leave 1e-8, of which AdamW makes a step like any other.
+    A = A.masked_fill(~group_spread(R)[:, None], 0.0)                    # (N, G)
     if scale == "std":
         A = A / (R.std(1, keepdim=True) + 1e-4)
     return A
@@ -440,6 +442,8 @@ def train(run, argv):
     start = run.open(args, policy, processor, optimizer, rank, keep_adapter=True)
     end = math.ceil(min(steps, args.max_steps or steps) / args.mu) * args.mu  # whole rollouts
     generator = torch.Generator(device)
+    if start >= end:  # resumed at its end: a kill there may have cut the checkpoint off
+        run.save()
 
     bar = tqdm(range(start, end, args.mu), initial=start // args.mu, total=end // args.mu,
                desc="grpo", unit="rollout", disable=rank > 0)

@@ -125,7 +125,10 @@ def knobs(table, doc, argv=None):
         if getattr(args, name) is None:
             setattr(args, name, getattr(knob, args.preset))
         value = getattr(args, name)
-        for x in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(value, list):  # as a default is, with which it is compared on --resume
+            value = tuple(value)
+            setattr(args, name, value)
+        for x in value if isinstance(value, tuple) else [value]:
             if knob.type is str:
                 data.expect(x != "", f"--{name} '': expected a name, or leave the flag out")
             else:
@@ -733,6 +736,8 @@ def train(run, argv):
     steps = math.ceil(args.epochs * epoch_steps)
     start = run.open(args, policy, processor, optimizer, rank)
     end = min(steps, args.max_steps or steps)
+    if start >= end:  # resumed at its end: a kill there may have cut the checkpoint off
+        run.save()
 
     bar = tqdm(range(start, end), initial=start, total=end, desc="sft", unit="step",
                disable=rank > 0)

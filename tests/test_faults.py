@@ -98,6 +98,22 @@ def test_a_killed_run_resumes_to_the_same_bits(stage, kill, code, world, toy, tm
     assert sorted(x.name for x in tmp_path.iterdir()) in (["killed", "whole"], [".killed.lock", "killed", "whole"])
 
 
+@pytest.mark.parametrize("stage, given", [("sft", []), ("grpo", ["--weights", *map(str, rewards.WEIGHTS)])])
+def test_a_last_checkpoint_that_was_cut_off_is_written_on_resume(stage, given, world, toy, monkeypatch, tmp_path):
+    """The state comes first, then the checkpoint: where the run ends between the two there is no step left to do on --resume. A
+    default that is given by its numbers is no other knob."""
+    main = faults.STAGES[stage].main
+    main(flags_of(world, tmp_path / "whole", stage=stage))
+    flags = flags_of(world, tmp_path / "cut", "--save_every", "0", stage=stage)
+    with monkeypatch.context() as disk:
+        disk.setattr(M, "save", lambda *_, **__: data.expect(False, "the disk is full"))
+        with pytest.raises(data.DataError, match="the disk is full"):
+            main(flags)
+    assert state_of(tmp_path / "cut")["step"] == 3 and not (tmp_path / "cut" / "model.safetensors").exists()
+    main([*flags, *given, "--resume"])
+    assert faults.same(faults.left_behind(tmp_path / "whole"), faults.left_behind(tmp_path / "cut"))
+
+
 def test_two_processes_stop_at_the_same_step(world, toy, tmp_path):
     """SIGTERM to the second of two: both end with 0 behind the step, the first has saved it, and the resumed run is the whole."""
     def two(out, *more, kill=None):
