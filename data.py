@@ -170,7 +170,7 @@ def read_file(file, used):
         raise DataError(f"{file}: {getattr(e, 'strerror', e)}, expected UTF-8 text with one JSON"
                         " object per line, or in a .json file a list of questions") from None
 
-    bad = []
+    bad, what = [], "question" if foreign else "line"
     for k, item in enumerate(items, 1):
         if not foreign and item.strip() == "":
             continue
@@ -183,11 +183,12 @@ def read_file(file, used):
             why = str(e)
             if isinstance(e, json.JSONDecodeError):
                 why = f"broken JSON, {e.msg} at column {e.colno}"
-            expect(foreign, f"{file}, line {k}: {why}")
-            bad.append(f"question {k}: {why}")
+            bad.append(f"{what} {k}: {why}")
         else:
-            used[name] = f"{file}, {'question' if foreign else 'line'} {k}"
+            used[name] = f"{file}, {what} {k}"
             yield record
+    more = f" (and {len(bad) - 1} more lines can't be used)" if len(bad) > 1 else ""
+    expect(foreign or not bad, f"{file}, {''.join(bad[:1])}{more}")
     if bad:
         print(f"warning: {file}: {len(bad)} of {len(items)} questions can't be used, as {bad[0]}",
               file=sys.stderr)
@@ -339,13 +340,16 @@ def digest(content):
 
 
 # ---- images --------------------------------------------------------------------------------------
-def check_images(records):
-    """DataError for the first record whose image can't be used. Each is decoded: one that is cut
-    off would end a run hours later, and every attempt to resume it."""
+def check_images(records, rank=0, world=1):
+    """DataError for the first record whose image can't be used; of several processes each looks at
+    its share. Each is decoded: one that is cut off would end a run hours later, and every attempt
+    to resume it."""
     images = {r["path"]: r for r in records}
+    images = dict([*images.items()][rank::world])
     with ThreadPool(8) as pool:  # more could need too much memory for large images
         whole = pool.imap(lambda record: load_image(record).size, images.values())
-        for _ in tqdm(whole, desc="checking images", total=len(images), unit="image", leave=False):
+        for _ in tqdm(whole, desc="checking images", total=len(images), unit="image", leave=False,
+                      disable=rank > 0):
             pass
 
 
@@ -358,20 +362,22 @@ def load_image(record):
 
 
 def open_image(path):
-    """An image as PIL RGB or L, upright by its EXIF tag; 16 bits and floats go from min to max.
-    DataError, half a sentence, when it is missing, truncated, not an image, has 0 or more than
-    MAX_PIXELS pixels or a side more than MAX_ASPECT times the other."""
+    """An image as PIL RGB or L, upright by its EXIF tag; transparency is ignored, 16 bits and
+    floats go through eight_bits, and nothing else that the file holds stays: a comment may name a
+    patient. DataError, half a sentence, when it is missing, truncated, not an image, has 0 or more
+    than MAX_PIXELS pixels or a side more than MAX_ASPECT times the other."""
     try:
-        with Image.open(path) as file:
+        with open(path, "rb") as raw, Image.open(raw) as file:  # Pillow turns a mapped TIFF wrong
             expect(max(file.size) <= MAX_ASPECT * min(file.size),
                    f"has a side more than {MAX_ASPECT} times as long as the other")
             image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
-            a = np.nan_to_num(np.asarray(image, dtype=np.float64))
-            image = Image.fromarray(np.uint8((a - a.min()) * (255 / (np.ptp(a) or 1))))
+            image = Image.fromarray(eight_bits(np.asarray(image)))
         if "transparency" in image.info:
             image = image.convert("RGBA")
-        return image if image.mode == "L" else image.convert("RGB")
+        image = image if image.mode == "L" else image.convert("RGB")
+        image.info.clear()
+        return image
     except Exception as e:  # on a damaged file Pillow's decoders raise anything
         known = {DataError: str(e), FileNotFoundError: "is missing",
                  Image.UnidentifiedImageError: "is not an image, or has no pixels",
@@ -379,12 +385,26 @@ def open_image(path):
         raise DataError(known.get(type(e), f"is truncated or broken ({e})")) from None
 
 
+def eight_bits(greys, window=None):
+    """Greys of any depth (H, W) -> uint8. window: the values that become black and white, else the
+    1st and 99th percentile, so that a marker or a dead pixel does not darken all others; where
+    these are alike, the extremes."""
+    greys = np.nan_to_num(greys)
+    low, high = map(float, window or np.percentile(greys, (1, 99)))
+    if low == high:
+        low, high = float(greys.min()), float(greys.max())
+    out = np.empty(greys.shape, np.uint8)
+    for k in range(0, len(greys), 64):  # rows: floats of all at once would need several GB
+        out[k:k + 64] = np.clip((greys[k:k + 64] - low) * (255 / (high - low or 1)), 0, 255)
+    return out
+
+
 def data_url(record, side=math.inf, max_pixels=math.inf, kind="PNG"):
     """The record's image as a PNG or JPEG in a data: URL, its longer side at most `side` px."""
     image, file = load_image(record), io.BytesIO()
     scale = min(1, math.sqrt(max_pixels / math.prod(image.size)))
     image.thumbnail([max(1, min(side, scale * length)) for length in image.size])
-    image.save(file, kind, quality=85)  # a PNG has none
+    image.save(file, kind, quality=85, compress_level=1)  # of a JPEG, and of a PNG
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -1078,10 +1098,8 @@ def slices(job):
             well = well & (area == 0)
             sick = np.flatnonzero(area > .001)
         for z in sorted(evenly(sick, SLICES) + evenly(np.flatnonzero(well), SLICES)):
-            a = volume[z].astype(np.float32)
-            low, high = job["window"] or np.percentile(a, (1, 99))
-            a = np.clip((a - low) / max(high - low, 1e-9), 0, 1) * 255
-            shown.append((Image.fromarray(np.uint8(a)), lesion[z], f"-{z:03d}"))
+            greys = Image.fromarray(eight_bits(volume[z], job["window"]))
+            shown.append((greys, lesion[z], f"-{z:03d}"))
     except Exception as e:  # nibabel and damaged files raise anything
         raise DataError(f"can't be read as a volume with its mask ({e})") from None
     expect(shown, "no slice of which it is known whether it shows a lesion")
@@ -1259,6 +1277,13 @@ def coarse(looks):
     return np.concatenate([x.reshape(-1, 16, 4, 16, 4).mean((2, 4)) * 4 for x in parts])
 
 
+def close(looks, others):
+    """(N,) bool: whether two looks differ below SAME in the mean, as they are or one mirrored."""
+    mirrored = others[..., ::-1]
+    as_they_are, turned = (abs(np.float32(looks) - x).mean((1, 2)) for x in (others, mirrored))
+    return np.minimum(as_they_are, turned) < SAME[1]
+
+
 def same(looks, others):
     """(N,) bool: whether two looks correlate above and differ below SAME, as they are or one
     mirrored."""
@@ -1276,8 +1301,10 @@ def join_alike(looks, groups):
 
     No pair is missed: going coarse, adding the mirror image and keeping one coordinate can only
     shorten a distance. So looks are sorted along one axis and compared with those in reach, with
-    the mirror images added; those that are near are compared at full size."""
+    the mirror images added; those that are near are compared at full size, if their greys are
+    close at a quarter of it."""
     groups, reach = np.array(groups), 2 - 2 * SAME[0]  # squared distance of normed looks
+    greys = looks.reshape(-1, 16, 4, 16, 4).mean((2, 4), dtype=np.float32)  # (N, 16, 16)
     a = coarse(looks)
     a = (a + a[..., ::-1])[..., :8].reshape(-1, 128) / 2**.5  # its other half is alike
     sample = a[::len(a) // 2000 + 1]
@@ -1291,6 +1318,7 @@ def join_alike(looks, groups):
         pairs = order[k + np.argwhere(near)]  # (P, 2)
         pairs = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
         for some in np.array_split(pairs, len(pairs) // 1024 + 1):
+            some = some[close(*greys[some.T])]
             for x, y in some[same(*looks[some.T])]:
                 low, high = sorted((groups[x], groups[y]))
                 groups[groups == high] = low
@@ -1320,7 +1348,8 @@ def look_up(task, records, points):
         offered.update(r["options"])
     seen = [r for r in train if r["path"] in points]
     known = np.array([points[r["path"]] for r in seen])  # (N, 256)
-    names, answers = np.unique([r["right"] for r in seen], return_inverse=True)
+    number = {text: k for k, text in enumerate(right)}  # of an answer
+    answers = np.array([number[r["right"]] for r in seen])  # (N,)
     half = (known**2).sum(-1) / 2
 
     found = defaultdict(list)
@@ -1328,10 +1357,11 @@ def look_up(task, records, points):
         best = max(r["options"], key=lambda x: right[x] / max(offered[x], 1))
         found["chance"].append(1 / len(r["options"]))
         found["commonest answer"].append(best == r["right"])
-        if seen and r["path"] in points:
-            near = known @ points[r["path"]] - half
-            near[~np.isin(names, r["options"])[answers]] = -np.inf
-            found["nearest picture's"].append(names[answers[near.argmax()]] == r["right"])
+        choices = [number[x] for x in r["options"] if x in number]
+        offers = np.isin(answers, choices)  # (N,)
+        if r["path"] in points and offers.any():
+            near = np.where(offers, known @ points[r["path"]] - half, -np.inf)
+            found["nearest picture's"].append(seen[near.argmax()]["right"] == r["right"])
     found = {name: np.mean(hits) for name, hits in found.items()}
     told = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
     print(f"{task}, {len(test)} test questions: {told}")

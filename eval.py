@@ -209,7 +209,7 @@ def bootstrap(sets):
         if names not in draws:
             draws[names] = rng.integers(len(names), size=(RESAMPLES, len(names)))
         sums = np.array([(sum(changes), len(changes)) for changes in groups.values()])
-        again = sums[draws[names]].sum(1)  # (RESAMPLES, 2)
+        again = np.array([sums[draw].sum(0) for draw in draws[names]])  # (RESAMPLES, 2)
         with np.errstate(invalid="ignore"):  # nan where groups without a value alone were drawn
             drawn.append(again[:, 0] / again[:, 1])
         means.append(sums[:, 0].sum() / sums[:, 1].sum())
@@ -416,8 +416,9 @@ def curve(points):
     """[(step, figure), ..] -> strokes: as logged, the mean over a twentieth of the steps before,
     and dots if they are few."""
     x, y = np.array(points, dtype=float).T                           # (n), (n)
-    window = np.ones(math.ceil(len(x) / 20))
-    mean = np.convolve(y, window)[:len(x)] / np.convolve(y**0, window)[:len(x)]
+    sums, end = np.append(0, y.cumsum()), np.arange(len(x)) + 1
+    start = np.maximum(end - math.ceil(len(x) / 20), 0)
+    mean = (sums[end] - sums[start]) / (end - start)
     some = np.linspace(0, len(x) - 1, min(len(x), POINTS)).astype(int)
     raw, mean = (np.stack([x, line], 1)[some].tolist() for line in (y, mean))
     dots = [("dot", [point, point]) for point in raw] if len(raw) <= 20 else []
@@ -793,8 +794,7 @@ def main(argv=None):
     rank, world, _ = M.setup_devices()  # before a judge is loaded: each process has its own GPU
     judge = make_judge(args.judge, args.judge_sees, cache=cache)
     questions = {ckpt: questions_of(ckpt, args) for ckpt in ckpts}
-    if rank == 0:
-        data.check_images(chain(*questions.values()))
+    data.check_images(chain(*questions.values()), rank, world)
     if args.matrix:
         values = {record[args.matrix] for ckpt in ckpts for record in questions[ckpt]}
         expect(values & checkpoints.keys(), f"--matrix {args.matrix}: expected --ckpt NAME=A.., "

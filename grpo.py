@@ -428,7 +428,7 @@ def train(run, argv):
     held_out = sft.held_out_questions(args, rank, world)
 
     # The policy starts as pi_SFT, and pi_SFT is the reference (and F, with --judge hf:reference).
-    policy, processor, optimizer = sft.policy_of(args, records, device, rank)
+    policy, processor, optimizer = sft.policy_of(args, records, device, rank, world)
     sft_copy = None if args.lora else frozen_copy(policy)
     reference = functools.partial(reference_of, policy, sft_copy)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency,

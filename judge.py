@@ -508,9 +508,10 @@ def main(argv=None):
         print(f"{path} was there: moved to {data.move_aside(path)}")
     data.write_records(good, args.out)
     if args.review:
+        image_of = partial(data_url, side=SIDE // 4, kind="JPEG")
         data.write_text(args.review, PAGE.render(
-            records=good, described=described, image_of=partial(data_url, side=SIDE // 4),
-            key_of=key_of, options_text=options_text))
+            records=good, described=described, image_of=image_of, key_of=key_of,
+            options_text=options_text))
 
 
 if __name__ == "__main__":

@@ -256,15 +256,17 @@ def lora_merged(model):
 # ---- records -> tensors --------------------------------------------------------------------------
 
 def image_patches(processor, record):
-    """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns. Kept
-    as long as all of them fit into PIXEL_CACHE."""
+    """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns. The
+    first ones are kept, as many as fit into PIXEL_CACHE."""
     known, path = processor.patches, record["path"]
-    if path not in known:
-        out = processor.image_processor(images=[load_image(record)], return_tensors="pt")
-        known[path] = out["pixel_values"], out["image_grid_thw"]
-        if out["pixel_values"].nbytes * len(known) > PIXEL_CACHE:
-            return known.pop(path)
-    return known[path]
+    if path in known:
+        return known[path]
+    out = processor.image_processor(images=[load_image(record)], return_tensors="pt")
+    patches = out["pixel_values"], out["image_grid_thw"]
+    kept = sum(x.nbytes for x, _ in known.values())
+    if kept + patches[0].nbytes <= PIXEL_CACHE:
+        known[path] = patches
+    return patches
 
 
 def stop_ids(tokenizer):

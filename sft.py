@@ -201,8 +201,8 @@ class Run(contextlib.ExitStack):
                 self.optimizer.state.clear()  # a second copy, which nothing reads
             self.done = self.saved = int(state["step"])
             for path in (self.out / "metrics.jsonl", self.out / "completions.jsonl"):
-                if not path.exists():
-                    continue
+                if self.rank > 0 or not path.exists():
+                    continue  # the first process alone writes them
                 kept, text = [], path.read_text(encoding="utf-8", errors="replace")
                 for k, line in enumerate(text.split("\n")[:-1], 1):
                     where = f"{path}, line {k}"
@@ -353,7 +353,7 @@ class Clock:
         self.last = time.perf_counter()
 
 
-def policy_of(args, records, device, rank):
+def policy_of(args, records, device, rank, world):
     """--model, ready to be trained on the records, whose images and questions are checked ->
     policy, processor, AdamW."""
     data.expect(os.path.realpath(args.model) != os.path.realpath(args.out),
@@ -362,8 +362,7 @@ def policy_of(args, records, device, rank):
                 f"--out {args.out}: holds a checkpoint that is not of a run; name another folder")
     texts = [{k: v for k, v in r.items() if k != "path"} for r in records]
     args.fixed["data (digest of its records)"] = data.digest(json.dumps(texts).encode())
-    if rank == 0:
-        data.check_images(records)
+    data.check_images(records, rank, world)
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
     M.check_texts(processor, records, rewards.question_text)
@@ -730,7 +729,7 @@ def train(run, argv):
     data.expect(args.data, "--model was given without --data: name the files of records")
     records, held_out = questions(args, rank, world), held_out_questions(args, rank, world)
 
-    policy, processor, optimizer = policy_of(args, records, device, rank)
+    policy, processor, optimizer = policy_of(args, records, device, rank, world)
     M.check_texts(processor, records, rewards.answer_text)
     epoch_steps = max(1, len(records) // args.batch)
     steps = math.ceil(args.epochs * epoch_steps)

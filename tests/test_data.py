@@ -1,4 +1,5 @@
 """data.py: bad input gets one sentence, files survive a round trip, phantoms are what their records say."""
+import base64
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -86,6 +88,13 @@ def test_bad_line(tmp_path, line, sentence):
     with pytest.raises(data.DataError) as e:
         data.read_records(file)
     assert f"{file}, line 2: " in str(e.value) and sentence in str(e.value) and "\n" not in str(e.value)
+
+
+def test_bad_lines_are_counted(tmp_path):
+    """The first is told, and how many more there are, so that they need not be mended one at a time."""
+    file = write(tmp_path, record(answer="Z"), record(id="x2"), record(id="x3", split="all"), "{")
+    with pytest.raises(data.DataError, match=r"line 1: 'answer' is 'Z'.*\(and 2 more lines can't be used\)$"):
+        data.read_records(file)
 
 
 def test_bad_file(tmp_path):
@@ -218,6 +227,38 @@ def test_upright(tmp_path):
     Image.fromarray(a).rotate(90, expand=True).save(tmp_path / "a.png", exif=exif)
     image = data.load_image(image_of(tmp_path))
     assert image.size == (40, 20) and image.getpixel((2, 2)) == (255, 0, 0)
+    grey = Image.fromarray(a[..., 0]).rotate(90, expand=True)
+    grey.save(tmp_path / "a.tif", exif=exif)  # not compressed: Pillow, given a name, maps such a file and turns it wrong
+    assert (np.asarray(data.open_image(tmp_path / "a.tif")) == a[..., 0]).all()
+
+
+def test_a_marker_does_not_darken_a_16_bit_image(tmp_path):
+    """12 bits of greys keep their contrast beside a few pixels at 65535 and a dead one; two values alone become black and white."""
+    greys = np.random.default_rng(0).integers(0, 4096, (200, 300)).astype(np.uint16)
+    plain = data.eight_bits(greys).astype(int)
+    greys[:2, :50], greys[0, 60] = 65535, 0
+    Image.fromarray(greys).save(tmp_path / "a.png")
+    marked = np.asarray(data.open_image(tmp_path / "a.png")).astype(int)
+    assert abs(marked - plain)[2:].max() <= 3 and abs(plain - greys / 4095 * 255)[2:].max() <= 4
+    few = np.zeros((100, 100), np.uint16)
+    few[50, 50] = 700
+    assert data.eight_bits(few).max() == 255 and data.eight_bits(few).sum() == 255
+    assert not data.eight_bits(np.full((3, 3), 7.0)).any()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_what_else_a_file_holds_is_not_passed_on(kind, tmp_path):
+    """Comments, texts and EXIF may name a patient: neither a page nor a server gets them."""
+    exif, text = Image.Exif(), PngInfo()
+    exif[270] = "MUSTERMANN"
+    text.add_text("Patient", "MUSTERMANN")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8))
+    picture.save(tmp_path / "a.jpg", comment=b"MUSTERMANN", exif=exif)
+    picture.save(tmp_path / "a.png", pnginfo=text, exif=exif)
+    for name in ("a.jpg", "a.png"):
+        assert b"MUSTERMANN" in (tmp_path / name).read_bytes()
+        url = data.data_url(image_of(tmp_path, name), kind=kind)
+        assert b"MUSTERMANN" not in base64.b64decode(url.partition(",")[2])
 
 
 # ---- Med-R1 -----------------------------------------------------------------------------------------------------------------
@@ -549,6 +590,13 @@ def test_check_tells_missing_images(tmp_path, monkeypatch, capsys):
     records, cut = data.read_records(folder / "phantoms.jsonl"), folder / "images" / "00002.png"
     data.check_images(records)
     cut.write_bytes(cut.read_bytes()[:-200])
+    failed = 0
+    for rank in range(3):  # three processes share the images
+        try:
+            data.check_images(records, rank, 3)
+        except data.DataError:
+            failed += 1
+    assert failed == 1
     out = check_of(folder, monkeypatch, capsys, folder / "phantoms.jsonl")
     assert "on 4 images, 1 of them can't be used" in out and f"error: {cut} is truncated or broken" in out
     with pytest.raises(data.DataError, match=r"^record '.*00002.png is truncated or broken"):

@@ -374,6 +374,15 @@ def test_different_pictures_stay_apart():
     looks = [data.look_of(drawn(n, pair, ("solid", LU) if n % 2 else None)) for pair in data.PAIRS for n in range(16)]
     assert len(set(data.join_alike(np.array(looks), np.arange(208)).tolist())) == 208
 
+def test_pictures_of_one_kind_are_told_apart_without_comparing_all(monkeypatch):
+    """Of 300 phantoms of one kind, whose pairs often correlate, few pairs are compared at full size: time must not grow with
+    the square of a source's pictures."""
+    looks = np.array([data.look_of(drawn(n, ("X-ray", "Chest"))) for n in range(300)])
+    real, compared = data.same, []
+    monkeypatch.setattr(data, "same", lambda x, y: compared.append(len(x)) or real(x, y))
+    assert len(set(data.join_alike(looks, np.arange(300)).tolist())) == 300
+    assert sum(compared) < 300
+
 def test_none_is_missed():
     """All pairs compared one by one at full size give the same groups, for pictures on both sides of the threshold; groups
     told before stay joined; the smallest number names them."""

@@ -290,6 +290,13 @@ def test_an_image_is_cut_once_within_the_limit(world, monkeypatch):
         expected = images(images=[data.load_image(world.mixed[1])], return_tensors="pt")
         assert torch.equal(grid, expected["image_grid_thw"]) and torch.equal(got, expected["pixel_values"])
         assert M.image_patches(processor, world.mixed[1])[0] is got
+    big = M.image_patches(processor, world.mixed[1])[0].nbytes
+    for room in (big, 2 * big):  # with images of several sizes, too
+        monkeypatch.setattr(M, "PIXEL_CACHE", room)
+        processor.patches.clear()
+        M.encode(M.Processor(world.processor.tokenizer, images, processor.patches), world.mixed)
+        assert 0 < sum(x.nbytes for x, _ in processor.patches.values()) <= room
+    processor.patches.clear()
     monkeypatch.setattr(M, "PIXEL_CACHE", 0)
     assert M.image_patches(processor, world.mixed[0])[0] is not M.image_patches(processor, world.mixed[0])[0]
 
