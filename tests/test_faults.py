@@ -154,7 +154,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(world, monkeypatch, tmp_path, caps
 def test_a_late_error_loses_no_step(stage, world, toy, tmp_path, capsys, monkeypatch):
     """With --save_every 0 an image that breaks during the run (here: before it, unseen) ends it in the step that needs it: the
     steps before are saved, and when the image is mended --resume ends as if nothing had happened."""
-    monkeypatch.setattr(data, "check_images", lambda records: None)
+    monkeypatch.setattr(data, "check_images", lambda *_: None)
     name = "sft" if stage is sft else "grpo"
     jsonl = copy_of(Path(world.jsonl).parent, tmp_path / "d") / "phantoms.jsonl"
     flags = [*flags_of(world, tmp_path / "x", "--save_every", "0", stage=name), "--data", str(jsonl), "--max_steps", "4"]

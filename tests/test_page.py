@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import subprocess
+import time
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -298,7 +300,8 @@ def test_watch_follows_a_run(tmp_path, monkeypatch, capsys):
         if len(pages) == len(halves):
             raise KeyboardInterrupt
         (folder / "metrics.jsonl").write_text(log[:halves[len(pages)]])
-    monkeypatch.setattr(evaluation.time, "sleep", sleep)
+    # Not the module's own: the threads of other tests sleep, too.
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(sleep=sleep, strftime=time.strftime))
     (folder / "metrics.jsonl").write_text(log[:halves[0]])
     run(monkeypatch, "--watch", folder, new, "--out", tmp_path / "pages")
     assert [len(points_of(charts_of(page)[0][1], "raw")[0]) for page in pages] == list(range(1, 13))
