@@ -50,9 +50,9 @@ KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "an
 SHOWS = ("modality", "anatomy", "lesion", "style", "location")  # optional, in a key "shows"
 SPLITS = ("train", "val", "test")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # of a completion: no thought may hold one
-MAX_PIXELS = 2**26  # pixels an image may have; looked at before anything is decoded
+MOST_PIXELS = 2**26  # an image may have (model.MAX_PIXELS: shrinks it); looked at before decoding
 MAX_ASPECT = 200    # longer side / shorter side: beyond it Qwen's processor refuses an image
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, and warns from here on
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses twice as many, and warns from here on
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
@@ -103,10 +103,11 @@ def check_record(record, folder):
     expect(isinstance(record, dict), f"expected a JSON object, got {record!r:.60}")
     for key in KEYS:
         expect(key in record, f"key {key!r} is missing, expected {', '.join(KEYS)}")
-        fine = key == "options" or is_text(record[key]) or (key, record[key]) == ("thought", None)
-        expect(fine, f"{key!r} is {record[key]!r:.60}, expected a non-empty string")
+        no_thought = key == "thought" and record[key] is None
+        expect(no_thought or key == "options" or is_text(record[key]),
+               f"{key!r} is {record[key]!r:.60}, expected a non-empty string")
     found = [tag for tag in TAGS if tag in (record["thought"] or "")]
-    expect(not found or record["split"] != "train",  # others' thoughts are not learned
+    expect(not found or record["split"] != "train",  # val's and test's thoughts are not learned
            f"'thought' holds {', '.join(found)}, expected none of the tags")
     check_options(record["options"])
     letters = tuple(LETTERS[:len(record["options"])])
@@ -159,9 +160,9 @@ def read_file(file, used):
     those that can't be used are left out and counted on stderr. used, {id: its line}, is added
     to."""
     foreign, folder = file.suffix == ".json", file.absolute().parent
-    if foreign:  # OmniMedVQA's and Med-R1's image paths start beside these two
+    if foreign:  # image paths start beside QA_information (OmniMedVQA's) or Splits (Med-R1's)
         roots = [p.parent for p in folder.parents if p.name in ("QA_information", "Splits")]
-        folder = [*roots, folder][0]
+        folder = roots[0] if roots else folder
     try:
         text = file.read_text(encoding="utf-8-sig")
         items = json.loads(text) if foreign else text.split("\n")
@@ -187,8 +188,9 @@ def read_file(file, used):
         else:
             used[name] = f"{file}, {what} {k}"
             yield record
-    more = f" (and {len(bad) - 1} more lines can't be used)" if len(bad) > 1 else ""
-    expect(foreign or not bad, f"{file}, {''.join(bad[:1])}{more}")
+    if bad and not foreign:
+        more = f" (and {len(bad) - 1} more lines can't be used)" if len(bad) > 1 else ""
+        raise DataError(f"{file}, {bad[0]}{more}")
     if bad:
         print(f"warning: {file}: {len(bad)} of {len(items)} questions can't be used, as {bad[0]}",
               file=sys.stderr)
@@ -326,7 +328,7 @@ def locked(path):
 
 @contextmanager
 def new_folder(out):
-    """Yields a folder to fill, written_beside `out`: no folder is there yet, or an empty one."""
+    """Yields a folder to fill, which then becomes `out`; DataError if that holds anything yet."""
     with locked(out), written_beside(out) as beside:
         expect(not out.exists() or not os.listdir(out),
                f"{out} is there already: remove it or name another folder")
@@ -365,15 +367,16 @@ def open_image(path):
     """An image as PIL RGB or L, upright by its EXIF tag; transparency is ignored, 16 bits and
     floats go through eight_bits, and nothing else that the file holds stays: a comment may name a
     patient. DataError, half a sentence, when it is missing, truncated, not an image, has 0 or more
-    than MAX_PIXELS pixels or a side more than MAX_ASPECT times the other."""
+    than MOST_PIXELS pixels or a side more than MAX_ASPECT times the other."""
     try:
-        with open(path, "rb") as raw, Image.open(raw) as file:  # Pillow turns a mapped TIFF wrong
+        # Opened by us: a TIFF that Pillow opens by name it maps into memory, and turns wrong.
+        with open(path, "rb") as raw, Image.open(raw) as file:
             expect(max(file.size) <= MAX_ASPECT * min(file.size),
                    f"has a side more than {MAX_ASPECT} times as long as the other")
             image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
             image = Image.fromarray(eight_bits(np.asarray(image)))
-        if "transparency" in image.info:
+        if "transparency" in image.info:  # of a palette: Pillow warns of going to RGB at once
             image = image.convert("RGBA")
         image = image if image.mode == "L" else image.convert("RGB")
         image.info.clear()
@@ -381,7 +384,7 @@ def open_image(path):
     except Exception as e:  # on a damaged file Pillow's decoders raise anything
         known = {DataError: str(e), FileNotFoundError: "is missing",
                  Image.UnidentifiedImageError: "is not an image, or has no pixels",
-                 Image.DecompressionBombError: f"has more than {MAX_PIXELS} pixels"}
+                 Image.DecompressionBombError: f"has more than {MOST_PIXELS} pixels"}
         raise DataError(known.get(type(e), f"is truncated or broken ({e})")) from None
 
 
@@ -410,7 +413,7 @@ def data_url(record, side=math.inf, max_pixels=math.inf, kind="PNG"):
 
 # ---- phantoms: knobs and words -------------------------------------------------------------------
 SIZE = 112                # px, side of the square image
-LESION_RATE = 0.67        # share of images with a lesion
+LESION_RATE = 0.67        # share of images with a lesion: 2/3, see phantom_records
 LESION_RADIUS = (9, 13)   # px, smallest and largest
 LESION_CONTRAST = 0.38    # of the grey range: how much brighter or darker a lesion is
 PHANTOM_SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # val: looked at during training
@@ -490,14 +493,14 @@ def vessels(rng, roots, length=1., bend=.5, kids=2, width=1):
     """Mask of random walks from roots of x, y, angle, and of their branches."""
     image, roots = Image.new("L", (SIZE, SIZE)), np.array(roots)  # (R, 3)
     pen = ImageDraw.Draw(image)
-    for far, n in ((length, kids), (.55 * length, 0)):
+    for far, n in ((length, kids), (.55 * length, 0)):  # the roots' walks, then their n branches'
         drift = rng.normal(0, bend / 3, (len(roots), 1))
         turn = roots[:, 2:] + np.cumsum(rng.normal(drift, bend / 4, (len(roots), 8)), 1)
         steps = np.stack([np.cos(turn), np.sin(turn)], 2)
         path = roots[:, None, :2] + np.cumsum(steps, 1) * far / 8  # (R, 8, 2)
         for line in (path + 1) * SIZE / 2:
             pen.line(line.ravel().tolist(), fill=255, width=width)
-        fork = path.swapaxes(0, 1)[2:2 + 2 * n:2]  # (n, R, 2)
+        fork = path.swapaxes(0, 1)[2:2 + 2 * n:2]  # (n, R, 2): each walk's steps 2, 4, .. branch
         aside = turn[:, 3] + rng.choice((-.8, .8), (n, len(roots)))
         roots = np.c_[fork.reshape(-1, 2), aside.ravel()]
     return np.float32(image.filter(ImageFilter.GaussianBlur(.6)))[..., None] / 255
@@ -720,8 +723,8 @@ def ask(image, task, truth, others, rng, rounds):
 
 # ---- phantoms: questions, thoughts, files --------------------------------------------------------
 def phantom_records(facts, rng, group, image, rounds, split="train", report=None):
-    """The records of one image. A healthy one isn't asked for location or pathology, and every
-    second one with a lesion isn't for its state: Normal and Abnormal are equally often right.
+    """The records of one image. Location and pathology are asked of images with a lesion alone, the
+    state of every second one of these and of all others: Normal is right as often as Abnormal.
 
     The thoughts of an image differ in the last sentence, which names the right option's text, never
     a letter. They describe the lesion of `report` (facts; default: the true ones).
@@ -740,10 +743,10 @@ def phantom_records(facts, rng, group, image, rounds, split="train", report=None
         ("modality", modality, MODALITIES, "So this is"),
         ("pathology", kind, KINDS[anatomy], "So the finding is"))
 
-    told, finding = report or facts, "There is no lesion."
-    if told["lesion"]:
-        finding = f"There is {STYLES[told['style']]} in the {told['location']}."
-        finding += f" This fits {told['lesion']}."
+    finding, report = "There is no lesion.", report or facts
+    if report["lesion"]:
+        finding = f"There is {STYLES[report['style']]} in the {report['location']}."
+        finding += f" This fits {report['lesion']}."
     seen = f"{SIGNS[modality]} suggest {modality}. The region is {anatomy}. {finding}"
     shared = {"id": group, "image": image, "modality": modality, "anatomy": anatomy,
               "source": "phantom", "group": group, "split": split}
@@ -880,7 +883,7 @@ class Source(NamedTuple):
     images: str           # pattern
     masks: str = "(?!)"   # pattern, by default of nothing; several masks of one id are one lesion
     findings: dict = {}   # {`kind` in lower case, "" if not in the path: lesion, "" if healthy}
-    tells: list = []      # (finding, group or outlines; pattern; reader: file -> (id, it)..)
+    tells: list = []      # ("finding", "group" or "outlines", pattern, file -> [(id, value), ..])
     canvas: tuple = ()    # px, width and height the outlines refer to (else the image's)
     least: int = 1        # value in a volume's mask from which on it is lesion; below is the organ
     window: tuple = ()    # HU shown as black and as white (else percentiles 1 and 99)
@@ -890,7 +893,7 @@ BMAD = dict(
     images="{at=train|valid|val|test}/(?!**(label|mask))**{kind=good|ungood}/(img/)?"
            "{id=({group}_)?[^/_]+?}.*",
     masks="{at=train|valid|val|test}/**(label|mask)**/{id}.*")
-SOURCES = (  # {group}##?: pictures are numbered through, a hundred neighbours are one group
+SOURCES = (  # {group}##?: of pictures with running numbers a hundred, 4200 to 4299, are one group
     Source("brats2021", "MRI", "Brain", "BraTS2021_{id}_flair.nii*", "BraTS2021_{id}_seg.nii*",
            {"": "glioma"}),
     Source("brats2021", "MRI", "Brain", findings={"good": "", "ungood": "glioma"}, **BMAD),
@@ -1035,7 +1038,8 @@ def location_of(mask):
     area, x, y = parts_of(mask)
     x, y = x / mask.shape[1], y / mask.shape[0]
     central = (abs(x - .5) < 1 / 6) & (abs(y - .5) < 1 / 6)
-    region, first = np.where(central, 4, (x >= .5) + 2 * (y >= .5)), area.argmax()
+    region = np.where(central, 4, (x >= .5) + 2 * (y >= .5))  # (P,), places in LOCATIONS
+    first = area.argmax()  # the largest part
     why = None
     if mask.mean() > .5:
         why = "over half of the picture"
@@ -1049,7 +1053,7 @@ def photo(job):
     image = open_image(job["path"])
     outlines, masks = job["outlines"], job["masks"]
     unread = any(len(polygon) < 3 for polygon in outlines)
-    if unread or not outlines + masks:
+    if unread or not (outlines or masks):
         return [(image, None, "")]
     size = job["canvas"] or image.size  # W, H
     drawn = Image.new("1", size)
@@ -1061,7 +1065,7 @@ def photo(job):
             mask = open_image(path)
         except DataError as e:
             raise DataError(f"has a mask that {e}") from None
-        skew = abs(mask.width * size[1] - mask.height * size[0])
+        skew = abs(mask.width * size[1] - mask.height * size[0])  # 0: the same W / H
         expect(skew <= max(size), "has a mask of another shape")
         # Masks are 0 and 1, 0 and 255, red, or grey through a colour map; JPEGs blur their edges.
         least = 128 if path.lower().endswith(("jpg", "jpeg")) else 1
@@ -1087,14 +1091,14 @@ def slices(job):
         files = [nibabel.load(path) for path in (job["path"], *job["masks"][:1])]
         arrays = [np.asarray(nibabel.as_closest_canonical(x).dataobj) for x in files]  # (X, Y, Z)
         volume, *masks = [a[::-1, ::-1].T for a in arrays]  # (Z, Y, X)
-        well = abs(np.arange(len(volume)) / len(volume) - .5) < .25  # (Z,)
-        lesion, sick, shown = [None] * len(volume), [], []
+        well = abs(np.arange(len(volume)) / len(volume) - .5) < .25  # (Z,): to show as without
+        lesion, sick, shown = [None] * len(volume), [], []  # lesion: by slice, None: not known
         for mask in masks:  # one or none
             expect(mask.shape == volume.shape, "another shape")
             lesion = mask >= job["least"]
             area = lesion.mean((1, 2))  # (Z,)
             if job["least"] > 1:
-                well = (mask > 0).mean((1, 2)) > .02
+                well = (mask > 0).mean((1, 2)) > .02  # with the organ
             well = well & (area == 0)
             sick = np.flatnonzero(area > .001)
         for z in sorted(evenly(sick, SLICES) + evenly(np.flatnonzero(well), SLICES)):
@@ -1128,7 +1132,8 @@ def examine(job, folder, max_side):
         finding, box, place = job["finding"], None, (None, "no mask or outline", None)
         drawn = lesion is not None and bool(lesion.any())
         if drawn:
-            box = np.divide(Image.fromarray(lesion).getbbox(), 2 * lesion.shape[::-1])
+            h, w = lesion.shape
+            box = np.divide(Image.fromarray(lesion).getbbox(), (w, h, w, h))
             place = location_of(lesion)
         elif suffix and finding:  # a slice beside the lesion, if there is a mask to tell
             finding = None if lesion is None else ""
@@ -1164,12 +1169,12 @@ def without_copies(pictures, folder):
     looks = np.array([f.pop("look") for f in pictures])
     joined = join_alike(looks, numbers)
     grown, seen = set(joined[joined != numbers]), set()
-    for f, n, look in zip(pictures, joined, map(digest, looks), strict=True):
+    for f, n, mark in zip(pictures, joined, map(digest, looks), strict=True):
         f["group"], f["joined"] = str(names[n]), n in grown
-        if look in seen:
+        if mark in seen:
             f["why"] = "the same picture as another"
             (folder / f["image"]).unlink()
-        seen.add(look)
+        seen.add(mark)
     return [f for f in pictures if "why" not in f]
 
 
@@ -1303,23 +1308,27 @@ def join_alike(looks, groups):
     shorten a distance. So looks are sorted along one axis and compared with those in reach, with
     the mirror images added; those that are near are compared at full size, if their greys are
     close at a quarter of it."""
-    groups, reach = np.array(groups), 2 - 2 * SAME[0]  # squared distance of normed looks
+    groups, reach = np.array(groups), 2 - 2 * SAME[0]  # |x - y|**2 of looks that correlate SAME[0]
     greys = looks.reshape(-1, 16, 4, 16, 4).mean((2, 4), dtype=np.float32)  # (N, 16, 16)
     a = coarse(looks)
-    a = (a + a[..., ::-1])[..., :8].reshape(-1, 128) / 2**.5  # its other half is alike
+    # Means of picture and mirror image, the left half alone: times 2**.5, as the right is its twin.
+    a = (a + a[..., ::-1])[..., :8].reshape(-1, 128) / 2**.5  # (N, 128)
     sample = a[::len(a) // 2000 + 1]
-    along = a @ np.linalg.svd(sample - sample.mean(0), full_matrices=False)[2][0]
+    axis = np.linalg.svd(sample - sample.mean(0), full_matrices=False)[2][0]  # of most variance
+    along = a @ axis  # (N,)
     order = along.argsort()
     a, along = a[order], along[order]
-    ends, half = np.searchsorted(along, along + reach**.5), (a**2).sum(1) / 2
+    ends = np.searchsorted(along, along + reach**.5)  # (N,): where the reach of each ends
+    half = (a**2).sum(1) / 2  # (N,)
     for k in range(0, len(a), 128):
         rows, reached = slice(k, k + 128), slice(k, ends[k:k + 128][-1])
+        # |x - y|**2 / 2 = |x|**2 / 2 + |y|**2 / 2 - x y
         near = half[rows, None] + half[reached] - a[rows] @ a[reached].T < reach / 2
         pairs = order[k + np.argwhere(near)]  # (P, 2)
         pairs = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
-        for some in np.array_split(pairs, len(pairs) // 1024 + 1):
-            some = some[close(*greys[some.T])]
-            for x, y in some[same(*looks[some.T])]:
+        for some in np.array_split(pairs, len(pairs) // 1024 + 1):  # bounds memory
+            some = some[close(greys[some[:, 0]], greys[some[:, 1]])]
+            for x, y in some[same(looks[some[:, 0]], looks[some[:, 1]])]:
                 low, high = sorted((groups[x], groups[y]))
                 groups[groups == high] = low
     return groups
@@ -1335,9 +1344,9 @@ def look_at(path):
 
 
 def look_up(task, records, points):
-    """Prints how many of a task's test questions two look-ups answer: the option that was most
-    often right, when offered, in train; of train's pictures with an answer that is offered, the
-    nearest one's. points: {path: coarse look, (256,)}."""
+    """Prints how many of a task's test questions two look-ups answer: by the option that in train
+    was right most often when offered; by the answer of the nearest picture in train whose answer is
+    offered. points: {path: coarse look, (256,)}."""
     train = [r for r in records if r["split"] == "train"]
     test = [r for r in records if r["split"] == "test"]
     if not train or not test:
@@ -1348,7 +1357,7 @@ def look_up(task, records, points):
         offered.update(r["options"])
     seen = [r for r in train if r["path"] in points]
     known = np.array([points[r["path"]] for r in seen])  # (N, 256)
-    number = {text: k for k, text in enumerate(right)}  # of an answer
+    number = {answer: k for k, answer in enumerate(right)}
     answers = np.array([number[r["right"]] for r in seen])  # (N,)
     half = (known**2).sum(-1) / 2
 
@@ -1360,7 +1369,7 @@ def look_up(task, records, points):
         choices = [number[x] for x in r["options"] if x in number]
         offers = np.isin(answers, choices)  # (N,)
         if r["path"] in points and offers.any():
-            near = np.where(offers, known @ points[r["path"]] - half, -np.inf)
+            near = np.where(offers, known @ points[r["path"]] - half, -np.inf)  # most: the nearest
             found["nearest picture's"].append(seen[near.argmax()]["right"] == r["right"])
     found = {name: np.mean(hits) for name, hits in found.items()}
     told = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
@@ -1374,10 +1383,9 @@ def check(records):
     DataError at the end where images can't be used."""
     paths = sorted({r["path"] for r in records})
     with multiprocessing.Pool() as pool:
-        looks = list(tqdm(pool.imap(look_at, paths, chunksize=16), desc="check", total=len(paths)))
-    looks, whys = zip(*looks, strict=True)
-    seen = {path: x for path, x in zip(paths, looks, strict=True) if x is not None}
-    bad = [why for why in whys if why]
+        found = list(tqdm(pool.imap(look_at, paths, chunksize=16), desc="check", total=len(paths)))
+    seen = {path: look for path, (look, _) in zip(paths, found, strict=True) if look is not None}
+    bad = [why for _, why in found if why]
     print(f"{len(records)} questions on {len(paths)} images, {len(bad)} of them can't be used,"
           f" {len(paths) - len(seen) - len(bad)} show nothing")
     for key in ("task", "split", "answer", "modality"):

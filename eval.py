@@ -86,7 +86,8 @@ KNOBS = dict(  # the flags, as argparse takes them
                "while they train, in watch.html of --out or of the first"),
 )
 LEAST = dict(questions=0, temperature=0, batch=1, max_new_tokens=0, max_pixels=1)
-RATES = dict(overall="acc", format="fmt", consistency="con", grounding="grounding")  # of rows
+# An entry's figures, and a difference's -> the key of a row that they are the mean of.
+RATES = dict(overall="acc", format="fmt", consistency="con", grounding="grounding")
 CHANGES = dict(accuracy="acc", consistency="con", grounding="grounding")
 TIMEOUT = 300.0   # s that a chat server may take for an answer
 RESAMPLES = 2000  # of an interval
@@ -113,9 +114,9 @@ def completions(policy, processor, records, *, max_new_tokens, temperature=0.0, 
 
 
 def scored(said, records, judge, score=rewards.score):
-    """(text, cut_off) for each record -> one dict (row) per record, in their order: what `score`
-    (or rewards.score_leniently; fmt, acc and con are Eqs. 4-6) and rewards.grounding tell of it,
-    path and group of the record, cut_off."""
+    """(text, cut_off) for each record -> a row (dict) for each, in their order: that of `score`
+    (rewards.score or score_leniently; fmt, acc and con are Eqs. 4-6), with the record's path and
+    group, cut_off, and what rewards.grounding says of the thought."""
     said = list(said)
     rows = score([text for text, _ in said], records, judge)
     for row, record, (_, cut_off) in zip(rows, records, said, strict=True):
@@ -186,7 +187,7 @@ def difference(before, after):
         return {}
     figures = {}
     for name, key in CHANGES.items():
-        sets = {}  # checkpoint: group: changes
+        sets = {}  # {checkpoint: {group: [new minus old, ..]}}
         for old, new in zip(before, after, strict=True):
             changes = sets.setdefault(new["ckpt"], {}).setdefault(new["group"], [])
             if not rewards.failed(new[key] - old[key]):
@@ -198,22 +199,22 @@ def difference(before, after):
 
 
 def bootstrap(sets):
-    """For each checkpoint {group: changes} -> their "mean", and "low" and "high" of its 95 %
+    """[{group: its changes}, of each checkpoint] -> the "mean", "low" and "high" of its 95 %
     interval: about other images, not about other seeds of the training. What is drawn again is a
     group (an image; of real data a patient), since its questions are right or wrong together;
     checkpoints asked about the same groups get the same draw."""
     rng = np.random.default_rng(0)
-    draws, means, drawn = {}, [], []
+    draws, means, resampled = {}, [], []  # draws: {groups: their numbers (RESAMPLES, n)}
     for groups in sets:
         names = tuple(groups)
         if names not in draws:
             draws[names] = rng.integers(len(names), size=(RESAMPLES, len(names)))
-        sums = np.array([(sum(changes), len(changes)) for changes in groups.values()])
+        sums = np.array([(sum(x), len(x)) for x in groups.values()])  # (n, 2)
         again = np.array([sums[draw].sum(0) for draw in draws[names]])  # (RESAMPLES, 2)
         with np.errstate(invalid="ignore"):  # nan where groups without a value alone were drawn
-            drawn.append(again[:, 0] / again[:, 1])
+            resampled.append(again[:, 0] / again[:, 1])
         means.append(sums[:, 0].sum() / sums[:, 1].sum())
-    low, high = np.nanquantile(np.mean(drawn, 0), (0.025, 0.975)).tolist()
+    low, high = np.nanquantile(np.mean(resampled, 0), (0.025, 0.975)).tolist()
     return {"mean": float(np.mean(means)), "low": low, "high": high}
 
 # ---- the tables ----------------------------------------------------------------------------------
@@ -253,16 +254,17 @@ def tables(results, paper=False, matrix=None):
     lines = {}
     for name, entry in results.items():
         params = f"{entry['params'] / 1e6:.1f}" if entry["params"] else "-"
-        lines[name] = {"params, M": params} | tasks | entry["tasks"]
+        lines[name] = {"params, M": params} | tasks | entry["tasks"]  # `tasks` sets the order
         lines[name] |= {rate: entry[rate] for rate in RATES} | {"n": str(entry["overall"]["n"])}
     if paper:
         for name in results:
             lines[name]["overall in the paper"] = PAPER_OVERALL.get(name, "-")
         for line in PAPER.strip().split("\n"):
-            name, params, *numbers = line.split()
-            figures = map("{} ± {}".format, numbers[::2], numbers[1::2])
-            lines[f"{name} (paper)"] = {"params, M": params} | dict(
-                zip((*data.TASKS, "overall"), figures, strict=True))
+            name, params, *numbers = line.split()  # mean, deviation, mean, ..
+            figures = {"params, M": params}
+            for k, column in enumerate((*data.TASKS, "overall")):
+                figures[column] = f"{numbers[2 * k]} ± {numbers[2 * k + 1]}"
+            lines[f"{name} (paper)"] = figures
 
     def part(key):
         return {name: entry.get(key, {}) for name, entry in results.items()}
@@ -306,8 +308,8 @@ def table(title, lines):
 
 
 def percent(figure):
-    """A figure in % -> (text, mean, deviation). For a text, which stays, a difference, which has
-    its interval, and None mean and deviation are None."""
+    """A figure -> (text, mean, deviation), all in %. Mean and deviation, of which the page draws a
+    bar, are None for a text, a difference (its text has the interval) and a missing figure."""
     if isinstance(figure, str):
         return figure, None, None
     if not figure or figure["mean"] is None:
@@ -419,7 +421,7 @@ def curve(points):
     sums, end = np.append(0, y.cumsum()), np.arange(len(x)) + 1
     start = np.maximum(end - math.ceil(len(x) / 20), 0)
     mean = (sums[end] - sums[start]) / (end - start)
-    some = np.linspace(0, len(x) - 1, min(len(x), POINTS)).astype(int)
+    some = data.evenly(range(len(x)), POINTS)
     raw, mean = (np.stack([x, line], 1)[some].tolist() for line in (y, mean))
     dots = [("dot", [point, point]) for point in raw] if len(raw) <= 20 else []
     return [("raw", raw), ("", mean), *dots]
@@ -427,7 +429,7 @@ def curve(points):
 
 def curves(runs):
     """{name: folders of its runs} -> charts over steps and over minutes of each of CURVES that some
-    of them logged. Of the losses SFT's is shown alone: Con-GRPO's tells little."""
+    of them logged. The loss is shown of SFT runs only: Con-GRPO's tells little."""
     logs = {name: list(map(steps_of, folders)) for name, folders in runs.items()}
     charts = []
     for key, over in product(CURVES, ("step", "minutes")):
@@ -820,7 +822,8 @@ def main(argv=None):
         before = rows[name]
         if rank == 0:
             data.write_records(map(without_nan, rows[name]), files[name])
-            text = json.dumps(json_object(path) | results, indent=1, ensure_ascii=False)
+            found = json_object(path)  # again: another eval.py may have added to it since
+            text = json.dumps(found | results, indent=1, ensure_ascii=False)
             data.write_text(path, text + "\n")
 
     source = ", ".join(args.data) or "the phantoms beside each checkpoint"

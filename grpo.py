@@ -10,8 +10,8 @@ r is the ratio of a token's probabilities under the policy and under pi_SFT (--r
 paper prints it, the paper preset) or under the policy that sampled (--ratio old, the tiny preset);
 the KL divergence is from pi_SFT. With --ratio old and one update per rollout r is 1 and the clip
 never acts: the step is then REINFORCE with the group's mean as baseline and a KL term. With --ratio
-sft a token is pushed up no further once its probability is 1 + eps times pi_SFT's, and down no
-further from 1 - eps times on.
+sft the clip is a fence around pi_SFT: an advantage above 0 stops acting on a token once its
+probability is over 1 + eps times pi_SFT's, one below 0 once it is under 1 - eps times it.
 
     torchrun grpo.py                                        # the phantoms: out/sft to out/grpo
     torchrun --nproc_per_node=8 grpo.py --model out/sft --data medad38k/medad38k.jsonl
@@ -114,7 +114,8 @@ def group_advantages(rewards, scale="none"):
     2024 do; Eq. (7) does not."""
     R = rewards                                                          # (N, G)
     A = R - R.mean(1, keepdim=True)                                      # (N, G)
-    # Where all are alike rounding may leave 1e-8, of which AdamW makes a step like any other.
+    # Where all G rewards are equal rounding may leave 1e-8, not 0; AdamW, which scales gradients,
+    # would make a full step of it.
     A = A.masked_fill(~group_spread(R)[:, None], 0.0)                    # (N, G)
     if scale == "std":
         A = A / (R.std(1, keepdim=True) + 1e-4)
@@ -127,7 +128,7 @@ def group_spread(rewards):
     Where they don't, every advantage of Eq. (7) is 0, and of the group's part of Eq. (8) only the
     KL penalty is left. --drop_no_spread drops such groups with their penalty: Eq. (8)'s mean is
     then over the groups with spread, and neither reference nor update has to read the others."""
-    return rewards.max(1).values - rewards.min(1).values > 1e-6          # (N,)
+    return rewards.max(1).values - rewards.min(1).values > 1e-6          # (N,); less is rounding
 
 
 def kl_divergence(logp, ref_logp, kind="k3"):
@@ -135,9 +136,9 @@ def kl_divergence(logp, ref_logp, kind="k3"):
     (B, T) and (B, T) -> (B, T).
 
     k1 = log(pi/ref), k2 = k1^2 / 2, k3 = ref/pi - 1 + log(pi/ref). k1 and k3 are unbiased as
-    values. As a term of the loss, and of each token by itself, only k2's gradient is the reverse
-    KL's; k3's is the forward KL's, which is nearly the same where pi is near ref; k1's has mean
-    zero."""
+    values. What trains is the gradient, here of each token by itself, and its mean is: of k2 that
+    of KL(pi || ref), which Eq. (8) asks for; of k3 that of KL(ref || pi), nearly the same where pi
+    is near ref; of k1 zero, no penalty at all."""
     log_ratio = logp - ref_logp                                          # (B, T)
     if kind == "k1":
         return log_ratio
@@ -256,13 +257,13 @@ def without_failures(con):
 
 
 def micro_batches(batch, tokens, mask, args):
-    """Yields the N questions, as many whole groups at a time as --micro_tokens allows: a slice of
-    them, and their batch, tokens, mask."""
+    """Cuts the N groups into parts of at most --micro_tokens tokens, but at least one group. Yields
+    of each the slice of N that it is, then the inputs of M.token_logprobs: batch, tokens, mask."""
     N, G, T = tokens.shape
     size = max(1, args.micro_tokens // (batch["input_ids"].shape[1] + G * T))
     for i in range(0, N, size):
-        rows = slice(i, i + size)
-        yield rows, M.rows_of(batch, rows), tokens[rows], mask[rows]
+        part = slice(i, i + size)
+        yield part, M.rows_of(batch, part), tokens[part], mask[part]
 
 
 @torch.no_grad()
@@ -270,8 +271,8 @@ def reference_logprobs(reference, batch, tokens, mask, args):
     """log pi_SFT of the sampled tokens -> (N, G, T). reference(): see reference_of."""
     logp = torch.zeros(tokens.shape, device=tokens.device)
     with reference() as pi_sft:
-        for rows, *part in micro_batches(batch, tokens, mask, args):
-            logp[rows] = M.token_logprobs(pi_sft, *part, temperature=args.temperature)
+        for part, *inputs in micro_batches(batch, tokens, mask, args):
+            logp[part] = M.token_logprobs(pi_sft, *inputs, temperature=args.temperature)
     return logp
 
 
@@ -282,19 +283,19 @@ def update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr, args):
     total = M.sum_over_ranks(int(mask.sum()) if args.loss_norm == "token" else A.numel())
     logps, loss_sum = torch.zeros(tokens.shape, device=tokens.device), 0.0
     sums = dict.fromkeys(("kl", "ratio", "clip_low", "clip_high"), 0.0)  # over the tokens
-    for rows, *part in micro_batches(batch, tokens, mask, args):
-        logp = M.token_logprobs(policy, *part, temperature=args.temperature)  # (n, G, T)
-        logps[rows] = logp.detach()
-        old = logp.detach() if old_logp is None else old_logp[rows]
-        loss, metrics = policy_loss(
-            logp.flatten(0, 1), old.flatten(0, 1), ref_logp[rows].flatten(0, 1),
-            A[rows].flatten(), mask[rows].flatten(0, 1), eps=args.eps, beta=args.beta,
+    for part, *inputs in micro_batches(batch, tokens, mask, args):
+        logp = M.token_logprobs(policy, *inputs, temperature=args.temperature)  # (n, G, T)
+        logps[part] = logp.detach()
+        old = logp.detach() if old_logp is None else old_logp[part]
+        loss, metrics = policy_loss(  # (n, G, T) -> (B, T): B = n * G
+            logp.flatten(0, 1), old.flatten(0, 1), ref_logp[part].flatten(0, 1),
+            A[part].flatten(), mask[part].flatten(0, 1), eps=args.eps, beta=args.beta,
             loss_norm=args.loss_norm, kl=args.kl, max_tokens=args.max_new_tokens, total=total)
         loss.backward()
         loss_sum += loss.item()
         for name in sums:
-            sums[name] += metrics[name] * int(mask[rows].sum())
-    # Without spread in any group of any process there is nothing to learn from.
+            sums[name] += metrics[name] * int(mask[part].sum())  # from a mean to a sum
+    # total is 0 where --drop_no_spread dropped every group of every process: then no step is made.
     figures = run.step(loss_sum, lr, learn=total > 0)
     sums["sampled_nll"] = -logps.sum().item()  # logps are 0 outside the mask
     figures |= token_means(sums, mask)
@@ -362,7 +363,7 @@ def check_gold(records, judge, lexical=True):
         print(f"F agrees with {sum(row['con'] == 1 for row in asked)} of {len(asked)} gold "
               f"thoughts and failed on {sum(failed(row['verdict']) for row in asked)}")
     for name in must:
-        bad = [row["id"] for row in rows if row[name] < 1]  # nan, where no thought is asked, isn't
+        bad = [row["id"] for row in rows if row[name] < 1]  # not nan: there no thought is asked for
         expect(not bad, f"record {bad[:1]}: its gold answer has no {name} reward (so for "
                         f"{len(bad)} of {len(rows)} records; where the rule can't read thoughts, "
                         "--judge names a model)")
@@ -370,7 +371,7 @@ def check_gold(records, judge, lexical=True):
 # ---- what a person looks at ----------------------------------------------------------------------
 
 def mean(values):
-    """Of the values that are there; nan is none of them, and the mean of none."""
+    """The mean of the values that are not nan; nan where none is left."""
     known = [x for x in values if not math.isnan(x)]
     return fmean(known) if known else math.nan
 
@@ -385,19 +386,20 @@ def token_means(sums, mask):
 
 
 def figures_of(rows, R, ended, mask, args):
-    """A rollout's figures: means over the sampled completions of all processes, or what of them
-    has such a figure: one on which F failed has no consistency, nor the reward that depends on it.
-    rows: N * G of rewards.score; R, ended (N, G), mask (N, G, T)."""
-    own = []
-    parts = (x.flatten().tolist() for x in (R, ended, mask.sum(2)))
+    """A rollout's figures: means over the sampled completions of all processes, each over those
+    that have a value for it, not nan: where F failed there is no consistency, nor a reward that
+    depends on it. rows: N * G of rewards.score; R, ended (N, G), mask (N, G, T)."""
+    mine = []  # this process's completions
+    parts = (x.flatten().tolist() for x in (R, ended, mask.sum(2)))      # N * G numbers each
     for row, reward, end, length in zip(rows, *parts, strict=True):
-        thought, lost = row["thought"], failed(row["con"]) and args.thinking != "none"
-        own.append(dict(
-            reward=math.nan if lost and args.weights[2] else reward, format=row["fmt"],
+        thought = row["thought"]
+        f_failed = failed(row["con"]) and args.thinking != "none"
+        mine.append(dict(
+            reward=math.nan if f_failed and args.weights[2] else reward, format=row["fmt"],
             accuracy=row["acc"], consistency=row["con"], length=length, truncated=not end,
-            judge_failed=math.nan if thought is None else lost,
+            judge_failed=math.nan if thought is None else f_failed,
             thoughts_cut=math.nan if thought is None else rewards.visible_thought(thought)[1]))
-    every, spread = M.gather(own), M.gather(group_spread(R).tolist())
+    every, spread = M.gather(mine), M.gather(group_spread(R).tolist())
     figures = {name: mean([x[name] for x in every]) for name in every[0]}
     tokens = sum(x["length"] for x in every)
     return figures | dict(no_spread=1 - fmean(spread), tokens=tokens)
@@ -438,7 +440,8 @@ def train(run, argv):
         check_gold(records, judge, args.judge == "lexical")
 
     n = args.batch // args.G                       # questions per rollout, over all processes
-    steps = max(1, round(args.epochs * max(1, len(records) // n))) * args.mu
+    rollouts = max(1, round(args.epochs * max(1, len(records) // n)))
+    steps = rollouts * args.mu                     # optimiser steps, over which --schedule falls
     start = run.open(args, policy, processor, optimizer, rank, keep_adapter=True)
     end = math.ceil(min(steps, args.max_steps or steps) / args.mu) * args.mu  # whole rollouts
     generator = torch.Generator(device)
@@ -450,11 +453,12 @@ def train(run, argv):
     for step in bar:  # one rollout, then mu optimiser steps on it
         clock = sft.Clock(device)
 
-        # Eq. (2): G completions for each question. A resumed run draws the same.
+        # Eq. (2): G completions for each question. A resumed run draws the same: the seed
+        # depends on --seed, step and rank alone, and differs where one of them does.
         mine = questions_of(records, step, n, args, rank, world)
         generator.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)
         batch, tokens, mask, texts = rollout(policy, processor, mine, generator, args)
-        sampled = M.finished(batch, tokens, mask), mask                          # (N, G), (N, G, T)
+        ended, full_mask = M.finished(batch, tokens, mask), mask                 # (N, G), (N, G, T)
         clock.tick("rollout")
 
         # Eqs. (3) to (6): the rewards.
@@ -462,7 +466,7 @@ def train(run, argv):
         R = rewards.total_reward(fmt, acc, without_failures(con), args.weights)  # (N, G)
         clock.tick("judge")
 
-        # Eq. (7): the advantages. Those to train on are all groups, or those with spread.
+        # Eq. (7): the advantages. With --drop_no_spread N is from here on the groups with spread.
         A = group_advantages(R, args.scale).to(device)                           # (N, G)
         if args.drop_no_spread:
             kept = group_spread(R).nonzero()[:, 0].tolist()
@@ -477,15 +481,16 @@ def train(run, argv):
         skipped = 0
         for inner in range(args.mu):
             lr = learning_rate(step + inner, steps, args)
-            logp, told = update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr, args)
+            logp, last = update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr, args)
             if old_logp is None:
                 old_logp = logp
-            skipped += told["skipped"]
+            skipped += last["skipped"]
         done = run.done = step + args.mu
         clock.tick("update")
 
-        # What a person looks at; and the end, if it has come.
-        figures = figures_of(rows, R, *sampled, args) | told | clock.figures | dict(skipped=skipped)
+        # What a person looks at: of the whole rollout, and of the last of its mu steps.
+        figures = figures_of(rows, R, ended, full_mask, args)
+        figures |= last | clock.figures | dict(skipped=skipped)  # skipped: of all mu steps
         seconds = sum(x for name, x in clock.figures.items() if name.startswith("seconds"))
         figures["tokens_per_second"] = figures["tokens"] / seconds
         if due(step, args.mu, args.eval_every):

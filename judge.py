@@ -76,7 +76,8 @@ TOGETHER = 16  # thoughts that a local F reads in one pass
 
 
 def parse_spec(spec):
-    """-> (kind, folder, hub name or BASE_URL, device or MODEL); DataError without a password."""
+    """-> (kind, NAME_OR_PATH or BASE_URL, DEVICE or MODEL), None for what isn't given. DataError,
+    which does not quote an openai: spec, since that may hold a password."""
     kind, parts = spec.partition(":")[0], SPEC.fullmatch(spec)
     shown = "openai:.." if kind == "openai" else repr(spec)
     expect(parts, f"judge {shown} is unknown, expected lexical, hf:NAME_OR_PATH or openai:BASE_URL"
@@ -124,13 +125,15 @@ def make_judge(spec="lexical", sees="cut", *, reference=None, **limits):
         server = Server(spec, max_tokens=4, **limits)
         letters, usage = server.letters, server.usage
     else:
-        letters = partial(starmap, partial(rewards.lexical_verdict, sees_letters=sees == "raw"))
+        rule = partial(rewards.lexical_verdict, sees_letters=sees == "raw")
+        letters = partial(starmap, rule)  # [(text, item)] -> letters, as of the others
 
     def judge(thoughts, items):
-        texts = [rewards.single_blanks(x or "") if sees == "raw" else visible_thought(x or "")[0]
-                 for x in thoughts]
+        texts = [rewards.single_blanks(thought or "") for thought in thoughts]
+        if sees == "cut":
+            texts = [visible_thought(text)[0] for text in texts]
         pairs = {(x, id(item)): (x, item) for x, item in zip(texts, items, strict=True) if x}
-        verdicts = dict(zip(pairs, letters(pairs.values()), strict=True))
+        verdicts = dict(zip(pairs, letters(pairs.values()), strict=True))  # {pair's key: letter}
         return [verdicts.get((x, id(item))) for x, item in zip(texts, items, strict=True)]
 
     judge.usage = usage
@@ -143,17 +146,18 @@ def local_model(spec, name, device, reference):
     safe = dict(trust_remote_code=False)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
-        if name != "reference":
+        if name == "reference":
+            expect(reference, "grpo.py alone has one, expected hf:FOLDER")
+            opened, tokenizer = reference
+        else:
             auto = transformers.AutoModelForCausalLM
             if hasattr(transformers.AutoConfig.from_pretrained(name, **safe), "vision_config"):
                 auto = transformers.AutoModelForImageTextToText
             net, info = auto.from_pretrained(name, dtype=dtype, use_safetensors=True,
                                              output_loading_info=True, **safe)
             expect(not info["missing_keys"], "some of its weights are missing")
-            opened = partial(nullcontext, net.to(device).eval())
-            reference = opened, transformers.AutoTokenizer.from_pretrained(name, **safe)
-        expect(reference, "grpo.py alone has one, expected hf:FOLDER")
-        opened, tokenizer = reference
+            opened = partial(nullcontext, net.to(device).eval())  # `with opened() as net`
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
         expect(tokenizer.chat_template, "it has no chat template")
         return opened, tokenizer, reply_tokens(tokenizer)
     except Exception as e:  # transformers raises anything on a folder that isn't a checkpoint
@@ -199,12 +203,12 @@ def local_evaluator(spec, name, device, reference):
 
     def said(net, pairs):
         prompts, choices = zip(*starmap(asked, pairs), strict=True)
-        ids = pad_sequence(prompts, batch_first=True)  # to the right, where no place looks
+        ids = pad_sequence(prompts, batch_first=True)  # on the right: causal attention skips it
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=net.device)
-        ends, place = last.unique(return_inverse=True)
+        ends, place = last.unique(return_inverse=True)  # logits are made at `ends` alone
         out = net(input_ids=ids.to(net.device), use_cache=False, logits_to_keep=ends)
         each = torch.arange(len(pairs), device=net.device)
-        logits = out.logits[each, place].cpu()  # (n, V), of (n, ends, V)
+        logits = out.logits[each, place].cpu()  # (n, V) of (n, ends, V): at each one's own end
         for row, answers in zip(logits, choices, strict=True):
             best = max(answers, key=lambda x: row[tokens[x]].max())
             yield None if best == NONE else best
@@ -240,12 +244,13 @@ class Server:
         kind, url, model = parse_spec(spec)
         expect(kind == "openai", f"{spec!r} is no chat server, expected openai:BASE_URL#MODEL")
         self.spec, self.timeout, self.usage = spec, timeout, []
-        self.lost = 0  # requests in a row
-        self.cache, self.replies = Path(cache), {}
+        self.lost = 0  # failed requests in a row
+        self.cache, self.replies = Path(cache), {}  # {key_of a request: (reply, cut_off)}
         if self.cache.exists():
             for line in self.cache.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError, TypeError):  # a line torn by a kill
-                    self.replies.update([json.loads(line)])
+                    asked, said = json.loads(line)
+                    self.replies[asked] = said
         self.url = urlsplit(f"{url.rstrip('/')}/chat/completions")
         self.knobs = dict(model=model, temperature=0, max_tokens=max_tokens)
         self.headers = {"Content-Type": "application/json"}
@@ -280,12 +285,12 @@ class Server:
             image = data_url(record, max_pixels=max_pixels)
             return self.ask(rewards.question_text(record), image, **knobs)
 
-        lost = self.lost = 0
-        for reply in self.threads.imap(ask, records):
-            lost = lost + 1 if failed(reply[0]) else 0
-            expect(lost < min(GIVE_UP, len(records)),
-                   f"{self.spec}: no reply to {lost} questions in a row: {failures(self.usage)}")
-            yield reply
+        self.lost, silent = 0, 0  # silent: questions in a row without a reply
+        for said in self.threads.imap(ask, records):
+            silent = silent + 1 if failed(said[0]) else 0
+            expect(silent < min(GIVE_UP, len(records)),
+                   f"{self.spec}: no reply to {silent} questions in a row: {failures(self.usage)}")
+            yield said
 
     def ask(self, text, image=None, **knobs):
         """A user's message, and an image's data: URL -> (reply, whether it was cut off at
@@ -296,13 +301,13 @@ class Server:
         key = key_of(self.spec, body)
         if key in self.replies:
             return self.replies[key]
-        reply = self.request(body)
-        if not failed(reply[0]):
-            self.replies[key] = reply
+        said = self.request(body)
+        if not failed(said[0]):
+            self.replies[key] = said
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             with data.naming(self.cache), open(self.cache, "ab", buffering=0) as f:
-                f.write(f"\n{json.dumps([key, reply])}".encode())  # in one piece: it may be shared
-        return reply
+                f.write(f"\n{json.dumps([key, said])}".encode())  # in one piece: it may be shared
+        return said
 
     def request(self, body):
         """-> (reply, cut_off), or (nan, nan) where none came; never raises. It is tried again, at a
@@ -365,7 +370,7 @@ def write_thought(record, described, known, writer, judge):
                           options=options_text(shown["options"]), answer=right_option(shown))
     for _ in range(3):
         thought, _ = writer.ask(prompt + again, image)
-        [verdict] = [thought] if failed(thought) else judge([thought], [record])
+        verdict = thought if failed(thought) else judge([thought], [record])[0]
         if failed(verdict):
             return thought, ["got no reply or no verdict"]
         wrong = faults(thought, record, known[record["image"]], verdict)
@@ -378,7 +383,7 @@ def write_thought(record, described, known, writer, judge):
 # Verification by rule. It reads words, not meaning; a person reads the rest.
 CONCLUDES = re.compile(r"(?i)\b(?:so|therefore|thus|hence|consequently|answer|option|choice)\b")
 NAMES = dict(modality={*data.MODALITIES}, anatomy={*data.ANATOMIES}, location={*data.LOCATIONS},
-             pathology={*sum(data.KINDS.values(), ())})
+             pathology={kind for kinds in data.KINDS.values() for kind in kinds})
 LESIONS = {"none", "lesion", "mass", "tumour", "abnormality"}  # a normal image has "none"
 
 

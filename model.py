@@ -50,8 +50,8 @@ MAX_PIXELS = 512 * 28 * 28  # pixels: a larger image is shrunk to at most 512 im
 MAX_TEXT = 4096             # tokens of a question or an answer: attention's memory is their square
 PIXEL_CACHE = 2**29         # bytes of image patches that are kept
 LOGIT_FLOATS = 2**26        # logits that exist at a time in token_logprobs
-GRAPHED = dict(cuda=16)     # devices on which a step is a graph: tokens between looks at what ended
-STAY = dict(cpu=0.8, cuda=0.5)  # share of unfinished rows at which the finished ones leave
+GRAPHED = dict(cuda=16)     # devices that sample by CUDA graph: steps between looks at what ended
+STAY = dict(cpu=0.8, cuda=0.5)  # ended rows leave when at most this share of the rows goes on
 PIECE_FLOATS = 2**24        # gradients that are summed over the processes at a time
 LONGEST_WAIT = datetime.timedelta(minutes=30)  # of a process for another; F may be slow
 
@@ -89,6 +89,7 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
         edges = "shortest_edge", "longest_edge"  # pixels, whatever they are called
         images.size = {edge: min(images.size[edge], max_pixels) for edge in edges}
         processor = Processor(tokenizer, images)
+        # A trial prompt: an image of one token (its patches are not looked at), and a text.
         one_token = torch.zeros(1), torch.tensor([[1, 1, images.merge_size**2]])
         prompt = tensors(processor, ["its text"], [one_token])["input_ids"][0]
         shown = (prompt == config.image_token_id).sum() == 1 and "text" in tokenizer.decode(prompt)
@@ -228,8 +229,8 @@ def add_lora(net, rank, seed=0):
 
 
 def leave_inputs(policy):
-    """The policy, whose adapters take their inputs as they are where autocast rounds them: peft
-    makes them fp32 first. The same bits."""
+    """Keep peft from casting the adapters' inputs to fp32 on CUDA, where autocast rounds them to
+    bf16 right after: the same bits without the detour. -> the policy."""
     for m in policy.modules():
         if isinstance(m, LoraLayer):
             m.cast_input_dtype_enabled = network(policy).device.type != "cuda"
@@ -270,7 +271,7 @@ def image_patches(processor, record):
 
 
 def stop_ids(tokenizer):
-    """What ends a completion, and what stands behind it."""
+    """The ids that end a completion: the end of a turn, and the padding that stands behind it."""
     return torch.tensor(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
 
 
@@ -342,9 +343,9 @@ def rows_of(batch, rows):
 # ---- one pass of the network ---------------------------------------------------------------------
 
 def with_image_features(model, batch):
-    """The batch with "features" in place of pixels: what the vision tower makes of each image,
-    (levels, tokens, d), embeddings and, in Qwen3-VL, the deepstack. Of a frozen tower one call
-    serves sampling, reference and update."""
+    """The batch with "features" in place of pixels: for each image (levels, tokens, d). Level 0 is
+    the embeddings of its image tokens; the others, in Qwen3-VL alone, are its deepstack. Of a
+    frozen tower one call serves sampling, reference and update."""
     if "pixel_values" not in batch:
         return batch
     batch, net = dict(batch), network(model).model
@@ -361,8 +362,8 @@ def with_image_features(model, batch):
 
 
 def prompt_positions(net, batch):
-    """mRoPE positions of the prompt (3, N, P), and of a completion's first token (N,). A batch's
-    "skip" (N,), of the tiny base's lessons, leaves positions free between the two."""
+    """mRoPE positions of the prompt (3, N, P), and of a completion's first token (N,). "skip" (N,),
+    which only sft.letter_batch puts into a batch, leaves positions free between the two."""
     ids = batch["input_ids"]
     positions, _ = net.model.get_rope_index(
         ids, mm_token_type_ids=(ids == net.config.image_token_id).int(),
@@ -371,8 +372,9 @@ def prompt_positions(net, batch):
 
 
 def causal_mask(real):
-    """real (N, S), 0 at padding -> (N, 1, S, S) bool: a place sees (True) what is real before it,
-    and itself, padding too: a row of nothing but False has no softmax."""
+    """real (N, S), 0 at padding -> (N, 1, S, S) bool, True where a place (row) sees another
+    (column): itself and what is real before it. Padding too sees itself: the softmax of a row of
+    nothing but False is nan."""
     S = real.shape[1]
     earlier = real.bool()[:, None].expand(-1, S, -1).tril()  # (N, S, S)
     return (earlier | torch.eye(S, dtype=torch.bool, device=real.device))[:, None]
@@ -384,7 +386,7 @@ def hidden_states(net, ids, mask, positions, batch=None, cache=None, prompt_leng
     language = net.model.language_model
     x, deep = language.embed_tokens(ids), {}
     if batch and "features" in batch:
-        embeddings, *deepstack = torch.cat(batch["features"], 1)  # (tokens, d)
+        embeddings, *deepstack = torch.cat(batch["features"], 1)  # of all images; (tokens, d) each
         places = ids == net.config.image_token_id  # (n, S)
         x = x.masked_scatter(places[..., None], embeddings.to(x.dtype))
         if deepstack:
@@ -412,15 +414,15 @@ def grouped_attention(module, q, k, v, attention_mask, scaling=None, prompt_leng
     def cut(x):  # (N, ., P+G*T, d) -> the prompt's (N, ., P, d), the completions' (N*G, ., T, d)
         return x[:, :, :P], x[:, :, P:].unflatten(2, (G, T)).transpose(1, 2).flatten(0, 1)
 
-    def both(prompt, own):  # -> (N*G, ., P+T, d)
-        return torch.cat([prompt.repeat_interleave(G, 0), own], 2)
+    def join(prompt, completions):  # -> (N*G, ., P+T, d)
+        return torch.cat([prompt.repeat_interleave(G, 0), completions], 2)
 
-    (q, own_q), (k, own_k), (v, own_v) = cut(q), cut(k), cut(v)
-    own_mask = attention_mask[:, :, P:].repeat_interleave(G, 0)  # (N*G, 1, T, P+T)
-    prompt = attend(q, k, v, attention_mask[:, :, :P, :P], scaling)  # (N, H, P, d)
-    own = attend(own_q, both(k, own_k), both(v, own_v), own_mask, scaling)  # (N*G, H, T, d)
-    own = own.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)  # (N, H, G*T, d)
-    return torch.cat([prompt, own], 2).transpose(1, 2).contiguous(), None
+    (q_p, q_c), (k_p, k_c), (v_p, v_c) = cut(q), cut(k), cut(v)  # p: prompt's, c: completions'
+    mask_c = attention_mask[:, :, P:].repeat_interleave(G, 0)  # (N*G, 1, T, P+T)
+    out_p = attend(q_p, k_p, v_p, attention_mask[:, :, :P, :P], scaling)  # (N, H, P, d)
+    out_c = attend(q_c, join(k_p, k_c), join(v_p, v_c), mask_c, scaling)  # (N*G, H, T, d)
+    out_c = out_c.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)  # (N, H, G*T, d)
+    return torch.cat([out_p, out_c], 2).transpose(1, 2).contiguous(), None
 
 
 transformers.AttentionInterface.register(GROUPED, grouped_attention)
@@ -429,8 +431,8 @@ transformers.AttentionMaskInterface.register(GROUPED, sdpa_mask)  # in a stock f
 
 def attend(q, k, v, mask, scaling):
     """softmax(q k^T * scaling) v: q (N, H, T, d), k, v (N, h, keys, d), mask (N, 1, T, keys) bool
-    -> (N, H, T, d). The H/h heads that share keys and values become queries of one head, so that
-    these are not copied."""
+    -> (N, H, T, d). Grouped-query attention (this group is not GRPO's): the H/h query heads that
+    share a key head become more queries of it, so that keys and values are not copied."""
     N, H, T, d = q.shape
     shared = H // k.shape[1]
     q = q.reshape(N, H // shared, shared * T, d)
@@ -468,11 +470,11 @@ class KVCache:
     transformers' DynamicCache copies all of them at every token, which was 43 % of a rollout's time
     on the CPU.
 
-    prompt_mask (N, P); `following` (N,), the mRoPE position of a completion's first token; `room`
+    prompt_mask (N, P); `start` (N,), the mRoPE position of a completion's first token; `room`
     places for a completion. With `fixed` attention reads all places at every token, else those that
     have been written."""
 
-    def __init__(self, prompt_mask, following, G, room, fixed):
+    def __init__(self, prompt_mask, start, G, room, fixed):
         P = prompt_mask.shape[1]
         self.G, self.room, self.fixed = G, room, fixed
         self.layers = []  # keys and values of each, (2, rows, h, P+room, d)
@@ -480,7 +482,7 @@ class KVCache:
         # The last token: its place in the buffers, what it sees of them, its mRoPE position.
         self.at = torch.tensor([P - 1], device=prompt_mask.device)
         self.seen = pad(prompt_mask.bool().repeat_interleave(G, 0), (0, room))  # (rows, P+room)
-        self.position = following.repeat_interleave(G)[:, None] - 1  # (rows, 1)
+        self.position = start.repeat_interleave(G)[:, None] - 1  # (rows, 1)
 
     def advance(self):
         """Turn to the next token -> the mask of what it sees, (rows, 1, 1, end), and its positions
@@ -521,15 +523,16 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
     model.eval()  # gradient checkpointing would silently switch the cache off
     N, G, device = len(batch["input_ids"]), group_size, batch["input_ids"].device
     tokens = torch.full((N * G, max_new_tokens), batch["pad_id"], device=device)
-    rows = torch.arange(N * G, device=device)  # the completions that have not left
+    rows = torch.arange(N * G, device=device)  # the completions still computed; ended ones leave
     graphed = device.type in GRAPHED
-    look_every = GRAPHED.get(device.type, 1)  # tokens: to look at what ended waits for the device
-    positions, following = prompt_positions(net, batch)
-    cache = KVCache(batch["attention_mask"], following, G, max_new_tokens, fixed=graphed)
+    look_every = GRAPHED.get(device.type, 1)  # steps; each look makes the CPU wait for the GPU
+    positions, start = prompt_positions(net, batch)  # (3, N, P), (N,)
+    cache = KVCache(batch["attention_mask"], start, G, max_new_tokens, fixed=graphed)
 
     def step(y):
         """The rows' last tokens (rows,) -> logits of their next ones (rows, V)."""
-        h = hidden_states(net, y[:, None], *cache.advance(), cache=cache)
+        seen, positions = cache.advance()
+        h = hidden_states(net, y[:, None], seen, positions, cache=cache)  # (rows, 1, d)
         return next_token_logits(net, h[:, -1], temperature)
 
     next_logits = Graphed(step) if graphed else step
@@ -547,7 +550,7 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
                 going_on = (~ended).nonzero()[:, 0]
                 if len(going_on) == 0:
                     break
-                if len(going_on) <= STAY[device.type] * len(rows):  # to leave copies the cache
+                if len(going_on) <= STAY[device.type] * len(rows):  # keep copies the cache
                     cache.keep(going_on)
                     rows, y = rows[going_on], y[going_on]
             y = draw(next_logits(y), temperature, top_p, generator)
@@ -607,12 +610,14 @@ def draw(logits, temperature, top_p, generator):
     probs = logits.softmax(-1)
     if top_p < 1:
         likeliest, order = probs.sort(-1, descending=True)
-        beyond = likeliest.cumsum(-1) - likeliest >= top_p
+        beyond = likeliest.cumsum(-1) - likeliest >= top_p  # those before it are enough
         probs = probs.scatter(-1, order, likeliest.masked_fill(beyond, 0))
     if probs.is_cuda:
-        # What multinomial does without its checks: some versions wait there for the device.
+        # torch.multinomial's own way: the largest p / Exp(1) is a draw from p. Its checks, which
+        # in some versions wait for the device, are left out.
         return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
-    # That draws V numbers per row, a tenth of a CPU's rollout; this draws one.
+    # On the CPU those V random numbers per row take a tenth of a rollout. One per row will do:
+    # the token in whose piece of the cumulative distribution u falls.
     cumulative = probs.double().cumsum(-1)
     u = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator)
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
@@ -620,7 +625,7 @@ def draw(logits, temperature, top_p, generator):
 
 def decode(processor, tokens, mask):
     """tokens, mask (N, G, T) -> N lists of G texts, without the stop token. Other special tokens
-    stay: unseen, they would be free to say."""
+    stay: left out, no reward would see them, and they would be free to say."""
     tokens, texts = tokens.cpu(), []
     said = mask.cpu() & ~torch.isin(tokens, stop_ids(processor.tokenizer))  # (N, G, T)
     for group, kept in zip(tokens, said, strict=True):
@@ -642,10 +647,11 @@ def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
     grouped_attention."""
     net = network(model)
     (N, G, T), P = tokens.shape, batch["input_ids"].shape[1]
-    positions, following = prompt_positions(net, batch)
-    own = (following[:, None] + torch.arange(T, device=tokens.device)).repeat(1, G)  # (N, G*T)
-    positions = torch.cat([positions, own.expand(3, -1, -1)], 2)  # (3, N, P+G*T)
+    positions, start = prompt_positions(net, batch)  # (3, N, P), (N,)
+    later = (start[:, None] + torch.arange(T, device=tokens.device)).repeat(1, G)  # (N, G*T)
+    positions = torch.cat([positions, later.expand(3, -1, -1)], 2)  # (3, N, P+G*T)
     ids = torch.cat([batch["input_ids"], tokens.reshape(N, G * T)], 1)  # (N, P+G*T)
+    # One mask serves all G: padding behind a completion counts as real, but no token looks ahead.
     seen = causal_mask(pad(batch["attention_mask"], (0, T), value=1))  # (N, 1, P+T, P+T)
     with autocast(model):
         hidden = hidden_states(net, ids, seen, positions, with_image_features(model, batch),
@@ -653,7 +659,7 @@ def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
         # A token is predicted one place earlier, a completion's first by the prompt's last place.
         first = hidden[:, None, P - 1:P].expand(-1, G, -1, -1)  # (N, G, 1, d)
         others = hidden[:, P:].view(N, G, T, -1)[:, :, :-1]  # (N, G, T-1, d)
-        h = torch.cat([first, others], 2)[mask]  # (tokens, d)
+        h = torch.cat([first, others], 2)[mask]  # (M, d): of the M tokens inside the mask
         logp = chosen_logprobs(net, h, tokens[mask], temperature)
     return torch.zeros(N, G, T, device=tokens.device).masked_scatter(mask, logp)
 

@@ -70,15 +70,17 @@ def parse_completion(text, thinking="before"):
     """A completion's text -> (thought T, answer A), stripped strings, either may be None.
 
     A block counts when its two tags occur once each, in order, with more than whitespace between
-    them. Both are None where one stands in the other or across it, or the answer before the thought
-    (thinking="after": behind it; "none": either may). Text around the blocks does no harm here.
+    them. Both are None where the blocks overlap, or stand in another order than `thinking` asks for
+    ("none": in any). Text around the blocks does no harm here.
     """
     think, answer = find_block(text, "think"), find_block(text, "answer")
     if think and answer:
-        before, after = think.end() <= answer.start(), answer.end() <= think.start()
-        if not dict(before=before, after=after, none=before or after)[thinking]:
+        think_first, answer_first = think.end() <= answer.start(), answer.end() <= think.start()
+        allowed = dict(before=think_first, after=answer_first, none=think_first or answer_first)
+        if not allowed[thinking]:
             return None, None
-    thought, said = (block[1].strip() if block else "" for block in (think, answer))
+    thought = think[1].strip() if think else ""
+    said = answer[1].strip() if answer else ""
     return thought or None, said or None
 
 
@@ -102,12 +104,12 @@ def answer_letter(answer, options):
         return None
     said = fold(answer)
     label = LABELLED.fullmatch(said)
-    letter, rest = ((label[1] or label[2]).upper(), label[3]) if label else ("", "")
-    read = []
-    for x, text in zip(LETTERS, map(fold, options), strict=False):
-        if said == text or (letter == x and rest in ("", text)):
-            read.append(x)
-    return read[0] if len(read) == 1 else None
+    label_letter, rest = ((label[1] or label[2]).upper(), label[3]) if label else ("", "")
+    fitting = []
+    for letter, text in zip(LETTERS, map(fold, options), strict=False):
+        if said == text or (label_letter == letter and rest in ("", text)):
+            fitting.append(letter)
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def read(text, item):
@@ -120,7 +122,7 @@ def read(text, item):
 
 def format_reward(text, thinking="before"):
     """R_fmt, Eq. (4): 1.0 for the blocks that `thinking` asks for, in order, not empty and alone
-    (the paper asks that they are there); else 0.0."""
+    (the paper asks only that they are there); else 0.0."""
     thought, answer = parse_completion(text, thinking)
     complete = answer and (thought or thinking == "none")
     form = FORMS[thinking].format(thought=".*", answer=".*", gap=r"\s*")
@@ -197,13 +199,13 @@ LABEL = re.compile(r"""
       | (a) (?=\s(?:is|was|and|or|fits|it\sis|therefore)\b)
       | (?<=(?-i:[a-z,:])\s)((?-i:A))(?![\w'’-]) )            # "it is A": no sentence begins here
 """, re.VERBOSE | re.IGNORECASE)
-CUT = "\0"  # stands where a label was, and around the numbers of `mentions`
+CUT = "\0"  # put where a label was; `mentions` also puts it around a name's number
 STATEMENT = re.compile(r"""  # of nothing but the letter: "so the correct answer is B"
     (?:\b(?:so|thus|hence|therefore),?\s)? (?:\b(?:the|my)\s)?
     (?:\b(?:correct|right|best|final)\s)? \b(?:answer|option|choice|letter)
     (?:\s(?:is|was|must\sbe))? \s?[:=]?\s? \0 (?=\s?(?:[.,;!?\n]|$))
 """, re.VERBOSE | re.IGNORECASE)
-# a sentence that is gone takes its stop along, a word one blank
+# A CUT and what goes with it: of a whole sentence its full stop, of a word one blank.
 GAP = re.compile(r"(?m:^)\0[.,;:!?]? ?|(?<=[.!?;]) ?\0[.,;:!?]?| ?\0(?=[.,;:!?\n ]|$)|\0 ?")
 
 
@@ -226,9 +228,11 @@ def visible_thought(thought):
 
 def spelled_out(thought, options):
     """The thought with its letters replaced by their options' texts, for an F that may see them."""
+    texts = dict(zip(LETTERS, options, strict=False))
+
     def text_of(label):
-        k = LETTERS.index(label[label.lastindex].upper()) if label.lastindex else len(options)
-        return f" {options[k]} " if k < len(options) else label[0]
+        letter = label[label.lastindex].upper() if label.lastindex else None  # "second option"
+        return f" {texts[letter]} " if letter in texts else label[0]
     return LABEL.sub(text_of, single_blanks(thought))
 
 
@@ -396,10 +400,11 @@ def statements(thought, shows):
     holding = {fold(x) for x in (*state, *signs, style, *shows.values()) if x}
     true = {}  # number of a sentence -> whether all that it says is
     for number, name, denied in mentions(thought, CLAIMS):
-        true[number] = true.get(number, True) and (name in holding) != denied
+        right = name not in holding if denied else name in holding
+        true[number] = true.get(number, True) and right
     sentences, told = SENTENCE_END.split(thought), {}
     for number, holds in true.items():
-        sentence = sentences[number].strip()
+        sentence = sentences[number].strip()  # may stand there twice, as in "It is. It is."
         told[sentence] = told.get(sentence, True) and holds
     return told
 

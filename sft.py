@@ -44,7 +44,7 @@ import rewards
 from judge import make_judge
 
 SKIPPED = 10  # steps in a row without a finite loss and gradient, after which a run ends
-# foreach=False, the default on the CPU: on CUDA the other needs as much again as the weights.
+# foreach=True, the default on CUDA, needs as much memory again as the weights; the CPU's is False.
 AdamW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.0, foreach=False)
 
 
@@ -108,7 +108,7 @@ def knobs(table, doc, argv=None):
         if knob.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(knob.tiny, tuple):
-            kind["nargs"] = len(knob.tiny) or "+"
+            kind["nargs"] = len(knob.tiny) or "+"  # as many values as the default; for (), any
         default = knob.tiny
         if knob.tiny != knob.paper:
             default = f"tiny {knob.tiny}, paper {knob.paper}"
@@ -125,10 +125,11 @@ def knobs(table, doc, argv=None):
         if getattr(args, name) is None:
             setattr(args, name, getattr(knob, args.preset))
         value = getattr(args, name)
-        if isinstance(value, list):  # as a default is, with which it is compared on --resume
+        if isinstance(value, list):  # a tuple like the defaults: --resume compares them
             value = tuple(value)
             setattr(args, name, value)
-        for x in value if isinstance(value, tuple) else [value]:
+        values = value if isinstance(value, tuple) else [value]
+        for x in values:
             if knob.type is str:
                 data.expect(x != "", f"--{name} '': expected a name, or leave the flag out")
             else:
@@ -143,8 +144,8 @@ def knobs(table, doc, argv=None):
 
 # ---- a run in its folder, for both stages --------------------------------------------------------
 
-RUN = "knobs.json", "metrics.jsonl"  # files by which a run's folder is known
-CHECKPOINT = "config.json", "*.safetensors", "state.pt"
+RUN_FILES = "knobs.json", "metrics.jsonl"  # by one of which a run's folder is known
+CHECKPOINT_FILES = "config.json", "*.safetensors", "state.pt"
 
 
 def holds(folder, patterns):
@@ -165,22 +166,23 @@ class Run(contextlib.ExitStack):
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         if rank == 0:
             self.enter_context(data.locked(self.out))
-        # Optimiser steps behind the policy (None inside one) and behind what is saved.
+        # Optimiser steps that the policy has had (None inside one), and had when last saved.
         self.done = self.saved = 0
         logs = self.resume() if args.resume else {}
         seen = M.gather([(self.done, args.fixed)])
         data.expect(seen.count(seen[0]) == len(seen),
                     f"{self.out}: the processes see different models, questions or checkpoints")
         if rank == 0:
-            if not args.resume and holds(self.out, RUN):
+            if not args.resume and holds(self.out, RUN_FILES):
                 print(f"{self.out} held an earlier run: moved to {data.move_aside(self.out)}")
             self.out.mkdir(parents=True, exist_ok=True)
             for path, text in logs.items():
                 data.write_text(path, text)
             data.write_text(self.out / "knobs.json", json.dumps(vars(args), indent=2))
         for number in (signal.SIGINT, signal.SIGTERM):
-            self.callback(signal.signal, number, signal.signal(number, self.stop))
-        self.push(self.end)
+            earlier = signal.signal(number, self.stop)
+            self.callback(signal.signal, number, earlier)  # put back when the run is over
+        self.push(self.end)  # called first then, with the error that ends the run, or None
         return self.done
 
     def resume(self):
@@ -241,8 +243,8 @@ class Run(contextlib.ExitStack):
         return dict(loss=loss, lr=lr, grad_norm=norm, skipped=int(not finite))
 
     def after(self, end, due, why=None):
-        """Behind every step: save at the end or if it is due, and end early for `why` or if a
-        process was told to. Weights that may be to blame for skipped steps replace no others."""
+        """After every step: save at the end or if it is due, and end early for `why` or if a
+        process was told to. After a skipped step none is due: its weights may be to blame."""
         ended = self.done >= end
         if ended or (due and not self.skipped):
             self.save()
@@ -260,7 +262,7 @@ class Run(contextlib.ExitStack):
     def save(self):
         """Write state and checkpoint, called by all processes; NotFinite where a weight isn't
         finite. There is no random state: order and sampling are functions of seed and step."""
-        done, self.done = self.done, None  # not tried again where it fails
+        done, self.done = self.done, None  # if this fails, `end` does not try it again
         if not M.all_finite(self.trained.values()):
             raise M.NotFinite("the weights are no longer finite")
         moments = whole_state(self.optimizer)
@@ -358,10 +360,10 @@ def policy_of(args, records, device, rank, world):
     policy, processor, AdamW."""
     data.expect(os.path.realpath(args.model) != os.path.realpath(args.out),
                 f"--out {args.out} is the folder of the model itself; name another")
-    data.expect(holds(args.out, RUN) or not holds(args.out, CHECKPOINT),
+    data.expect(holds(args.out, RUN_FILES) or not holds(args.out, CHECKPOINT_FILES),
                 f"--out {args.out}: holds a checkpoint that is not of a run; name another folder")
-    texts = [{k: v for k, v in r.items() if k != "path"} for r in records]
-    args.fixed["data (digest of its records)"] = data.digest(json.dumps(texts).encode())
+    content = [{k: v for k, v in r.items() if k != "path"} for r in records]  # wherever it lies
+    args.fixed["data (digest of its records)"] = data.digest(json.dumps(content).encode())
     data.check_images(records, rank, world)
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
@@ -433,9 +435,11 @@ def lesson_batch(processor, lessons, images, place):
     batch, tokens, mask, mask of the letters alone, (n, 4, T) each. Letters are `place` tokens from
     the end. A prompt's answers don't see each other: none is guessed by elimination."""
     prompts, openings, answers = zip(*lessons, strict=True)
-    targets = M.encode_completions(processor, sum(answers, []))  # (4n, 1, T) each
+    flat = [answer for four in answers for answer in four]
+    targets = M.encode_completions(processor, flat)  # (4n, 1, T) each
     tokens, mask = (x.view(len(lessons), 4, -1) for x in targets)
-    letters = torch.zeros_like(mask).scatter(-1, mask.sum(-1, keepdim=True) - place, True)
+    where = mask.sum(-1, keepdim=True) - place  # (n, 4, 1): a letter's index in its answer
+    letters = torch.zeros_like(mask).scatter(-1, where, True)
     return M.tensors(processor, prompts, images, openings=openings), tokens, mask, letters
 
 
@@ -446,9 +450,9 @@ def unfinished(record):
 
 def letter_batch(processor, names, skip, records, full, rng, n=16):
     """A lesson_batch whose answers are an option's name, then its letter: "cystB", a short way that
-    is found more easily, or "cyst.</think><answer>B". Options are any of `names` or, where those
-    are many, by turns a record's own. Up to `skip` positions before the answers stay free: the
-    distance shall not matter. `full`: an answer ends a thought on the record's question."""
+    is found more easily, or "cyst.</think><answer>B". Options are four of `names` or, where those
+    are many, half of the time a record's own. Up to `skip` positions before the answers stay free:
+    the distance shall not matter. `full`: behind a question and the last sentences of a thought."""
     lessons = []
     for _ in range(n):
         record = rng.choice(records)
@@ -605,7 +609,7 @@ def build_tiny(texts, names=(), *, image_size, seed=0):
         pre_tokenizers.Split(Regex("|".join(pieces)), "isolated"), to_bytes])
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(  # every word of the phantoms is a token
-        vocab_size=988, initial_alphabet=to_bytes.alphabet(), show_progress=False))
+        vocab_size=988, initial_alphabet=to_bytes.alphabet(), show_progress=False))  # + 12: 1000
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         padding_side="left", chat_template=CHAT_TEMPLATE)
