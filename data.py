@@ -74,7 +74,8 @@ def cli(main):
     """Run main(); bad input, a full or read-only disk and Ctrl-C end it with one sentence on stderr
     and exit code 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see the first lines of the programs
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not know every letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (DataError, OSError, KeyboardInterrupt) as e:
@@ -189,7 +190,7 @@ def read_file(file, used):
             used[name] = f"{file}, {what} {k}"
             yield record
     if bad and not foreign:
-        more = f" (and {len(bad) - 1} more lines can't be used)" if len(bad) > 1 else ""
+        more = f"; {len(bad)} lines can't be used" if len(bad) > 1 else ""
         raise DataError(f"{file}, {bad[0]}{more}")
     if bad:
         print(f"warning: {file}: {len(bad)} of {len(items)} questions can't be used, as {bad[0]}",
@@ -346,10 +347,10 @@ def check_images(records, rank=0, world=1):
     """DataError for the first record whose image can't be used; of several processes each looks at
     its share. Each is decoded: one that is cut off would end a run hours later, and every attempt
     to resume it."""
-    images = {r["path"]: r for r in records}
-    images = dict([*images.items()][rank::world])
-    with ThreadPool(8) as pool:  # more could need too much memory for large images
-        whole = pool.imap(lambda record: load_image(record).size, images.values())
+    images = list({r["path"]: r for r in records}.values())[rank::world]
+    threads = max(1, 8 // world)  # more could need too much memory for large images
+    with ThreadPool(threads) as pool:
+        whole = pool.imap(lambda record: load_image(record).size, images)
         for _ in tqdm(whole, desc="checking images", total=len(images), unit="image", leave=False,
                       disable=rank > 0):
             pass
@@ -363,7 +364,7 @@ def load_image(record):
         raise DataError(f"record {record['id']!r}: image {record['path']} {e}") from None
 
 
-def open_image(path):
+def open_image(path, window=None):
     """An image as PIL RGB or L, upright by its EXIF tag; transparency is ignored, 16 bits and
     floats go through eight_bits, and nothing else that the file holds stays: a comment may name a
     patient. DataError, half a sentence, when it is missing, truncated, not an image, has 0 or more
@@ -375,7 +376,7 @@ def open_image(path):
                    f"has a side more than {MAX_ASPECT} times as long as the other")
             image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
-            image = Image.fromarray(eight_bits(np.asarray(image)))
+            image = Image.fromarray(eight_bits(np.asarray(image), window))
         if "transparency" in image.info:  # of a palette: Pillow warns of going to RGB at once
             image = image.convert("RGBA")
         image = image if image.mode == "L" else image.convert("RGB")
@@ -398,7 +399,7 @@ def eight_bits(greys, window=None):
         low, high = float(greys.min()), float(greys.max())
     out = np.empty(greys.shape, np.uint8)
     for k in range(0, len(greys), 64):  # rows: floats of all at once would need several GB
-        out[k:k + 64] = np.clip((greys[k:k + 64] - low) * (255 / (high - low or 1)), 0, 255)
+        out[k:k + 64] = np.clip((greys[k:k + 64] - low) * 255 / (high - low or 1), 0, 255)
     return out
 
 
@@ -407,7 +408,7 @@ def data_url(record, side=math.inf, max_pixels=math.inf, kind="PNG"):
     image, file = load_image(record), io.BytesIO()
     scale = min(1, math.sqrt(max_pixels / math.prod(image.size)))
     image.thumbnail([max(1, min(side, scale * length)) for length in image.size])
-    image.save(file, kind, quality=85, compress_level=1)  # of a JPEG, and of a PNG
+    image.save(file, kind, quality=85)  # a PNG has none
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -1062,7 +1063,7 @@ def photo(job):
     lesion = np.array(drawn)
     for path in masks:
         try:
-            mask = open_image(path)
+            mask = open_image(path, window=(0, 1))  # what isn't 0 becomes white
         except DataError as e:
             raise DataError(f"has a mask that {e}") from None
         skew = abs(mask.width * size[1] - mask.height * size[0])  # 0: the same W / H
@@ -1368,9 +1369,10 @@ def look_up(task, records, points):
         found["commonest answer"].append(best == r["right"])
         choices = [number[x] for x in r["options"] if x in number]
         offers = np.isin(answers, choices)  # (N,)
-        if r["path"] in points and offers.any():
+        if seen and r["path"] in points:
             near = np.where(offers, known @ points[r["path"]] - half, -np.inf)  # most: the nearest
-            found["nearest picture's"].append(seen[near.argmax()]["right"] == r["right"])
+            hit = offers.any() and seen[near.argmax()]["right"] == r["right"]
+            found["nearest picture's"].append(hit)
     found = {name: np.mean(hits) for name, hits in found.items()}
     told = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
     print(f"{task}, {len(test)} test questions: {told}")

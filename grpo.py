@@ -116,7 +116,7 @@ def group_advantages(rewards, scale="none"):
     A = R - R.mean(1, keepdim=True)                                      # (N, G)
     # Where all G rewards are equal rounding may leave 1e-8, not 0; AdamW, which scales gradients,
     # would make a full step of it.
-    A = A.masked_fill(~group_spread(R)[:, None], 0.0)                    # (N, G)
+    A = A * group_spread(R)[:, None]                                     # (N, G)
     if scale == "std":
         A = A / (R.std(1, keepdim=True) + 1e-4)
     return A

@@ -125,10 +125,7 @@ def knobs(table, doc, argv=None):
         if getattr(args, name) is None:
             setattr(args, name, getattr(knob, args.preset))
         value = getattr(args, name)
-        if isinstance(value, list):  # a tuple like the defaults: --resume compares them
-            value = tuple(value)
-            setattr(args, name, value)
-        values = value if isinstance(value, tuple) else [value]
+        values = value if isinstance(value, list | tuple) else [value]
         for x in values:
             if knob.type is str:
                 data.expect(x != "", f"--{name} '': expected a name, or leave the flag out")
@@ -192,8 +189,8 @@ class Run(contextlib.ExitStack):
         try:
             state = torch.load(where, weights_only=True, map_location="cpu", mmap=True)
             for name, value in state["knobs"].items():
-                given = self.args.fixed.get(name)
-                data.expect(given == value,
+                given = self.args.fixed.get(name, getattr(self.args, name, None))
+                data.expect(json.dumps(given) == json.dumps(value),  # tuples are lists there
                             f"{self.out}: the run to resume had --{name} {value}, not {given}")
             data.expect(state["trained"].keys() == self.trained.keys(),
                         f"{where}: the state of another network")
@@ -400,9 +397,9 @@ def held_out_questions(args, rank, world):
     held_out = [r for r in records if r["split"] == "val"]
     held_out = held_out or [r for r in records if r["split"] == "test"]
     data.expect(held_out, f"--eval_every: no held-out questions in {args.data}")
-    share = evaluation.subset(held_out, args.eval_questions)[rank::world]
-    data.check_images(share)
-    return share
+    chosen = evaluation.subset(held_out, args.eval_questions)
+    data.check_images(chosen, rank, world)
+    return chosen[rank::world]
 
 
 def held_out_accuracy(policy, processor, records, judge, max_new_tokens):

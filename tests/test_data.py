@@ -93,7 +93,7 @@ def test_bad_line(tmp_path, line, sentence):
 def test_bad_lines_are_counted(tmp_path):
     """The first is told, and how many more there are, so that they need not be mended one at a time."""
     file = write(tmp_path, record(answer="Z"), record(id="x2"), record(id="x3", split="all"), "{")
-    with pytest.raises(data.DataError, match=r"line 1: 'answer' is 'Z'.*\(and 2 more lines can't be used\)$"):
+    with pytest.raises(data.DataError, match=r"line 1: 'answer' is 'Z'.*; 3 lines can't be used$"):
         data.read_records(file)
 
 
@@ -243,6 +243,8 @@ def test_a_marker_does_not_darken_a_16_bit_image(tmp_path):
     few = np.zeros((100, 100), np.uint16)
     few[50, 50] = 700
     assert data.eight_bits(few).max() == 255 and data.eight_bits(few).sum() == 255
+    for most in (25, 29, 53, 4095):
+        assert data.eight_bits(np.array([[0, most]])).tolist() == [[0, 255]]
     assert not data.eight_bits(np.full((3, 3), 7.0)).any()
 
 
@@ -582,6 +584,8 @@ def test_cli(error, says, capsys):
     assert e.value.code == 2 and capsys.readouterr().err == says + "\n"
     with pytest.raises(ZeroDivisionError):
         data.cli(lambda: 1 / 0)
+    closed = subprocess.run(f"{sys.executable} {ROOT}/data.py check nofile >&-", shell=True, text=True, capture_output=True)
+    assert closed.returncode == 2 and closed.stderr.startswith("error: nofile: ") and closed.stderr.count("\n") == 1
 
 
 def test_check_tells_missing_images(tmp_path, monkeypatch, capsys):
@@ -697,9 +701,11 @@ def test_an_id_is_used_once_over_all_files(world):
 
 
 def test_the_nearest_picture_that_has_an_offered_answer(capsys):
-    """The nearest picture of all has an answer that isn't offered: the next one's counts."""
+    """The nearest picture of all has an answer that isn't offered: the next one's counts. Where none is, it is a miss."""
     points = {"a": np.eye(256)[0], "b": np.eye(256)[0] + 0.2 * np.eye(256)[1], "q": np.eye(256)[0]}
     train = [dict(options=["x", "y"], right=right, split="train", path=path) for path, right in (("a", "x"), ("b", "y"))]
     test = dict(options=["y", "z"], right="y", split="test", path="q")
     data.look_up("anatomy", [*train, test], points)
     assert "nearest picture's 100.0%" in capsys.readouterr().out
+    data.look_up("anatomy", [*train, test, dict(test, options=["v", "w"], right="v")], points)
+    assert "2 test questions" in (out := capsys.readouterr().out) and "nearest picture's 50.0%" in out

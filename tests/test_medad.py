@@ -641,6 +641,16 @@ def test_mask_of_another_shape(tmp_path):
     assert [told[f"images/k{n}.jpg"][0]["place"][0] for n in range(3)] == [LU] * 3
     assert [f["why"] for f in told["images/k3.jpg"]] == ["has a mask of another shape"]
 
+def test_masks_of_16_bits_are_no_pictures(tmp_path):
+    """All that isn't 0 is the lesion, however rare a label is or how large another one."""
+    labels = np.zeros((100, 100), np.uint16)
+    labels[10:60, 10:60], labels[:2, :50] = 1, 400
+    Image.fromarray(labels).save(tmp_path / "mask.png")
+    Image.fromarray(np.uint8(labels)).save(tmp_path / "a.png")
+    job = dict(path=str(tmp_path / "a.png"), outlines=[], masks=[str(tmp_path / "mask.png")], canvas=None)
+    (_, lesion, _), = data.photo(job)
+    assert (lesion == (labels > 0)).all()
+
 def test_tables_parted_by_tabs(tmp_path):
     """A table saved with tabs is read as one with commas."""
     write(tmp_path, {"in/images/00000001_000.png": img(), "in/Data_Entry_2017.csv": says("Image Index\tFinding Labels",

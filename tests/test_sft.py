@@ -308,6 +308,11 @@ def test_a_resumed_run_may_go_on_longer_but_not_otherwise(world, tmp_path):
         name = change[0].removeprefix("--")
         with pytest.raises(data.DataError, match=f"the run to resume had --{name}"):
             sft.main([*flags, "--max_steps", "2", "--resume", *change])
+    where = tmp_path / "run" / "state.pt"
+    state = torch.load(where, weights_only=True)
+    state["knobs"]["micro_batch"] = 32  # a run of a version in which it could not change is no other run
+    torch.save(state, where)
+    sft.main([*flags, "--max_steps", "1", "--resume"])
     sft.main([*flags, "--max_steps", "2", "--resume", "--save_every", "1", "--eval_every", "2", "--micro_batch", "1",
               "--checkpointing"])
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
