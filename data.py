@@ -366,9 +366,9 @@ def load_image(record):
 
 def open_image(path, window=None):
     """An image as PIL RGB or L, upright by its EXIF tag; transparency is ignored, 16 bits and
-    floats go through eight_bits, and nothing else that the file holds stays: a comment may name a
-    patient. DataError, half a sentence, when it is missing, truncated, not an image, has 0 or more
-    than MOST_PIXELS pixels or a side more than MAX_ASPECT times the other."""
+    floats go through eight_bits (window is its), and nothing else that the file holds stays: a
+    comment may name a patient. DataError, half a sentence, when it is missing, truncated, not an
+    image, has 0 or more than MOST_PIXELS pixels or a side more than MAX_ASPECT times the other."""
     try:
         # Opened by us: a TIFF that Pillow opens by name it maps into memory, and turns wrong.
         with open(path, "rb") as raw, Image.open(raw) as file:
