@@ -54,9 +54,9 @@ SHOWN = 4        # groups of a rollout that are written to completions.jsonl
 # paper's section 4.1, where it gives them. F is a rule in both; --judge names a model. What may not
 # change on --resume is compared, of model and data not the name but a digest of what they hold.
 KNOBS = dict(
-    model=Knob(str, None, None, "folder of pi_SFT: where the policy starts, and the reference "
-               "(default: ROOT/sft)", may_change=True),
-    out=Knob(str, None, None, "folder of this run (default: ROOT/grpo)", may_change=True),
+    model=Knob(str, "ROOT/sft", "ROOT/sft", "folder of pi_SFT: where the policy starts, and the "
+               "reference", may_change=True),
+    out=Knob(str, "ROOT/grpo", "ROOT/grpo", "folder of this run", may_change=True),
     # the algorithm
     epochs=Knob(float, 1.0, 1.0, "passes over the training questions; of each, what does not "
                "fill a batch is left out (but fewer than a batch are one)", positive=True),
@@ -418,8 +418,6 @@ def main(argv=None):
 
 def train(run, argv):
     args = sft.knobs(KNOBS, __doc__, argv)
-    args.out = args.out or os.path.join(args.root, "grpo")
-    args.model = args.model or os.path.join(args.root, "sft")
     args.data = args.data or phantoms_of(args)
     rank, world, device = M.setup_devices()
     # Compared on --resume: each process has its own random numbers.

@@ -83,7 +83,7 @@ SHARED = dict(
 KNOBS = dict(
     model=Knob(str, None, None, "folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL "
                "(default: ROOT/tiny-base, made here)", may_change=True),
-    out=Knob(str, None, None, "folder of this run (default: ROOT/sft)", may_change=True),
+    out=Knob(str, "ROOT/sft", "ROOT/sft", "folder of this run", may_change=True),
     images=Knob(int, 2000, 2000, "phantoms to draw, 70 %% of them to train on"),
     thoughts=Knob(int, 60, 60, "train images that have chains of thought, others answers alone"),
     epochs=Knob(float, 40.0, 2.0, "passes over the questions that have a thought; of each, "
@@ -114,13 +114,18 @@ def knobs(table, doc, argv=None):
             default = f"tiny {knob.tiny}, paper {knob.paper}"
         parser.add_argument(f"--{name}", help=f"{knob.meaning} [{default}]", **kind)
     parser.add_argument("--preset", choices=["tiny", "paper"],
-                        help="which defaults (tiny without a model or for a tiny one, else paper)")
+                        help="which defaults (tiny for a tiny model or without one, else paper)")
     parser.add_argument("--print", action="store_true",
                         help="print the knobs and stop (tests/memory.py: the memory they need)")
     args = parser.parse_args(argv)
+    given = args.model
+    root = table["root"].tiny if args.root is None else args.root
+    for name in ("model", "out"):  # ROOT/sft is a folder under it
+        if getattr(args, name) is None and table[name].tiny:
+            setattr(args, name, table[name].tiny.replace("ROOT", root, 1))
     if args.preset is None:
-        tiny = args.model is None or M.is_tiny(args.model)
-        args.preset = "tiny" if tiny else "paper"
+        none_yet = given is None and not os.path.exists(args.model or "")
+        args.preset = "tiny" if none_yet or M.is_tiny(args.model) else "paper"
     for name, knob in table.items():
         if getattr(args, name) is None:
             setattr(args, name, getattr(knob, args.preset))
@@ -722,7 +727,6 @@ def main(argv=None):
 
 def train(run, argv):
     args = knobs(KNOBS, __doc__, argv)
-    args.out = args.out or os.path.join(args.root, "sft")
     rank, world, device = M.setup_devices()
     if args.model is None:
         args.model, phantoms = prepare_tiny(args, rank)

@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,19 @@ def test_the_model_chooses_the_preset(stage, world):
     assert real.preset == "paper" and {k: getattr(real, k) for k in PAPER[stage]} == PAPER[stage]
     assert used(table, "--model", name, "--preset", "tiny").lora == tiny_lora
     assert used(table, "--preset", "paper").lr == PAPER[stage]["lr"]
+
+
+def test_the_default_model_chooses_the_preset_too(world, tmp_path):
+    """grpo.py's model is ROOT/sft where none is named: a large one there is not trained with the tiny one's learning rate."""
+    assert used(grpo.KNOBS, "--root", str(tmp_path)).preset == "tiny"  # nothing is there yet
+    folder = shutil.copytree(world.folder, tmp_path / "sft")
+    args = used(grpo.KNOBS, "--root", str(tmp_path))
+    assert (args.preset, args.model, args.out) == ("tiny", str(folder), str(tmp_path / "grpo"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["hidden_size"] = 2048
+    (folder / "config.json").write_text(json.dumps(config))
+    assert used(grpo.KNOBS, "--root", str(tmp_path)).preset == "paper"
+    assert used(sft.KNOBS, "--root", str(tmp_path)).preset == "tiny"  # it makes its own
 
 
 @pytest.mark.parametrize("table", [sft.KNOBS, grpo.KNOBS], ids=["sft", "grpo"])
