@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import shutil
+import sys
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -704,14 +705,26 @@ def close_devices():
 
 
 def run(main):
-    """data.cli, with a sentence for a full device and the name of the process."""
+    """data.cli, with a sentence for a full device and the name of the process. Of several processes
+    each ends here at once."""
     def named():
         try:
             main()
         except (DataError, torch.OutOfMemoryError) as e:
             where = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
             raise DataError(f"{where}{e}") from e
-    cli(named)
+
+    code = 0
+    try:
+        cli(named)
+    except SystemExit as e:
+        code = e.code or 0
+    if "RANK" in os.environ:  # while the interpreter ends a thread of gloo's may abort it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def worker(stage, *flags):
     saving = kill and kill[0] in ("state", "checkpoint")
     if kill and int(os.environ.get("RANK", 0)) == (0 if saving else int(os.environ.get("WORLD_SIZE", 1)) - 1):
         plan(stage, *kill)
-    data.cli(lambda: STAGES[stage].main(list(flags)))
+    M.run(lambda: STAGES[stage].main(list(flags)))
 
 
 def left_behind(out):
