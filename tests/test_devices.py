@@ -76,7 +76,7 @@ def test_a_command_line_s_memory(stage, world):
     assert said["memory_gb"]["peak"] > 0 and len(said["peak_gb_with"]) == 5
     with pytest.raises(data.DataError, match="no such checkpoint"):
         memory.memory_of(stage, ["--model", "/nowhere", *knobs])
-    with pytest.raises(data.DataError, match="--model" if stage is sft else "nowhere/sft: no such"):  # grpo's default
+    with pytest.raises(data.DataError, match="--model" if stage is sft else "nowhere/sft: there is no such folder"):  # grpo's default
         memory.memory_of(stage, ["--root", "/nowhere", *knobs])
 
 
