@@ -1284,10 +1284,8 @@ def coarse(looks):
 
 
 def close(looks, others):
-    """(N,) bool: whether two looks differ below SAME in the mean, as they are or one mirrored."""
-    mirrored = others[..., ::-1]
-    as_they_are, turned = (abs(np.float32(looks) - x).mean((1, 2)) for x in (others, mirrored))
-    return np.minimum(as_they_are, turned) < SAME[1]
+    """(N,) bool: whether two looks differ below SAME in the mean."""
+    return abs(np.float32(looks) - others).mean((1, 2)) < SAME[1]
 
 
 def same(looks, others):
@@ -1296,8 +1294,7 @@ def same(looks, others):
     out = False
     for c in (others, others[..., ::-1]):
         correlation = (normed(looks) * normed(c)).sum((1, 2))
-        difference = abs(np.float32(looks) - c).mean((1, 2))
-        out |= (correlation > SAME[0]) & (difference < SAME[1])
+        out |= (correlation > SAME[0]) & close(looks, c)
     return out
 
 
@@ -1328,7 +1325,8 @@ def join_alike(looks, groups):
         pairs = order[k + np.argwhere(near)]  # (P, 2)
         pairs = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
         for some in np.array_split(pairs, len(pairs) // 1024 + 1):  # bounds memory
-            some = some[close(greys[some[:, 0]], greys[some[:, 1]])]
+            x, y = greys[some[:, 0]], greys[some[:, 1]]
+            some = some[close(x, y) | close(x, y[..., ::-1])]
             for x, y in some[same(looks[some[:, 0]], looks[some[:, 1]])]:
                 low, high = sorted((groups[x], groups[y]))
                 groups[groups == high] = low

@@ -720,8 +720,8 @@ def run(main):
     except SystemExit as e:
         code = e.code or 0
     if "RANK" in os.environ:  # while the interpreter ends a thread of gloo's may abort it
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed
+            stream.flush()
         os._exit(code)
     if code:
         sys.exit(code)
