@@ -6,12 +6,12 @@
         A = R less the mean of the question's G rewards            Eq. (7)    group_advantages
         mu times: a gradient step on min(r A, clip(r) A) - beta KL Eq. (8)    policy_loss, update
 
-r is the ratio of a token's probabilities under the policy and under pi_SFT (--ratio sft, as the
-paper prints it, the paper preset) or under the policy that sampled (--ratio old, the tiny preset);
-the KL divergence is from pi_SFT. With --ratio old and one update per rollout r is 1 and the clip
-never acts: the step is then REINFORCE with the group's mean as baseline and a KL term. With --ratio
-sft the clip is a fence around pi_SFT: an advantage above 0 stops acting on a token once its
-probability is over 1 + eps times pi_SFT's, one below 0 once it is under 1 - eps times it.
+r is a token's probability under the policy, divided by that under pi_SFT (--ratio sft, as the paper
+prints it, the paper preset) or by that under the policy that sampled it (--ratio old, the tiny
+preset). The KL divergence is KL(policy || pi_SFT). With --ratio old and one update per rollout r is
+1 and the clip never acts: the step is REINFORCE with the group's mean as baseline and a KL term.
+With --ratio sft the clip is a fence around pi_SFT: an advantage above 0 stops acting on a token
+once its probability is over 1 + eps times pi_SFT's, one below 0 once it is under 1 - eps times it.
 
     torchrun grpo.py                                        # the phantoms: out/sft to out/grpo
     torchrun --nproc_per_node=8 grpo.py --model out/sft --data medad38k/medad38k.jsonl
@@ -51,15 +51,15 @@ GOLD_ASKED = 32  # gold thoughts that F, if it is a model, is asked about before
 SHOWN = 4        # groups of a rollout that are written to completions.jsonl
 
 # Knob(type, default of the `tiny` preset, of `paper`, meaning): `paper` has the figures of the
-# paper's section 4.1, where it gives them. F is a rule in both; --judge names a model. What may not
-# change on --resume is compared, of model and data not the name but a digest of what they hold.
+# paper's section 4.1, where it gives them. F is lexical in both; --judge names a model. On --resume
+# knobs without may_change are compared; of model and data, digests of what they hold, not names.
 KNOBS = dict(
     model=Knob(str, "ROOT/sft", "ROOT/sft", "folder of pi_SFT: where the policy starts, and the "
                "reference", may_change=True),
     out=Knob(str, "ROOT/grpo", "ROOT/grpo", "folder of this run", may_change=True),
     # the algorithm
-    epochs=Knob(float, 1.0, 1.0, "passes over the training questions; of each, what does not "
-               "fill a batch is left out (but fewer than a batch are one)", positive=True),
+    epochs=Knob(float, 1.0, 1.0, "passes over the training questions; in each, a last batch that "
+               "isn't full is left out, unless it is the only one", positive=True),
     batch=Knob(int, 128, 64, "completions per optimiser step over all processes", positive=True),
     G=Knob(int, 8, 8, "completions per question: the group", positive=True),
     max_new_tokens=Knob(int, 80, 512, "tokens at which a completion is cut off", positive=True),
@@ -83,8 +83,8 @@ KNOBS = dict(
     lora=Knob(int, 16, 64, "rank of LoRA; 0 trains every parameter against a frozen copy"),
     lr=Knob(float, 1e-3, 1e-6, "peak learning rate of AdamW", positive=True),
     warmup=Knob(int, 10, 10, "optimiser steps in which the learning rate rises"),
-    schedule=Knob(str, "linear", "constant", "the learning rate after the rise: constant, or at "
-                  "most a line from lr at the first step to 0 behind the last",
+    schedule=Knob(str, "linear", "constant", "the learning rate after the rise: constant, or never "
+                  "above a line from lr at the first step to 0 after the last",
                   choices=("constant", "linear")),
     # the evaluator F of Eq. (6)
     judge=Knob(str, "lexical", "lexical", "lexical, hf:NAME_OR_PATH, hf:reference or "
@@ -135,10 +135,10 @@ def kl_divergence(logp, ref_logp, kind="k3"):
     """D_KL(pi_theta || pi_SFT) of Eq. (8), estimated at the sampled tokens (Schulman):
     (B, T) and (B, T) -> (B, T).
 
-    k1 = log(pi/ref), k2 = k1^2 / 2, k3 = ref/pi - 1 + log(pi/ref). k1 and k3 are unbiased as
-    values. What trains is the gradient, here of each token by itself, and its mean is: of k2 that
-    of KL(pi || ref), which Eq. (8) asks for; of k3 that of KL(ref || pi), nearly the same where pi
-    is near ref; of k1 zero, no penalty at all."""
+    k1 = log(pi/ref), k2 = k1^2 / 2, k3 = ref/pi - 1 + log(pi/ref). As values k1 and k3 are
+    unbiased. What trains is their gradient, token by token. In expectation k2's is that of
+    KL(pi || ref), which Eq. (8) asks for; k3's is that of KL(ref || pi), nearly the same where pi
+    is near ref; k1's is zero: no penalty at all."""
     log_ratio = logp - ref_logp                                          # (B, T)
     if kind == "k1":
         return log_ratio
@@ -212,9 +212,9 @@ def reference_of(policy, sft_copy=None):
 # ---- the parts of a step -------------------------------------------------------------------------
 
 def questions_of(records, step, n, args, rank, world):
-    """This process's part of the n questions of the rollout at optimiser step `step`; which those
-    are depends on step and seed alone. They are dealt by length, so that no process has all the
-    long ones."""
+    """This process's part of the n questions of the rollout at optimiser step `step`. The n
+    questions depend on step and seed alone, not on `world`. They are dealt out by length, so that
+    no process gets all the long ones."""
     per_epoch = max(1, len(records) // n)  # rollouts, of mu steps each
     epoch, place = divmod(step // args.mu, per_epoch)
     chosen = sft.epoch_order(len(records), epoch, args.seed)[place * n:][:n]
@@ -225,8 +225,8 @@ def questions_of(records, step, n, args, rank, world):
 
 def rollout(policy, processor, records, generator, args):
     """Eq. (2): G completions for each of N questions, from the current policy -> the questions'
-    batch (model.tensors), tokens (N, G, T), mask (N, G, T) bool, True up to and with the stop
-    token, texts (N * G)."""
+    batch (model.tensors; under LoRA with its images' features), tokens (N, G, T), mask (N, G, T)
+    bool, True up to and including the stop token, texts (N * G)."""
     batch = M.encode(processor, records, generator.device)
     if args.lora:  # the vision tower is frozen: it serves sampling, reference and update at once
         batch = M.with_image_features(policy, batch)
@@ -299,7 +299,7 @@ def update(policy, run, batch, tokens, mask, A, ref_logp, old_logp, lr, args):
     figures = run.step(loss_sum, lr, learn=total > 0)
     sums["sampled_nll"] = -logps.sum().item()  # logps are 0 outside the mask
     figures |= token_means(sums, mask)
-    return logps, figures | dict(trained_on=M.sum_over_ranks(len(A)))
+    return logps, figures | dict(trained_on=M.sum_over_ranks(len(A)))  # groups
 
 
 def learning_rate(step, steps, args):
@@ -320,7 +320,7 @@ def phantoms_of(args):
     return [file]
 
 
-def tell_what_is_trained(records, args):
+def tell_what_it_trains_on(records, args):
     print(f"{len(records)} training questions of {', '.join(args.data)}")
     taught = evaluation.taught_thinking(args.model, args.thinking)
     if taught != args.thinking:
@@ -336,8 +336,8 @@ def questions_to_train_on(args, world):
                         "expected at least 2")
     used = args.weights[:2] if args.thinking == "none" else args.weights
     given = " ".join(f"{weight:g}" for weight in args.weights)
-    expect(0 < sum(used) < math.inf, f"--weights {given}: expected three numbers, not all of them "
-                                     "0 (--thinking none has no consistency to reward)")
+    expect(sum(used) > 0, f"--weights {given}: expected three numbers, not all of them 0 "
+                          "(--thinking none has no consistency to reward)")
     records = data.read_records(args.data, "train", args.only, args.thinking)
     per_step = min(args.batch // args.G, len(records))
     expect(args.batch % args.G == 0 and per_step >= world,
@@ -348,9 +348,9 @@ def questions_to_train_on(args, world):
 
 def check_gold(records, judge, lexical=True):
     """The gold answers must score 1 by the code that will score the policy's; else the reward, not
-    the policy, is wrong. F as a rule is asked about all of them. A model may differ on some, and
-    each costs a call: it is asked about GOLD_ASKED, and first about something new, since kept
-    replies would hide that a server has died."""
+    the policy, is wrong. The lexical F is asked about all of them. A model may disagree with some,
+    and each costs a call, so it is asked about GOLD_ASKED; before that about thoughts that are new,
+    since kept replies would hide that a server has died."""
     gold, must = [r for r in records if r["thought"] is not None], ["fmt", "acc", "con"]
     if not lexical:
         new = [f"It is {time.time()}. So it is {r['options'][0]}." for r in records[:2]]
@@ -379,7 +379,7 @@ def mean(values):
 def token_means(sums, mask):
     """{figure: its sum over this process's tokens}, mask of the tokens -> {figure: its mean over
     the tokens of all processes}, nan without any. sampled_nll, minus the mean log-probability of a
-    token, estimates the policy's entropy per token."""
+    token that is trained on, estimates the policy's entropy there (if --mu is 1)."""
     mine = torch.tensor([*sums.values(), int(mask.sum())]).double()
     *totals, tokens = M.sum_over_ranks(mine).tolist()
     return {name: x / tokens if tokens else math.nan for name, x in zip(sums, totals, strict=True)}
@@ -424,7 +424,7 @@ def train(run, argv):
     args.fixed["nproc_per_node (processes in all)"] = world
     records = questions_to_train_on(args, world)
     if rank == 0:
-        tell_what_is_trained(records, args)
+        tell_what_it_trains_on(records, args)
     held_out = sft.held_out_questions(args, rank, world)
 
     # The policy starts as pi_SFT, and pi_SFT is the reference (and F, with --judge hf:reference).
@@ -464,7 +464,7 @@ def train(run, argv):
         R = rewards.total_reward(fmt, acc, without_failures(con), args.weights)  # (N, G)
         clock.tick("judge")
 
-        # Eq. (7): the advantages. With --drop_no_spread N is from here on the groups with spread.
+        # Eq. (7): the advantages. With --drop_no_spread N below is the number of groups kept.
         A = group_advantages(R, args.scale).to(device)                           # (N, G)
         if args.drop_no_spread:
             kept = group_spread(R).nonzero()[:, 0].tolist()

@@ -161,7 +161,8 @@ def local_model(spec, name, device, reference):
         expect(tokenizer.chat_template, "it has no chat template")
         return opened, tokenizer, reply_tokens(tokenizer)
     except Exception as e:  # transformers raises anything on a folder that isn't a checkpoint
-        raise DataError(f"judge {spec!r} can't be loaded: {e}".splitlines()[0]) from e
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise DataError(f"judge {spec!r} can't be loaded: {reason}") from e
 
 
 def reply_tokens(tokenizer):

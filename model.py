@@ -39,11 +39,11 @@ from data import DataError, cli, digest, expect, load_image
 from rewards import question_text
 
 transformers.logging.set_verbosity_error()
-# Later versions ask for names that 5.17, on which this runs too, does not have.
+# gradient_checkpointing_enable is deprecated in later versions, but 5.17 has nothing else for it.
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing.*")
 
 FAMILIES = "qwen2_vl", "qwen2_5_vl", "qwen3_vl"  # transformers' model types
-GROUPED = "one_row_per_group"  # transformers' name for grouped_attention
+GROUPED = "one_row_per_group"  # grouped_attention is registered under this name
 ATTENTION = dict(text_config=GROUPED, vision_config="sdpa")  # of every network here
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # not the vision tower
 ADAPTER = "adapter"         # folder in a checkpoint of GRPO under LoRA
@@ -51,8 +51,8 @@ MAX_PIXELS = 512 * 28 * 28  # pixels: a larger image is shrunk to at most 512 im
 MAX_TEXT = 4096             # tokens of a question or an answer: attention's memory is their square
 PIXEL_CACHE = 2**29         # bytes of image patches that are kept
 LOGIT_FLOATS = 2**26        # logits that exist at a time in token_logprobs
-GRAPHED = dict(cuda=16)     # devices that sample by CUDA graph: steps between looks at what ended
-STAY = dict(cpu=0.8, cuda=0.5)  # ended rows leave when at most this share of the rows goes on
+GRAPHED = dict(cuda=16)     # devices that sample by CUDA graph: steps between looks for ended rows
+LEAVE_AT = dict(cpu=0.8, cuda=0.5)  # ended rows leave once at most this share of rows goes on
 PIECE_FLOATS = 2**24        # gradients that are summed over the processes at a time
 LONGEST_WAIT = datetime.timedelta(minutes=30)  # of a process for another; F may be slow
 
@@ -76,8 +76,8 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
     none of FAMILIES, incomplete or not finite."""
     config = config_of(name)
     try:
-        told = not Path(name).is_dir() or Path(name, "tokenizer_config.json").is_file()
-        expect(told, "tokenizer_config.json is missing")  # what ends a turn would be guessed
+        complete = not Path(name).is_dir() or Path(name, "tokenizer_config.json").is_file()
+        expect(complete, "tokenizer_config.json is missing")  # the stop token would be a guess
         net, info = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True,
             use_safetensors=True, trust_remote_code=False)
@@ -96,7 +96,7 @@ def load(name, *, dtype=torch.float32, device="cpu", max_pixels=MAX_PIXELS):
         shown = (prompt == config.image_token_id).sum() == 1 and "text" in tokenizer.decode(prompt)
         expect(shown, "its tokenizer and chat template do not show an image and a text")
     except Exception as e:  # transformers raises anything on a folder that isn't a checkpoint
-        reason = (str(e) or type(e).__name__).splitlines()[0].split(". ")[0]
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0]
         raise DataError(f"{name}: the checkpoint can't be used: {reason}") from e
     return net, processor
 
@@ -138,8 +138,8 @@ def weights_digest(model):
 
 def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
     """As `load`, but a checkpoint of GRPO under LoRA comes as it was trained: pi_SFT in `dtype`
-    under an fp32 adapter, see add_lora. The folder's weights less the adapter's part are pi_SFT's,
-    bit for bit once rounded to bf16, if it was in bf16 when the adapter was trained."""
+    under an fp32 adapter, see add_lora. pi_SFT is the folder's weights minus the adapter's part: in
+    bf16 the very bits under which the adapter was trained, if that was in bf16."""
     adapter = Path(name, ADAPTER)
     if dtype == torch.float32 or not adapter.is_dir():
         return load(name, dtype=dtype, device=device, max_pixels=max_pixels)
@@ -206,8 +206,8 @@ def autocast(model):
 
 
 def matrices_of(net):
-    """The layers whose weights autocast rounds to bf16 at each use: they may as well be kept in
-    bf16. Not a head that is also the embedding, which is read as it is."""
+    """The linear layers, whose weights autocast rounds to bf16 at each use: they may as well be
+    kept in bf16. Left out is a head that is also the embedding: a look-up does not round."""
     embedding = net.get_input_embeddings().weight
     return [m for m in net.modules()
             if isinstance(m, torch.nn.Linear) and m.weight is not embedding]
@@ -258,8 +258,8 @@ def lora_merged(model):
 # ---- records -> tensors --------------------------------------------------------------------------
 
 def image_patches(processor, record):
-    """One record's image -> patches (p, 3*2*14*14) float32, grid (1, 3) = time, rows, columns. The
-    first ones are kept, as many as fit into PIXEL_CACHE."""
+    """One record's image -> patches (p, 3*2*s*s) float32 of s = 14 px (Qwen3-VL: 16), grid (1, 3) =
+    time, rows, columns. The first ones are kept, as many as fit into PIXEL_CACHE."""
     known, path = processor.patches, record["path"]
     if path in known:
         return known[path]
@@ -272,7 +272,7 @@ def image_patches(processor, record):
 
 
 def stop_ids(tokenizer):
-    """The ids that end a completion: the end of a turn, and the padding that stands behind it."""
+    """The ids that end a completion: the end of a turn, and the padding that follows it."""
     return torch.tensor(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
 
 
@@ -345,8 +345,8 @@ def rows_of(batch, rows):
 
 def with_image_features(model, batch):
     """The batch with "features" in place of pixels: for each image (levels, tokens, d). Level 0 is
-    the embeddings of its image tokens; the others, in Qwen3-VL alone, are its deepstack. Of a
-    frozen tower one call serves sampling, reference and update."""
+    the embeddings of its image tokens; the others, in Qwen3-VL alone, are its deepstack. Where the
+    vision tower is frozen one call serves sampling, reference and update."""
     if "pixel_values" not in batch:
         return batch
     batch, net = dict(batch), network(model).model
@@ -398,8 +398,8 @@ def hidden_states(net, ids, mask, positions, batch=None, cache=None, prompt_leng
 
 
 def grouped_attention(module, q, k, v, attention_mask, scaling=None, prompt_length=None, **kwargs):
-    """Attention for transformers' layers: q (N, H, S, d), k, v (N, h, keys, d) -> (N, S, H, d).
-    attention_mask (N, 1, S, keys) says what each place sees.
+    """Attention for transformers' layers: q (N, H, S, d), k, v (N, h, keys, d) -> (N, S, H, d), and
+    None for the weights. attention_mask (N, 1, S, keys) says what each place sees.
 
     With prompt_length P a row is a group's, [prompt | completion 1 | ... | completion G], and
     attention_mask (N, 1, P+T, P+T) that of the prompt and any one completion. Completions don't see
@@ -448,7 +448,7 @@ def attend(q, k, v, mask, scaling):
 
 def never_drawn(net):
     """Ids that a completion may not hold: an image token without an image breaks the next pass.
-    The tensor is made once: a copy to the device at every token would wait for it."""
+    The tensor is made once: copying it to the device for every token would stall a GPU."""
     if not hasattr(net, "never_drawn"):
         c = net.config
         ids = (c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id)
@@ -496,10 +496,11 @@ class KVCache:
         return self.seen[:, None, None, :self.end], self.position.expand(3, -1, -1)
 
     def update(self, k, v, layer, *_, **__):
-        """A layer's new keys and values -> those to attend to. First come the prompt's (N, h, P,
-        d), repeated for G rows; then a token's (rows, h, 1, d), answered with all up to `end`."""
+        """Called by transformers in every layer: new keys and values -> those to attend to. First
+        come the prompt's (N, h, P, d), which are stored for G rows; then at every call one token's
+        (rows, h, 1, d), which gets all up to `end`."""
         k = k.to(v.dtype)  # under autocast rotary positions leave k in fp32 and v in bf16
-        if layer == len(self.layers):
+        if layer == len(self.layers):  # this layer's first call: the prompt's
             both = torch.stack([k, v]).repeat_interleave(self.G, 1)  # (2, rows, h, P, d)
             self.layers.append(pad(both, (0, 0, 0, self.room)))
             return k, v
@@ -510,7 +511,7 @@ class KVCache:
 
     def keep(self, rows):
         self.seen, self.position = self.seen[rows], self.position[rows]
-        for i, buffer in enumerate(self.layers):  # old and new are both there for one layer alone
+        for i, buffer in enumerate(self.layers):  # one by one: only one layer is in memory twice
             self.layers[i] = buffer[:, rows]
 
 
@@ -551,7 +552,7 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
                 going_on = (~ended).nonzero()[:, 0]
                 if len(going_on) == 0:
                     break
-                if len(going_on) <= STAY[device.type] * len(rows):  # keep copies the cache
+                if len(going_on) <= LEAVE_AT[device.type] * len(rows):  # not always: it's a copy
                     cache.keep(going_on)
                     rows, y = rows[going_on], y[going_on]
             y = draw(next_logits(y), temperature, top_p, generator)
@@ -590,8 +591,8 @@ class Graphed:
             stream = torch.cuda.current_stream(self.given.device)
         try:
             graph = torch.cuda.CUDAGraph()
-            # On torch's one stream for it: cuBLAS keeps a workspace for each that it has seen.
-            # Other threads may go on.
+            # On torch's own stream for captures: cuBLAS keeps a workspace for each stream that it
+            # has seen. Other threads may use CUDA meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.logits = self.step(self.given)  # recorded, not run
             self.graph = graph
@@ -626,7 +627,7 @@ def draw(logits, temperature, top_p, generator):
 
 def decode(processor, tokens, mask):
     """tokens, mask (N, G, T) -> N lists of G texts, without the stop token. Other special tokens
-    stay: left out, no reward would see them, and they would be free to say."""
+    stay: if they were left out, no reward would see them, and they would cost nothing."""
     tokens, texts = tokens.cpu(), []
     said = mask.cpu() & ~torch.isin(tokens, stop_ids(processor.tokenizer))  # (N, G, T)
     for group, kept in zip(tokens, said, strict=True):
@@ -652,7 +653,7 @@ def token_logprobs(model, batch, tokens, mask, *, temperature=1.0):
     later = (start[:, None] + torch.arange(T, device=tokens.device)).repeat(1, G)  # (N, G*T)
     positions = torch.cat([positions, later.expand(3, -1, -1)], 2)  # (3, N, P+G*T)
     ids = torch.cat([batch["input_ids"], tokens.reshape(N, G * T)], 1)  # (N, P+G*T)
-    # One mask serves all G: padding behind a completion counts as real, but no token looks ahead.
+    # One mask serves all G: padding after a completion counts as real, but no token looks ahead.
     seen = causal_mask(pad(batch["attention_mask"], (0, T), value=1))  # (N, 1, P+T, P+T)
     with autocast(model):
         hidden = hidden_states(net, ids, seen, positions, with_image_features(model, batch),
@@ -691,8 +692,8 @@ def setup_devices():
         expect(device.index < torch.cuda.device_count(), "--nproc_per_node: expected at most this "
                f"machine's number of GPUs, {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
-        # cuDNN's attention with a mask has nan gradients at some lengths (pytorch issue 196678,
-        # found on Qwen2.5's weights), and prepares anew for every length.
+        # cuDNN's attention with a mask has nan gradients at some lengths (pytorch issue 196678),
+        # and prepares anew for every length.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
@@ -705,8 +706,8 @@ def close_devices():
 
 
 def run(main):
-    """data.cli, with a sentence for a full device and the name of the process. Of several processes
-    each ends here at once."""
+    """Run main under data.cli. An error names the process, and a full device is one sentence. A
+    process of torchrun ends here, without the interpreter's shutdown."""
     def named():
         try:
             main()
@@ -719,7 +720,7 @@ def run(main):
         cli(named)
     except SystemExit as e:
         code = e.code or 0
-    if "RANK" in os.environ:  # while the interpreter ends a thread of gloo's may abort it
+    if "RANK" in os.environ:  # in the shutdown a thread of gloo's may abort a finished process
         for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed
             stream.flush()
         os._exit(code)
@@ -765,8 +766,8 @@ def wait_for_all():
 
 def sum_gradients(parameters):
     """Add up the processes' gradients, whose losses are already divided by global counts. In few
-    large pieces: one by one took seven times as long on gloo. After the backward passes: to start
-    while the last one runs gained nothing measurable."""
+    large pieces: one by one took seven times as long on gloo. After all backward passes: to start
+    during the last one gained nothing measurable."""
     if not dist.is_initialized():
         return
     piece, floats = [], 0

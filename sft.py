@@ -1,7 +1,7 @@
 """Stage 1, Cognitive Injection: supervised fine-tuning on think-then-answer targets, Eq. (1).
 
-Without --model it starts from nothing: it draws the phantoms (data.py), makes a tiny base model
-of them (`make_base`, kept in ROOT/tiny-base) and fine-tunes that.
+Without --model it starts from nothing: it draws the phantoms (data.py), trains a tiny base model
+on other phantoms (`make_base`, kept in ROOT/tiny-base) and fine-tunes that.
 
     python sft.py                                  # out/phantoms, out/tiny-base, out/sft
     python sft.py --model Qwen/Qwen2.5-VL-3B-Instruct --data medad38k/medad38k.jsonl
@@ -51,20 +51,20 @@ AdamW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.0
 class Knob(NamedTuple):
     """A flag of the command line."""
     type: type  # bool: --no-.. switches it off
-    tiny: object  # its default in this preset; a tuple: several values
-    paper: object
+    tiny: object  # its default in the tiny preset; a tuple for a flag of several values
+    paper: object  # and in the paper preset
     meaning: str  # and unit
     choices: tuple = None
     positive: bool = False  # a number above 0, else of at least 0
     most: float = 10**12
-    may_change: bool = False  # when a run is resumed
+    may_change: bool = False  # whether a resumed run may have another value
 
 
 # The knobs of both stages. `paper`: the values of the paper's section 4.1, where it gives them.
 SHARED = dict(
     data=Knob(str, (), (), "files of records (default: ROOT/phantoms, for the tiny model)",
               may_change=True),
-    only=Knob(str, (), (), "train on records with KEY=VALUE, say modality=CT task=anatomy"),
+    only=Knob(str, (), (), "use records with KEY=VALUE alone, say modality=CT task=anatomy"),
     thinking=Knob(str, "before", "before", "a thought before or after the answer, or none (Med-R1)",
                   tuple(rewards.INSTRUCTIONS)),
     root=Knob(str, "out", "out", "folder under which everything is written", may_change=True),
@@ -73,12 +73,14 @@ SHARED = dict(
     clip=Knob(float, 1.0, 1.0, "gradient norm above which the gradient is scaled down"),
     checkpointing=Knob(bool, False, True, "less memory, more time: layers are computed twice",
                        may_change=True),
-    max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "above which an image shrinks", positive=True),
+    max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk",
+                    positive=True),
     max_steps=Knob(int, 0, 0, "optimiser step to stop at, 0 = the last; the learning rate is that "
                    "of the whole run", may_change=True),
     eval_every=Knob(int, 0, 0, "optimiser steps between evaluations on held-out questions, "
                     "0 = none; nothing is selected by them", may_change=True),
-    eval_questions=Knob(int, 200, 200, "held-out questions per evaluation", may_change=True),
+    eval_questions=Knob(int, 200, 200, "held-out questions per evaluation, 0 = all",
+                        may_change=True),
     resume=Knob(bool, False, False, "go on from the last checkpoint in --out", may_change=True))
 KNOBS = dict(
     model=Knob(str, None, None, "folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL "
@@ -86,9 +88,8 @@ KNOBS = dict(
     out=Knob(str, "ROOT/sft", "ROOT/sft", "folder of this run", may_change=True),
     images=Knob(int, 2000, 2000, "phantoms to draw, 70 %% of them to train on"),
     thoughts=Knob(int, 60, 60, "train images that have chains of thought, others answers alone"),
-    epochs=Knob(float, 40.0, 2.0, "passes over the questions that have a thought; of each, "
-                "what does not fill a batch is left out (but fewer than a batch are one)",
-                positive=True),
+    epochs=Knob(float, 40.0, 2.0, "passes over the questions that have a thought; in each, a last "
+                "batch that isn't full is left out, unless it is the only one", positive=True),
     batch=Knob(int, 32, 64, "questions per optimiser step over all processes", positive=True),
     micro_batch=Knob(int, 32, 8, "questions per forward pass: for memory alone", positive=True,
                      may_change=True),
@@ -101,15 +102,15 @@ KNOBS = dict(
 
 def knobs(table, doc, argv=None):
     """The command line of a stage -> Namespace: each knob's value, the preset, and `fixed`, the
-    values that a resumed run must have had. DataError for bad values."""
+    values that must be the same when the run is resumed. DataError for bad values."""
     parser = data.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, knob in table.items():
         kind = dict(type=knob.type, choices=knob.choices)
         if knob.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(knob.tiny, tuple):
-            kind["nargs"] = len(knob.tiny) or "+"  # as many values as the default; for (), any
-        default = knob.tiny
+            kind["nargs"] = len(knob.tiny) or "+"  # as many as the default has; (): one or more
+        default = "none" if knob.tiny in ((), None) else knob.tiny
         if knob.tiny != knob.paper:
             default = f"tiny {knob.tiny}, paper {knob.paper}"
         parser.add_argument(f"--{name}", help=f"{knob.meaning} [{default}]", **kind)
@@ -157,8 +158,8 @@ def holds(folder, patterns):
 class Run(contextlib.ExitStack):
     """A run in its folder, --out, locked while the run is at work: opened or resumed, and saved now
     and then, at its end, and where it ends early by an error, Ctrl-C or SIGTERM."""
-    skipped = 0  # steps in a row
-    told = None  # the signal that asked to stop
+    skipped = 0  # steps in a row that were not finite
+    told = None  # the signal that asked this process to stop
     agreed = False  # whether all processes end early at the same step
 
     def open(self, args, policy, processor, optimizer, rank, keep_adapter=False):
@@ -168,7 +169,8 @@ class Run(contextlib.ExitStack):
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         if rank == 0:
             self.enter_context(data.locked(self.out))
-        # Optimiser steps that the policy has had (None inside one), and had when last saved.
+        # Optimiser steps that the policy has had, None while one or a save is under way; and those
+        # that the last checkpoint has.
         self.done = self.saved = 0
         logs = self.resume() if args.resume else {}
         seen = M.gather([(self.done, args.fixed)])
@@ -188,9 +190,9 @@ class Run(contextlib.ExitStack):
         return self.done
 
     def resume(self):
-        """Put back what --out's state.pt holds -> {log: its text up to there}: later lines come
-        again, and the last may have been cut short by a kill."""
-        where, logs = self.out / "state.pt", {}
+        """Put back what --out's state.pt holds -> {log file: its lines up to that step}. This run
+        writes the later ones again, and a kill may have cut the last one short."""
+        where, logs = self.out / "state.pt", {}  # where: what is being read, for the error
         try:
             state = torch.load(where, weights_only=True, map_location="cpu", mmap=True)
             for name, value in state["knobs"].items():
@@ -221,7 +223,7 @@ class Run(contextlib.ExitStack):
         return logs
 
     def stop(self, number, frame):
-        """What a signal does: the run stops when its step is done, at another Ctrl-C at once."""
+        """What a signal does: the run stops after its step. Another Ctrl-C stops it at once."""
         self.told = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, b"\nstopping when this step is done; Ctrl-C: at once\n")  # print may be at work
@@ -245,8 +247,9 @@ class Run(contextlib.ExitStack):
         return dict(loss=loss, lr=lr, grad_norm=norm, skipped=int(not finite))
 
     def after(self, end, due, why=None):
-        """After every step: save at the end or if it is due, and end early for `why` or if a
-        process was told to. After a skipped step none is due: its weights may be to blame."""
+        """After every step: save at the end or if it is due; then end early for `why`, or if a
+        process was told to stop. After a skipped step no save is due: the weights may be what made
+        it not finite."""
         ended = self.done >= end
         if ended or (due and not self.skipped):
             self.save()
@@ -274,15 +277,16 @@ class Run(contextlib.ExitStack):
             try:  # given a name, torch hides that the disk is full
                 with data.written_beside(path) as beside, open(beside, "wb") as f:
                     torch.save(state, f)
-            except RuntimeError as e:  # torch's own, behind the OSError that says why
+            except RuntimeError as e:  # torch's own; the OSError in its context says why
                 raise data.DataError(f"{path} can't be written: {e.__context__ or e}") from e
             with data.naming(self.out):
                 M.save(self.policy, self.processor, self.out, keep_adapter=self.keep_adapter)
         self.done = self.saved = done
 
     def end(self, kind, error, trace):
-        """Where the run ends early, save what is done; but useless weights replace no others, and
-        a process that fails alone has but a share of the optimiser's state."""
+        """Where the run ends early, save what is done. But weights that are not finite replace no
+        others, and a process that fails alone can't save: of the optimiser's state it has only its
+        share."""
         if error is None:
             if self.rank == 0:
                 print(f"{self.out}: the checkpoint after {self.saved} steps")
@@ -344,7 +348,7 @@ class Clock:
         M.peak_memory(device)  # from here on
 
     def tick(self, part):
-        """Book what has passed since the last tick on `part`, when the device has done its work."""
+        """Charge the time since the last tick to `part`, when the device has done its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.figures[f"seconds_{part}"] = time.perf_counter() - self.last
@@ -352,14 +356,14 @@ class Clock:
         self.last = time.perf_counter()
 
     def wait(self):
-        """Wait for the slowest process, and book the mean of all processes' waits."""
+        """Wait for the slowest process, and record the mean of all processes' waits."""
         self.figures["seconds_waiting"] = M.wait_for_all()
         self.last = time.perf_counter()
 
 
 def policy_of(args, records, device, rank, world):
-    """--model, ready to be trained on the records, whose images and questions are checked ->
-    policy, processor, AdamW."""
+    """--model, ready to be trained -> policy, processor, AdamW. Checks the records' images and
+    questions, and puts digests of records and weights into args.fixed, to compare on --resume."""
     data.expect(os.path.realpath(args.model) != os.path.realpath(args.out),
                 f"--out {args.out} is the folder of the model itself; name another")
     data.expect(holds(args.out, RUN_FILES) or not holds(args.out, CHECKPOINT_FILES),
@@ -419,9 +423,9 @@ def held_out_accuracy(policy, processor, records, judge, max_new_tokens):
 # letter nor to see: the few tokens that matter drown among the others. Real base models can do
 # both; the tiny one, a Qwen2.5-VL of 1.1 M parameters, is taught letters, then some seeing.
 
-LETTER_STAGES = (  # names to choose from, positions left free before the answers at most
+LETTER_STAGES = (  # names to choose from (100: all), and most positions left free before answers
     (4, 0), (8, 0), (16, 0), (32, 0), (100, 0), (100, 8), (100, 16), (100, 32), (100, 64), (100, 0))
-LETTER_OWN = 16  # names from which on half of the prompts have a record's own options
+LETTER_OWN = 16  # with so many names or more, half of the prompts have a record's own options
 LETTER_SOLVED, LETTER_FULL = 0.75, 0.95  # mean p(right letter) that ends a stage, and the last
 LETTER_STEPS = 3000  # at most, of all stages
 WORDING_EVERY = 4  # steps of letters between batches of how thoughts are worded
@@ -434,8 +438,9 @@ LIKENESS = 1.5  # factor on the first keys and queries, see make_base
 
 def lesson_batch(processor, lessons, images, place):
     """n lessons (prompt, what its answers open with, four answers), each with an image or None ->
-    batch, tokens, mask, mask of the letters alone, (n, 4, T) each. Letters are `place` tokens from
-    the end. A prompt's answers don't see each other: none is guessed by elimination."""
+    batch, tokens, mask, mask of the letters alone, (n, 4, T) each. In an answer the letter is the
+    `place`-th token from the end. A prompt's four answers don't see each other, so that none is
+    guessed by elimination."""
     prompts, openings, answers = zip(*lessons, strict=True)
     flat = [answer for four in answers for answer in four]
     targets = M.encode_completions(processor, flat)  # (4n, 1, T) each
@@ -451,10 +456,10 @@ def unfinished(record):
 
 
 def letter_batch(processor, names, skip, records, full, rng, n=16):
-    """A lesson_batch whose answers are an option's name, then its letter: "cystB", a short way that
+    """A lesson_batch whose answers are an option's name, then its letter: "cystB", a shortcut that
     is found more easily, or "cyst.</think><answer>B". Options are four of `names` or, where those
     are many, half of the time a record's own. Up to `skip` positions before the answers stay free:
-    the distance shall not matter. `full`: behind a question and the last sentences of a thought."""
+    the distance must not matter. `full`: after a question and the last sentences of a thought."""
     lessons = []
     for _ in range(n):
         record = rng.choice(records)
@@ -475,8 +480,8 @@ def letter_batch(processor, names, skip, records, full, rng, n=16):
 
 
 def wording_batch(processor, records, images, rng, n=8):
-    """A lesson_batch of records behind any of the images, a gold completion for every option: how
-    thoughts are worded and which letter follows, but nothing of images."""
+    """A lesson_batch of questions, each with a random one of `images` and a gold completion for
+    every option: it teaches how thoughts are worded and which letter follows, nothing of images."""
     lessons = []
     for i in rng.choice(len(records), n):
         record, answers = records[i], []
@@ -489,7 +494,7 @@ def wording_batch(processor, records, images, rng, n=8):
 
 
 def base_phantoms(seed):
-    """Phantoms that are none of train or test -> images, uint8 (112, 112, 3), their facts (see
+    """Phantoms that are in none of the splits -> images, uint8 (112, 112, 3), their facts (see
     data.draw_phantom), and the records of all."""
     images, facts, records = [], [], []
     rng, rounds = np.random.default_rng([seed, 1, 1]), defaultdict(list)
@@ -610,8 +615,8 @@ def build_tiny(texts, names=(), *, image_size, seed=0):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex("|".join(pieces)), "isolated"), to_bytes])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(  # every word of the phantoms is a token
-        vocab_size=988, initial_alphabet=to_bytes.alphabet(), show_progress=False))  # + 12: 1000
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(  # every word of the phantoms is a token:
+        vocab_size=988, initial_alphabet=to_bytes.alphabet(), show_progress=False))  # 703 suffice
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         padding_side="left", chat_template=CHAT_TEMPLATE)
@@ -697,7 +702,7 @@ def learning_rate(step, steps, peak, warmup):
     rise = max(1, round(warmup * steps))
     if step < rise:
         return peak * (step + 1) / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
 def epoch_order(n, epoch, seed):

@@ -367,7 +367,7 @@ def test_fixed_shapes_draw_what_growing_ones_draw(temperature, world, monkeypatc
     """CUDA's way (the whole cache read at each token, rows looked at now and then) gives the CPU's completions; where a step
     can't be captured as a graph, as here, that is said and sampling goes on without."""
     batch = M.encode(world.processor, world.mixed[:3])
-    monkeypatch.setitem(M.STAY, "cpu", 0.0)  # no row leaves: the same draws for the same rows
+    monkeypatch.setitem(M.LEAVE_AT, "cpu", 0.0)  # no row leaves: the same draws for the same rows
 
     def draw():
         return M.sample(world.net, batch, group_size=3, max_new_tokens=12, temperature=temperature,
