@@ -50,7 +50,7 @@ KEYS = ("id", "image", "modality", "anatomy", "task", "question", "options", "an
 SHOWS = ("modality", "anatomy", "lesion", "style", "location")  # optional, in a key "shows"
 SPLITS = ("train", "val", "test")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # of a completion: no thought may hold one
-MOST_PIXELS = 2**26  # an image may have (model.MAX_PIXELS: shrinks it); looked at before decoding
+MOST_PIXELS = 2**26  # of an image; more is refused undecoded (above model.MAX_PIXELS: shrunk)
 MAX_ASPECT = 200    # longer side / shorter side: beyond it Qwen's processor refuses an image
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses twice as many, and warns from here on
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -91,9 +91,14 @@ def is_text(x):
     return isinstance(x, str) and x.strip() != ""
 
 
+def right_option(record):
+    """The text of the right option."""
+    return record["options"][LETTERS.index(record["answer"])]
+
+
 def check_options(options):
-    texts = isinstance(options, list) and all(map(is_text, options))
-    names = {x.strip().casefold() for x in options} if texts else ()
+    are_texts = isinstance(options, list) and all(map(is_text, options))
+    names = {x.strip().casefold() for x in options} if are_texts else ()
     expect(2 <= len(names) == len(options) <= len(LETTERS),
            f"'options' is {options!r:.200}, expected a list of 2 to {len(LETTERS)} non-empty"
            " strings, no two the same")
@@ -135,8 +140,8 @@ def read_records(files, split=None, only=(), thinking="before"):
     """Validated records of one file or several, each with "path" added; DataError names file, line
     and what was expected. Images are not looked at.
 
-    split keeps one; only, texts like "modality=CT", keeps those with one of the values given for
-    each key. thinking (of rewards.INSTRUCTIONS) goes with them into prompt and target."""
+    split: the one to keep. only: texts like "modality=CT"; kept are records that for each key given
+    have one of its values. thinking (see rewards.INSTRUCTIONS) decides on prompt and target."""
     wanted = defaultdict(set)
     for text in only:
         key, _, value = text.partition("=")
@@ -241,7 +246,7 @@ def med_r1(item, stem, k):
 
     name = re.sub("[_ ](train|test)$", "", stem, flags=re.I).replace("_", " ")
     task = name.lower() if name.lower() in MED_R1_TASKS else "unknown"
-    other = name if task == "unknown" else "unknown"  # as "Infrared Reflectance Imaging"
+    other = name if task == "unknown" else "unknown"  # the name, as "Infrared Reflectance Imaging"
     return {"id": f"{stem}-{k}", "image": item["image"], "question": question, "options": options,
             "answer": answer[1] if answer else "none", "source": "Med-R1", "task": task,
             "modality": named_modality(name) or named_modality(item["image"]) or other,
@@ -259,7 +264,7 @@ def named_modality(text):
 # ---- files: written whole, by one run at a time --------------------------------------------------
 @contextmanager
 def naming(path):
-    """An OSError inside that names no file, as where the disk is full, names `path`."""
+    """If an OSError from inside has no file name (disk full, say), it gets `path`."""
     try:
         yield
     except OSError as e:
@@ -366,8 +371,8 @@ def load_image(record):
 
 def open_image(path, window=None):
     """An image as PIL RGB or L, upright by its EXIF tag; transparency is ignored, 16 bits and
-    floats go through eight_bits (window is its), and nothing else that the file holds stays: a
-    comment may name a patient. DataError, half a sentence, when it is missing, truncated, not an
+    floats go through eight_bits(.., window), and nothing else of the file is kept: a comment
+    may name a patient. DataError, half a sentence, when it is missing, truncated, not an
     image, has 0 or more than MOST_PIXELS pixels or a side more than MAX_ASPECT times the other."""
     try:
         # Opened by us: a TIFF that Pillow opens by name it maps into memory, and turns wrong.
@@ -408,7 +413,7 @@ def data_url(record, side=math.inf, max_pixels=math.inf, kind="PNG"):
     image, file = load_image(record), io.BytesIO()
     scale = min(1, math.sqrt(max_pixels / math.prod(image.size)))
     image.thumbnail([max(1, min(side, scale * length)) for length in image.size])
-    image.save(file, kind, quality=85)  # a PNG has none
+    image.save(file, kind, quality=85)  # of JPEG; PNG ignores it
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -466,7 +471,8 @@ PHRASES = (
 
 
 # ---- phantoms: drawing ---------------------------------------------------------------------------
-# Pictures are (SIZE, SIZE, 1) in grey, (SIZE, SIZE, 3) in colour, 0..1; masks (SIZE, SIZE, 1).
+# Pictures are (SIZE, SIZE, 1) in grey, (SIZE, SIZE, 3) in colour, 0..1; masks (SIZE, SIZE, 1), but
+# a lesion's (SIZE, SIZE).
 # u, v: where pixels lie, -1..1 from the left and from the top; abs(u) draws on both sides.
 # Painters in colour also get smooth spots and a side, -1 or 1.
 def clamp(x):
@@ -663,7 +669,7 @@ def lesion_mask(rng, style, location):
     return clamp(1.7 - np.minimum(d, dot) / .17)
 
 
-def facts_of(modality, anatomy, lesion=None):
+def facts_of(modality, anatomy, lesion):
     """What a phantom shows; lesion is None or (style, location)."""
     style, location = lesion or (None, None)
     kind = KINDS[anatomy][list(STYLES).index(style)] if lesion else None
@@ -724,11 +730,11 @@ def ask(image, task, truth, others, rng, rounds):
 
 # ---- phantoms: questions, thoughts, files --------------------------------------------------------
 def phantom_records(facts, rng, group, image, rounds, split="train", report=None):
-    """The records of one image. Location and pathology are asked of images with a lesion alone, the
-    state of every second one of these and of all others: Normal is right as often as Abnormal.
+    """The records of one image. Location and pathology are asked only of images with a lesion, the
+    state of all healthy ones and of every second with a lesion: Normal is right half the time.
 
-    The thoughts of an image differ in the last sentence, which names the right option's text, never
-    a letter. They describe the lesion of `report` (facts; default: the true ones).
+    An image's thoughts differ only in the last sentence, which gives the right option's text, never
+    its letter. They describe the lesion of `report` (facts; default: the true ones).
     rounds, a defaultdict(list) kept from image to image, holds letters and turns yet to be used.
     """
     modality, anatomy, kind = facts["modality"], facts["anatomy"], facts["lesion"]
@@ -744,7 +750,8 @@ def phantom_records(facts, rng, group, image, rounds, split="train", report=None
         ("modality", modality, MODALITIES, "So this is"),
         ("pathology", kind, KINDS[anatomy], "So the finding is"))
 
-    finding, report = "There is no lesion.", report or facts
+    report = report or facts
+    finding = "There is no lesion."
     if report["lesion"]:
         finding = f"There is {STYLES[report['style']]} in the {report['location']}."
         finding += f" This fits {report['lesion']}."
@@ -756,18 +763,18 @@ def phantom_records(facts, rng, group, image, rounds, split="train", report=None
 
 
 def careless_report(facts, rng):
-    """The facts, but for a lesion of another style at another place, or where there is none."""
+    """The facts with a false lesion: of another style and place, or in a healthy image any."""
     style = str(rng.choice([x for x in STYLES if x != facts["style"]]))
     location = str(rng.choice([x for x in LOCATIONS if x != facts["location"]]))
     return facts_of(facts["modality"], facts["anatomy"], (style, location))
 
 
-def make_phantoms(out="out/phantoms", seed=0, n_images=2000, thoughts=None, careless=0.0):
+def make_phantoms(out, seed, n_images, thoughts=None, careless=0.0):
     """Draw phantoms into folder `out` (images/, phantoms.jsonl, meta.json) -> the jsonl's path.
     Reused if already there with the same knobs, DataError if with others.
 
-    The first `thoughts` train images (None: all) keep their chains of thought, of a share
-    `careless` the thoughts misreport the lesion. Neither changes images or questions.
+    The first `thoughts` train images (None: all) keep their chains of thought; those of a share
+    `careless` of all images misreport the lesion. Neither changes images or questions.
     """
     expect(n_images > 0 and seed >= 0 and (thoughts or 0) >= 0 and 0 <= careless <= 1,
            f"{n_images} images, seed {seed}, thoughts {thoughts}, careless {careless}: expected"
@@ -817,8 +824,8 @@ NEVI = ("common nevus", "atypical nevus", "melanoma")  # PH2's clinical diagnosi
 
 
 def table(column, value):
-    """A reader of tables, parted by commas, tabs or PH2's double bars: file -> (id in the column,
-    value(row)) of each row."""
+    """-> a function that reads a table (its cells parted by commas, tabs or PH2's double bars):
+    file -> [(row[column], value(row)), ..]."""
     def read(file):
         lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
         by = "\t" if "\t" in lines[0] else ","
@@ -863,7 +870,8 @@ def via_outlines(file):
 
 TRAIN_SHARE = 0.7  # of a source's pictures; the rest is the test split
 LOOK = 64          # px, side of the small grey picture by which pictures are compared
-SAME = .99, 4      # two show the same: correlation above, mean difference of greys (of 255) below
+CORRELATION = .99  # two pictures show the same if they correlate above this ..
+DIFFERENCE = 4     # .. and their greys (of 255) differ by less than this in the mean
 BLANK = 4          # standard deviation of the greys below which a picture shows nothing
 FEW = 5            # images that can't be used are named by `check`
 FAR = .2           # above chance: a look-up that answers so much more is warned of
@@ -875,9 +883,9 @@ DEALT = {           # tasks that `balanced` deals: options that fill up to four
 
 
 class Source(NamedTuple):
-    """A form of a source. Patterns are of the end of a path, see `matches`; what they find as `at`
-    and `id` pairs images, masks and what tables tell. `kind` is a key of findings, `group` what of
-    the id is patient, volume or lesion (else all of it)."""
+    """A form of a source: one way its files are laid out. Patterns match the end of a path, see
+    `matches`; image, masks and table rows of equal `at` and `id` belong together. `kind` is a key
+    of findings, `group` the part of the id that names patient, volume or lesion (else all)."""
     key: str
     modality: str
     anatomy: str
@@ -948,9 +956,9 @@ SOURCES = (  # {group}##?: of pictures with running numbers a hundred, 4200 to 4
 
 
 def matches(pattern, files):
-    """(file, what `at` and `id` found, groups) of each file that ends as the pattern: a regular
-    expression in which {x=..} is a group, {x} one of any text, * any text in one name, ** any
-    text, # a digit, and a dot a dot."""
+    """(file, what `at` and `id` found, {group: text}) of each file whose path ends as the pattern,
+    a regular expression in which {x=..} is a group named x, {x} is short for {x=*}, * is any text
+    in one name, ** any text, # a digit, and . only a dot."""
     means = {"*": "[^/]*?", "**": ".*?", "#": r"\d", ".": r"\.", "}": ")"}
     text = re.sub(r"\{(\w+)\}", r"{\1=*}", pattern)
     text = re.sub(r"\*\*|[*#.}]", lambda m: means[m[0]], text)
@@ -1010,8 +1018,8 @@ def find(key, folder):
 
 # ---- MedAD-38K: from files to pictures -----------------------------------------------------------
 def parts_of(mask):
-    """The parts of a mask (H, W) bool that lie apart where its longer side is 32 cells -> areas,
-    centroids' x and y, px, each (P,)."""
+    """The connected parts of a mask (H, W) bool, on a grid of 32 cells along its longer side ->
+    areas, centroids' x and y, px, each (P,)."""
     side, grown = math.ceil(max(mask.shape) / 32), mask.copy()
     grown[1:] |= mask[:-1]  # what touches at a corner touches at an edge now, as floodfill needs it
     y, x = grown.nonzero()
@@ -1092,17 +1100,18 @@ def slices(job):
         files = [nibabel.load(path) for path in (job["path"], *job["masks"][:1])]
         arrays = [np.asarray(nibabel.as_closest_canonical(x).dataobj) for x in files]  # (X, Y, Z)
         volume, *masks = [a[::-1, ::-1].T for a in arrays]  # (Z, Y, X)
-        well = abs(np.arange(len(volume)) / len(volume) - .5) < .25  # (Z,): to show as without
-        lesion, sick, shown = [None] * len(volume), [], []  # lesion: by slice, None: not known
+        without = abs(np.arange(len(volume)) / len(volume) - .5) < .25  # (Z,): the middle half
+        lesion = [None] * len(volume)  # of each slice; None: not known
+        sick, shown = [], []
         for mask in masks:  # one or none
             expect(mask.shape == volume.shape, "another shape")
             lesion = mask >= job["least"]
             area = lesion.mean((1, 2))  # (Z,)
             if job["least"] > 1:
-                well = (mask > 0).mean((1, 2)) > .02  # with the organ
-            well = well & (area == 0)
+                without = (mask > 0).mean((1, 2)) > .02  # with the organ
+            without = without & (area == 0)
             sick = np.flatnonzero(area > .001)
-        for z in sorted(evenly(sick, SLICES) + evenly(np.flatnonzero(well), SLICES)):
+        for z in sorted(evenly(sick, SLICES) + evenly(np.flatnonzero(without), SLICES)):
             greys = Image.fromarray(eight_bits(volume[z], job["window"]))
             shown.append((greys, lesion[z], f"-{z:03d}"))
     except Exception as e:  # nibabel and damaged files raise anything
@@ -1113,7 +1122,7 @@ def slices(job):
 
 def examine(job, folder, max_side):
     """An image or volume -> its pictures, written into `folder` with at most max_side px per side:
-    the job with more keys. What can't be used has one more, "why".
+    the job with more keys. What can't be used has none of these but "why".
 
     "finding": the lesion, "" if healthy, "A|B" if several, None if not told or if the mask says
     otherwise ("agree" is False); "box": the lesion's, if known, as fractions: left, top, right,
@@ -1187,7 +1196,7 @@ def split_by_group(pictures, seed):
         rng = np.random.default_rng([seed, *source.encode()])
         groups = rng.permutation(sorted(x for x in sizes if x.split()[0] == source))
         size = np.array([sizes[x] for x in groups])
-        middle = size.cumsum() - size / 2  # of a group that straddles the border
+        middle = size.cumsum() - size / 2  # a group is on the side on which its middle is
         train.update(groups[middle <= TRAIN_SHARE * size.sum()])
     for f in pictures:
         f["split"] = "train" if f["group"] in train else "test"
@@ -1210,9 +1219,9 @@ def true_answer(f, task):
 
 
 def balanced(pool, rng):
-    """{answer: pictures} -> (picture, its answer, the answers to choose from), which tell nothing:
-    in each round the (up to four) answers with most pictures left get a picture each and are
-    offered together. Ends when a round has fewer answers than the first; the rest isn't asked."""
+    """{answer: pictures} -> (picture, its answer, the answers offered), in rounds: one picture of
+    each of the (up to four) answers with most pictures left, offered together, so that what is
+    offered tells nothing. A round of fewer answers than the first ends it; the rest isn't asked."""
     for answer, pictures in sorted(pool.items()):
         pool[answer] = [pictures[i] for i in rng.permutation(len(pictures))]
     size = 0
@@ -1277,36 +1286,36 @@ def normed(looks):
 
 
 def coarse(looks):
-    """(N, LOOK, LOOK) -> (N, 16, 16) float32: normed, then means of 4 x 4 px, times 4, so that no
-    two are further apart than at full size."""
+    """(N, LOOK, LOOK) -> (N, 16, 16) float32: normed, then means of 4 x 4 px, times 4. That is a
+    projection: distances shrink or stay."""
     parts = map(normed, np.array_split(looks, len(looks) // 1024 + 1))  # bounds memory
     return np.concatenate([x.reshape(-1, 16, 4, 16, 4).mean((2, 4)) * 4 for x in parts])
 
 
 def close(looks, others):
-    """(N,) bool: whether two looks differ below SAME in the mean."""
-    return abs(np.float32(looks) - others).mean((1, 2)) < SAME[1]
+    """(N,) bool: whether two looks differ by less than DIFFERENCE in the mean."""
+    return abs(np.float32(looks) - others).mean((1, 2)) < DIFFERENCE
 
 
 def same(looks, others):
-    """(N,) bool: whether two looks correlate above and differ below SAME, as they are or one
+    """(N,) bool: whether two looks show the same (CORRELATION, DIFFERENCE), as they are or one
     mirrored."""
     out = False
     for c in (others, others[..., ::-1]):
         correlation = (normed(looks) * normed(c)).sum((1, 2))
-        out |= (correlation > SAME[0]) & close(looks, c)
+        out |= (correlation > CORRELATION) & close(looks, c)
     return out
 
 
 def join_alike(looks, groups):
-    """Groups (N,) int of looks (N, LOOK, LOOK) -> the same, joined to the smallest number where
-    looks are `same`.
+    """Groups (N,) int of looks (N, LOOK, LOOK) -> the same, those that share looks which are `same`
+    joined under their smallest number.
 
-    No pair is missed: going coarse, adding the mirror image and keeping one coordinate can only
-    shorten a distance. So looks are sorted along one axis and compared with those in reach, with
-    the mirror images added; those that are near are compared at full size, if their greys are
-    close at a quarter of it."""
-    groups, reach = np.array(groups), 2 - 2 * SAME[0]  # |x - y|**2 of looks that correlate SAME[0]
+    Three sieves stand before `same`: the coordinate along one axis (sorted: a reach), the distance
+    of coarse looks averaged with their mirror images, the greys at a quarter of the size. No pair
+    is missed: each of these steps can only shorten a distance."""
+    groups = np.array(groups)
+    reach = 2 - 2 * CORRELATION  # |x - y|**2 of normed looks with this correlation
     greys = looks.reshape(-1, 16, 4, 16, 4).mean((2, 4), dtype=np.float32)  # (N, 16, 16)
     a = coarse(looks)
     # Means of picture and mirror image, the left half alone: times 2**.5, as the right is its twin.
@@ -1325,8 +1334,8 @@ def join_alike(looks, groups):
         pairs = order[k + np.argwhere(near)]  # (P, 2)
         pairs = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
         for some in np.array_split(pairs, len(pairs) // 1024 + 1):  # bounds memory
-            x, y = greys[some[:, 0]], greys[some[:, 1]]
-            some = some[close(x, y) | close(x, y[..., ::-1])]
+            one, other = greys[some[:, 0]], greys[some[:, 1]]
+            some = some[close(one, other) | close(one, other[..., ::-1])]
             for x, y in some[same(looks[some[:, 0]], looks[some[:, 1]])]:
                 low, high = sorted((groups[x], groups[y]))
                 groups[groups == high] = low
@@ -1368,7 +1377,7 @@ def look_up(task, records, points):
         choices = [number[x] for x in r["options"] if x in number]
         offers = np.isin(answers, choices)  # (N,)
         if seen and r["path"] in points:
-            near = np.where(offers, known @ points[r["path"]] - half, -np.inf)  # most: the nearest
+            near = np.where(offers, known @ points[r["path"]] - half, -np.inf)  # largest: nearest
             hit = offers.any() and seen[near.argmax()]["right"] == r["right"]
             found["nearest picture's"].append(hit)
     found = {name: np.mean(hits) for name, hits in found.items()}
@@ -1397,7 +1406,7 @@ def check(records):
         points = dict(zip(seen, coarse(looks).reshape(-1, 256), strict=True))
         like = dict(zip(seen, join_alike(looks, np.arange(len(seen))), strict=True))
     for r in records:
-        r["right"] = r["options"][LETTERS.index(r["answer"])]
+        r["right"] = right_option(r)
         r["groups"] = r["source"], r["group"]
         r["pictures or their like"] = like.get(r["path"], r["path"])
     for key in ("groups", "pictures or their like"):
@@ -1413,12 +1422,13 @@ def check(records):
 
 
 # ---- MedAD-38K: build ----------------------------------------------------------------------------
-def build(sources, out="medad38k", max_side=512, seed=0, workers=None):
+def build(sources, out, max_side=512, seed=0, workers=None):
     """{key: folder} -> `out`: medad38k.jsonl, images/, dataset.md, a contact sheet per source."""
     out = Path(out).absolute()
     expect(max_side > 0 and seed >= 0,
            f"max_side {max_side}, seed {seed}: expected 1 or more px, a seed of 0 or more")
-    jobs, pictures = {key: find(key, folder) for key, folder in sorted(sources.items())}, []
+    jobs = {key: find(key, folder) for key, folder in sorted(sources.items())}
+    pictures = []
     with new_folder(out) as part:
         for key in jobs:
             pictures += examine_all(key, jobs[key], part, max_side, workers)
@@ -1488,8 +1498,7 @@ def about(command, pictures, records):
     for r in records:
         if r["task"] in DEALT:
             where = "" if r["task"] == "location" else f" of {r['modality']}, {r['anatomy']}"
-            answer = r["options"][LETTERS.index(r["answer"])]
-            right[f"{r['task']}{where}, {r['split']}"].add(answer)
+            right[f"{r['task']}{where}, {r['split']}"].add(right_option(r))
     text += "\nWhere fewer than four answers are ever right, chance is more than 25 %:\n\n"
     for what, answers in sorted(right.items()):
         if len(answers) < 4:

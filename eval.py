@@ -1,7 +1,7 @@
 """Tables 1-3: accuracy by task, format and consistency rates, and a page that a person looks at.
 
 Every question of the test split is answered once (greedy; with --temperature once per seed), then
-scored by the code that gives the rewards: rewards.score, with an F of judge.py. Written are
+scored by the code that gives the rewards: rewards.score, with an F of judge.py. It writes
 
     results.json              figures as fractions; names evaluated earlier stay in it
     report.md, eval.html      the tables; on the page also charts and questions with their answers
@@ -60,7 +60,7 @@ KNOBS = dict(  # the flags, as argparse takes them
               "phantoms/phantoms.jsonl beside each checkpoint)"),
     split=dict(choices=data.SPLITS, default="test", help="which of their records [%(default)s]"),
     only=dict(nargs="+", default=[], help="KEY=VALUE they have, say modality=CT task=anatomy"),
-    questions=dict(type=int, default=0, help="so many of them, the same each time, 0 = all [0]"),
+    questions=dict(type=int, default=0, help="how many of them, the same each time, 0 = all [0]"),
     thinking=dict(choices=list(rewards.INSTRUCTIONS), help="where the thought stands, or none "
                   "(default: as the checkpoint was trained, by its knobs.json; else before)"),
     temperature=dict(type=float, default=0.0, help="of the sampling, 0 = greedy [%(default)s]"),
@@ -146,8 +146,9 @@ def grouped(rows, key, order=()):
 
 def mean_and_std(rows, key="acc"):
     """Rows of one or several runs -> a figure: "mean" of `key` over the runs (None without a
-    number), "std" over them (n - 1 in the denominator; 0 for one run), "n" questions, "runs". A run
-    is a checkpoint where there are several, else a seed of the sampling. nan is left out."""
+    number), "std" over them (n - 1 in the denominator; 0 for one run), "n" answers (of one seed, of
+    all checkpoints), "runs". A run is a checkpoint where there are several, else a seed of the
+    sampling. nan is left out."""
     run = "ckpt" if len({row["ckpt"] for row in rows}) > 1 else "seed"
     known = [row for row in rows if not rewards.failed(row[key])]
     means = [fmean(row[key] for row in of_run) for of_run in grouped(known, run).values()]
@@ -180,8 +181,8 @@ def summary(rows):
 
 def difference(before, after):
     """Rows of two names -> {figure: after minus before, see bootstrap}; {} if they answered other
-    questions. Checkpoints pair by place: of NAME=A,B and NAME=C,D, C with A. A question on which
-    one of the two has no value is left out."""
+    questions. Checkpoints pair in order: of X=A,B and Y=C,D it is C - A and D - B. A question on
+    which one of the two has no value is left out."""
     asked = itemgetter("path", "id", "seed")
     if list(map(asked, before)) != list(map(asked, after)):
         return {}
@@ -199,19 +200,19 @@ def difference(before, after):
 
 
 def bootstrap(sets):
-    """[{group: its changes}, of each checkpoint] -> the "mean", "low" and "high" of its 95 %
-    interval: about other images, not about other seeds of the training. What is drawn again is a
-    group (an image; of real data a patient), since its questions are right or wrong together;
+    """[{group: its changes}, of each checkpoint] -> their "mean", and "low" and "high" of its 95 %
+    interval, which allows for other images, not for other seeds of the training. Groups are drawn
+    again (an image; of real data a patient), since their questions are right or wrong together;
     checkpoints asked about the same groups get the same draw."""
     rng = np.random.default_rng(0)
-    draws, means, resampled = {}, [], []  # draws: {groups: their numbers (RESAMPLES, n)}
+    draws, means, resampled = {}, [], []  # draws: {n names: (RESAMPLES, n) of their places}
     for groups in sets:
         names = tuple(groups)
         if names not in draws:
             draws[names] = rng.integers(len(names), size=(RESAMPLES, len(names)))
         sums = np.array([(sum(x), len(x)) for x in groups.values()])  # (n, 2)
         again = np.array([sums[draw].sum(0) for draw in draws[names]])  # (RESAMPLES, 2)
-        with np.errstate(invalid="ignore"):  # nan where groups without a value alone were drawn
+        with np.errstate(invalid="ignore"):  # 0 / 0 where no drawn group has a value
             resampled.append(again[:, 0] / again[:, 1])
         means.append(sums[:, 0].sum() / sums[:, 1].sum())
     low, high = np.nanquantile(np.mean(resampled, 0), (0.025, 0.975)).tolist()
@@ -293,7 +294,8 @@ def square(key, lines):
 
 def table(title, lines):
     """{name: {column: figure or text}} -> (title, columns, {name: [(text, mean, std, look), ..]}),
-    see `percent`. look: "own" where row and column have one name, or "best" of its column."""
+    see `percent`. look, a CSS class: "own" if row and column have the same name, "best" in its
+    column, or ""."""
     columns = list(dict.fromkeys(chain(*lines.values())))  # in the order in which they came
     rows = {name: [] for name in lines}
     for column in columns:
@@ -324,7 +326,7 @@ def percent(figure):
 
 
 def markdown(title, columns, rows):
-    """A table in Markdown, the first column on the left, what is "own" in bold."""
+    """A table in Markdown, the first column left-aligned, "own" cells in bold."""
     lines = [["model", *columns], ["---"] + ["---:"] * len(columns)]
     for name, cells in rows.items():
         texts = [f"**{text}**" if look == "own" else text for text, _, _, look in cells]
@@ -344,8 +346,8 @@ def given_option(row):
 
 
 def answers_given(results, rows):
-    """{name: entry}, {name: its rows} -> a table. By the commonest answers a collapse to one of
-    them is seen."""
+    """{name: entry}, {name: its rows} -> a table. The commonest answers show a model that always
+    gives the same one."""
     def commonest(answers):
         found = Counter(answers).most_common(3)
         return ",\n".join(f"{x} {100 * n / len(answers):.0f} %" for x, n in found)
@@ -415,8 +417,8 @@ def steps_of(folder):
 
 
 def curve(points):
-    """[(step, figure), ..] -> strokes: as logged, the mean over a twentieth of the steps before,
-    and dots if they are few."""
+    """[(step, figure), ..] -> strokes: as logged, a moving mean (each point and those before it, a
+    twentieth of all), and dots if the points are few."""
     x, y = np.array(points, dtype=float).T                           # (n), (n)
     sums, end = np.append(0, y.cumsum()), np.arange(len(x)) + 1
     start = np.maximum(end - math.ceil(len(x) / 20), 0)
@@ -582,20 +584,20 @@ form.onchange();  // a browser may have kept what was chosen
 """
 
 
-OUTCOMES = {  # of answers: their accuracy, or accuracy and consistency
+OUTCOMES = {  # kinds of answers -> their (acc,) or (acc, con)
     "right": (1,), "wrong": (0,), "consistent-but-wrong": (0, 1), "right-but-inconsistent": (1, 0)}
 
 
 def kinds_of(row):
-    """Those of OUTCOMES that a row is of: none without an accuracy."""
+    """The OUTCOMES that fit a row; none if its acc is nan (no reply)."""
     scores = row["acc"], row["con"]
     return [kind for kind, expected in OUTCOMES.items() if scores[:len(expected)] == expected]
 
 
 def examples(rows):
-    """{name: its rows} -> SHOWN questions at most, each {name: its row}, in a fixed random order:
-    the first of each name, task and kind, so that every choice on the page has some, then the
-    second ones. Of a name's several answers that of its first checkpoint and seed is shown."""
+    """{name: its rows} -> SHOWN questions at most, each {name: its row}, in a fixed random order,
+    but first those that are the first of some name, task and kind, so that every choice on the page
+    finds one, then the second ones, .. Of a name's several answers the first is shown."""
     questions = defaultdict(dict)
     for name, answers in rows.items():
         for row in answers:
@@ -708,7 +710,7 @@ def file_names(names, out):
 def json_object(path):
     """What a JSON file holds, {} if there is none; DataError if it is no object."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return {**json.loads(path.read_text(encoding="utf-8"))}
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError):
@@ -744,7 +746,7 @@ def questions_of(ckpt, args):
 
 def answer(ckpt, records, judge, args, cache=os.devnull):
     """A checkpoint, or a server whose replies go to `cache`, answers the records with every seed ->
-    rows, parameters of the network (None: unknown). No reply is nan for fmt, acc and con."""
+    rows, number of parameters (None: unknown). Where no reply came fmt, acc and con are nan."""
     rank, _, device = M.setup_devices()
     score, params = rewards.score_leniently, None
     if ckpt.startswith("openai:"):

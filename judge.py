@@ -2,18 +2,17 @@
 
     make_judge(spec)(thoughts, items) -> each "A".."F", None (undecided) or nan (F failed)
 
-F reads a thought without image and answer, and says which option it supports. It is one of
+F reads a thought, but neither image nor answer, and says which option it supports. It is one of
 
     lexical                     the rule of rewards.py, for training without a second model
-    hf:NAME_OR_PATH[@DEVICE]    a local model, text only: the likeliest as next token of the
-                                options' letters and "none"
-    hf:reference                the frozen reference that grpo.py holds in memory; never undecided,
-                                nor is hf:FOLDER of a run of this project
+    hf:NAME_OR_PATH[@DEVICE]    a local model, text only: whichever of the options' letters and
+                                "none" is its likeliest next token (of a run made here: a letter)
+    hf:reference                the frozen reference that grpo.py holds in memory; always a letter
     openai:BASE_URL#MODEL       a chat server, its key in OPENAI_API_KEY or, for one host, in
                                 OPENAI_API_KEY_API_EXAMPLE_COM; its replies are kept in a file
 
-Servers' models write chains of thought: a describer sees the image, a writer also the answer. They
-are verified by rule; then a person may accept or reject them:
+Servers' models write chains of thought: a describer sees the image, a writer also the answer. The
+thoughts are verified by rule; then a person may accept or reject them:
 
     python judge.py annotate in.jsonl --describer SPEC --writer SPEC --out cot.jsonl --review a.html
     python judge.py annotate cot.jsonl --decisions decisions.json --out verified.jsonl
@@ -51,8 +50,8 @@ from tqdm import tqdm
 import data
 import model as M
 import rewards
-from data import LETTERS, DataError, data_url, expect
-from rewards import failed, fold, mentions, options_text, right_option, visible_thought
+from data import LETTERS, DataError, data_url, expect, right_option
+from rewards import failed, fold, mentions, options_text, visible_thought
 
 # ---- how F is asked ------------------------------------------------------------------------------
 
@@ -90,19 +89,19 @@ def key_of(*parts):
 
 
 def defused(text):
-    """Others' text with what might close its fence, or in some chat template a turn, broken up."""
+    """Others' text, broken up where it might close its fence, or a turn of some chat template."""
     return re.sub(r"~{2,}", "~", re.sub(r"([<\[])(?=\S)", r"\1 ", text))
 
 
 def defused_question(item):
     """The record with its question and options defused."""
     options = [defused(option) for option in item["options"]]
-    return dict(item, question=defused(item.get("question", "")), options=options)
+    return dict(item, question=defused(item["question"]), options=options)
 
 
 def judge_prompt(thought, item):
-    """The message to F. The fence is a digest of the thought: no thought can hold it."""
-    question, options, shown = item.get("question", ""), item["options"], defused_question(item)
+    """The message to F. The fence is a digest of thought and question: no thought can hold it."""
+    question, options, shown = item["question"], item["options"], defused_question(item)
     return PROMPT.format(question=shown["question"], thought=defused(thought),
                          options=options_text(shown["options"]),
                          letters=", ".join(LETTERS[:len(options)]),
@@ -115,7 +114,7 @@ def make_judge(spec="lexical", sees="cut", *, reference=None, **limits):
     thoughts: list of str or None; items: their records. sees: "cut", F reads what
     `rewards.visible_thought` leaves; "raw", all of it, as the paper prints it. Each pair of text
     and record is asked once; an empty text is not asked and gives None. reference, of hf:reference:
-    (function -> context manager of the model, its tokenizer). limits, judge.usage: see `Server`."""
+    (function, tokenizer), used as `with function() as net`. limits, judge.usage: see `Server`."""
     expect(sees in ("cut", "raw"), f"judge_sees {sees!r} is unknown, expected cut or raw")
     kind, name, device = parse_spec(spec)
     usage = []
@@ -166,22 +165,22 @@ def local_model(spec, name, device, reference):
 
 
 def reply_tokens(tokenizer):
-    """{letter: its tokens, by itself and behind a blank}, and those that NONE begins with."""
+    """{letter: its tokens, alone and behind a blank; NONE: the first tokens of its spellings}."""
     tokens = {}
     for x in LETTERS:
         rows = tokenizer([x, " " + x], add_special_tokens=False)["input_ids"]
         tokens[x] = [row[0] for row in rows if len(row) == 1]
         expect(tokens[x], "its tokenizer has no token for each letter")
     rows = tokenizer([NONE, f" {NONE}", NONE.title()], add_special_tokens=False)["input_ids"]
-    first = [row[0] for row in rows]  # some tokenizers begin a word with a blank by itself
+    first = [row[0] for row in rows]  # may be a mere blank, which says nothing
     tokens[NONE] = [token for token in first if tokenizer.decode([token]).strip()]
     return tokens
 
 
 def local_evaluator(spec, name, device, reference):
-    """-> letters([(thought, item)]): of each item the likeliest letter, or None where "none" is
-    likelier. The reference, or a folder made here (it has a knobs.json), is asked as it was taught:
-    question, thought, letter. It always says one, also of a thought that supports nothing."""
+    """-> letters([(thought, item)]): for each item the likeliest letter, or None where "none" is
+    likelier. The reference, or a folder made here (it has a knobs.json), sees the prompt it was
+    trained on (question, thought) and always gives a letter, even if the thought supports none."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     opened, tokenizer, tokens = local_model(spec, name, device, reference)
     taught = name == "reference" or Path(name, "knobs.json").is_file()
@@ -226,8 +225,8 @@ def local_evaluator(spec, name, device, reference):
 
 # ---- a chat server -------------------------------------------------------------------------------
 
-WAITS = (0, 1, 2, 4, 8, 16)  # s before each try of a request, about
-GIVE_UP = 32  # requests in a row that failed, after which a server is not waited for any more
+WAITS = (0, 1, 2, 4, 8, 16)  # s before each try of a request, times 0.5 to 1.5 at random
+GIVE_UP = 32  # requests in a row that failed, after which a server is not asked (F: in this call)
 
 
 def failures(usage):
@@ -271,7 +270,7 @@ class Server:
     def letter(self, thought, item):
         reply, _ = self.ask(judge_prompt(thought, item))
         if failed(reply):
-            return reply
+            return math.nan
         letter = rewards.answer_letter(reply, item["options"])
         if letter:
             return letter
@@ -311,8 +310,8 @@ class Server:
         return said
 
     def request(self, body):
-        """-> (reply, cut_off), or (nan, nan) where none came; never raises. It is tried again, at a
-        random moment, after 408, 429, 5xx, a cut connection, broken JSON; not beyond `end`."""
+        """-> (reply, cut_off), or (nan, nan) where none came; never raises. Tries again (WAITS) on
+        408, 429, 5xx, a cut connection, broken JSON, until 2 * timeout s have passed."""
         if self.lost >= GIVE_UP:
             self.usage.append(f"not asked after {GIVE_UP} failures in a row")
             return math.nan, math.nan
@@ -360,9 +359,9 @@ AGAIN = "\nYour last attempt was rejected, because it {why}. It was:\n{thought}\
 
 
 def write_thought(record, described, known, writer, judge):
-    """-> (the last attempt at a thought, what is wrong with it: see `faults`). described, known: by
-    image, what the describer said of it, and what is true of it. The writer is told what was wrong
-    with its last of three attempts; without a reply or a verdict it ends."""
+    """-> (the last attempt at a thought, what is wrong with it: see `faults`). described, known:
+    {image: the describer's text}, {image: what is true of it}. The writer has three attempts and is
+    told what was wrong with the last; where no reply or no verdict comes, there is no other."""
     seen, image, again = described[record["image"]], data_url(record, SIDE), ""
     if failed(seen) or not seen.strip():
         return seen, ["got no description"]
@@ -371,7 +370,7 @@ def write_thought(record, described, known, writer, judge):
                           options=options_text(shown["options"]), answer=right_option(shown))
     for _ in range(3):
         thought, _ = writer.ask(prompt + again, image)
-        verdict = thought if failed(thought) else judge([thought], [record])[0]
+        verdict = math.nan if failed(thought) else judge([thought], [record])[0]
         if failed(verdict):
             return thought, ["got no reply or no verdict"]
         wrong = faults(thought, record, known[record["image"]], verdict)
@@ -415,8 +414,8 @@ def faults(thought, record, known, verdict):
 # ---- the command ---------------------------------------------------------------------------------
 
 def annotate(args):
-    """-> FILE's records that have a thought, or got a verified one, {image: its description}; keeps
-    OUT.replies. Asked for are the thoughts that SFT lacks: of split train, without one yet."""
+    """-> (FILE's records that have a thought or now got a verified one, {image: its description}).
+    The models are asked for those of split train that lack one; replies are kept in OUT.replies."""
     expect(args.describer and args.writer, "expected --describer and --writer, or --decisions")
     limits = dict(cache=f"{args.out}.replies", timeout=args.timeout, concurrency=args.concurrency)
     describer, writer = Server(args.describer, **limits), Server(args.writer, **limits)
@@ -477,7 +476,7 @@ for (const button of document.querySelectorAll("button")) button.onclick = () =>
 
 
 def decide(args):
-    """FILE's records that a person accepted, as they read them."""
+    """FILE's records that a person accepted (key_of: with the very thought that was shown)."""
     records = data.read_records(args.file)
     try:
         decisions = json.loads(Path(args.decisions).read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 
 A completion is taken apart into thought T and answer A, and scored for format, accuracy and
 consistency, independently of one another: text beside the blocks costs the format, not the
-accuracy. F of Eq. (6) stands here as a rule, `lexical_verdict`; judge.py has it as a model.
+accuracy. F of Eq. (6) is here a set of rules, `lexical_verdict`; judge.py has models for it.
 Whatever the text, the time is linear in its length. At the end, for eval.py alone: answers outside
 our tags, and whether a thought is true of its phantom.
 
@@ -25,17 +25,12 @@ FORMS = {  # of a target, and of a completion that is well formed
     "after": "<answer>{answer}</answer>{gap}<think>{thought}</think>",
 }
 WEIGHTS = (1 / 3, 1 / 3, 1 / 3)  # lambda_fmt, lambda_acc, lambda_con of Eq. (3)
-ASKED = ("id", "task", "modality", "question", "options", "answer")  # kept of a scored record
+COPIED = ("id", "task", "modality", "question", "options", "answer")  # from a record into its row
 
 # ---- the text of a question and of its target ----------------------------------------------------
 
 def thinking_of(record):
     return record.get("thinking", "before")
-
-
-def right_option(record):
-    """The text of the right option."""
-    return record["options"][LETTERS.index(record["answer"])]
 
 
 def options_text(options):
@@ -50,8 +45,8 @@ def question_text(record):
 
 
 def answer_text(record):
-    """Y* of Eq. (1): "<think>T*</think><answer>A*</answer>", turned round or the answer alone as
-    the record's `thinking` says. DataError where a thought is needed and there is none."""
+    """Y* of Eq. (1): "<think>T*</think><answer>A*</answer>", in the other order or without the
+    thought if the record's `thinking` says so. DataError if a thought is needed and missing."""
     thinking, thought = thinking_of(record), record["thought"]
     expect(thinking == "none" or thought is not None,
            f"record {record['id']!r} has no thought, which supervised fine-tuning needs")
@@ -70,8 +65,8 @@ def parse_completion(text, thinking="before"):
     """A completion's text -> (thought T, answer A), stripped strings, either may be None.
 
     A block counts when its two tags occur once each, in order, with more than whitespace between
-    them. Both are None where the blocks overlap, or stand in another order than `thinking` asks for
-    ("none": in any). Text around the blocks does no harm here.
+    them. Both are None where the blocks overlap, or are not in the order that `thinking` asks for
+    ("none" asks for no order). Text around the blocks does no harm here.
     """
     think, answer = find_block(text, "think"), find_block(text, "answer")
     if think and answer:
@@ -121,8 +116,8 @@ def read(text, item):
 # ---- the rewards ---------------------------------------------------------------------------------
 
 def format_reward(text, thinking="before"):
-    """R_fmt, Eq. (4): 1.0 for the blocks that `thinking` asks for, in order, not empty and alone
-    (the paper asks only that they are there); else 0.0."""
+    """R_fmt, Eq. (4): 1.0 if the text is the blocks that `thinking` asks for, in order and not
+    empty, and nothing else (the paper asks only that they are there); else 0.0."""
     thought, answer = parse_completion(text, thinking)
     complete = answer and (thought or thinking == "none")
     form = FORMS[thinking].format(thought=".*", answer=".*", gap=r"\s*")
@@ -138,8 +133,8 @@ def accuracy_reward(text, item):
 def consistency_reward(text, item, verdict):
     """R_con, Eq. (6): I(F(T, Q) = A); verdict: F's letter, None (undecided) or nan (F failed).
 
-    A is the completion's own answer, right or wrong; 0.0 too where thought, answer or verdict is
-    None. nan where no thought was asked for, or F failed on one: that is not the policy's failure.
+    A is the completion's own answer, right or wrong. 0.0 also if thought, answer or verdict is
+    None; nan if no thought was asked for, or if F failed on it: that is not the policy's failure.
     """
     thought, letter = read(text, item)
     if thinking_of(item) == "none" or (thought is not None and failed(verdict)):
@@ -157,15 +152,15 @@ def total_reward(fmt, acc, con, weights=WEIGHTS):
     return sum((weight * part for weight, part in parts if weight), start=0.0 * fmt)
 
 
-def failed(verdict):
-    """Whether F gave no verdict: nan, which alone differs from itself."""
-    return verdict != verdict
+def failed(value):
+    """Whether it is nan, which alone differs from itself: no verdict, no reply, or no figure."""
+    return value != value
 
 
 def score(texts, items, judge):
     """n completions and their records -> n rows (dicts) with Eqs. (4) to (6).
 
-    A row: ASKED of the record; completion, and what was read from it: thought, given (the answer's
+    A row: COPIED of the record; completion, and what was read from it: thought, given (the answer's
     letter or None), verdict (F's letter, None or nan); fmt, acc, con (floats; con may be nan).
     judge: see `judge.make_judge`; asked once.
     """
@@ -173,7 +168,7 @@ def score(texts, items, judge):
     verdicts = judge([thought for thought, _ in readings], items)
     rows = []
     for text, item, (thought, given), verdict in zip(texts, items, readings, verdicts, strict=True):
-        rows.append({key: item[key] for key in ASKED} | dict(
+        rows.append({key: item[key] for key in COPIED} | dict(
             completion=text, thought=thought, given=given, verdict=verdict,
             fmt=format_reward(text, thinking_of(item)), acc=accuracy_reward(text, item),
             con=consistency_reward(text, item, verdict)))
@@ -182,7 +177,7 @@ def score(texts, items, judge):
 
 # ---- what F may see of a thought (the patterns meet text whose blanks are single) ----------------
 
-# What stands for an option. The letter, where there is one, is the last group that matched.
+# What names an option by letter (the one group that matched) or by place (no group matched).
 LABEL = re.compile(r"""
     [(\[{"'`*_“‘]{1,2}\s?([a-f])\s?[)\]}"'`*_”’]{1,2}         # "(B)", "[b]", "{B}", "**B**"
   | \b(?:option|choice|answer|letter)\s(a)\b                  # elsewhere "a" may be the article
@@ -205,7 +200,7 @@ STATEMENT = re.compile(r"""  # of nothing but the letter: "so the correct answer
     (?:\b(?:correct|right|best|final)\s)? \b(?:answer|option|choice|letter)
     (?:\s(?:is|was|must\sbe))? \s?[:=]?\s? \0 (?=\s?(?:[.,;!?\n]|$))
 """, re.VERBOSE | re.IGNORECASE)
-# A CUT and what goes with it: of a whole sentence its full stop, of a word one blank.
+# A CUT and what goes with it: the full stop of a sentence that is all cut, else one blank.
 GAP = re.compile(r"(?m:^)\0[.,;:!?]? ?|(?<=[.!?;]) ?\0[.,;:!?]?| ?\0(?=[.,;:!?\n ]|$)|\0 ?")
 
 
@@ -219,8 +214,8 @@ def visible_thought(thought):
 
     Cut are the options' letters, places ("the second option") and answer statements with nothing
     else in them ("so the answer is B"): spelling the letter would make Eq. (6) hold whatever was
-    thought. "(A) MRI" becomes "MRI"; articles stay. Letters of a term go as well, so that the rule
-    finds no option like "Hepatitis B". A spelling that LABEL doesn't know stays ("B1", "bee").
+    thought. "(A) MRI" becomes "MRI"; articles stay. The price: a term's letter goes too, and the
+    rule misses the option "Hepatitis B". What LABEL doesn't know stays ("B1", "bee").
     """
     marked = STATEMENT.sub(CUT, LABEL.sub(CUT, single_blanks(thought)))
     return GAP.sub("", marked).strip(), CUT in marked
@@ -236,11 +231,11 @@ def spelled_out(thought, options):
     return LABEL.sub(text_of, single_blanks(thought))
 
 
-# ---- F as a rule ---------------------------------------------------------------------------------
+# ---- F by rules ----------------------------------------------------------------------------------
 
 NEGATION = r"no|not|never|neither|nor|none|cannot|without|rather than|instead of"
-DENIES_REST = re.compile(rf"\b(?:{NEGATION})\b|n['’]t\b")  # what follows in its clause
-DENIES_ALL = re.compile(r"\b(?:excluded|ruled out|unlikely|absent)\b")  # of its clause
+DENIES_REST = re.compile(rf"\b(?:{NEGATION})\b|n['’]t\b")  # the rest of its clause
+DENIES_ALL = re.compile(r"\b(?:excluded|ruled out|unlikely|absent)\b")  # its whole clause
 MENTION = re.compile(rf"""  # a name's number; what denies this one alone stands before or behind it
     (\b(?:rules?\ out|ruling\ out|excludes?|excluding|absence\ of|free\ of|negative\ for
     |anything\ but)\s(?:an?\s|any\s|the\s)?)?
@@ -262,12 +257,13 @@ def mentions(text, names):
         return []
     patterns = []
     for name in sorted(folded, key=len, reverse=True):  # the longest where several fit
+        # An option that is a negation must end its clause: "no" is not in "no lesion".
         end = r"(?=\s?(?:[.,:;!?\n]|$))" if re.fullmatch(NEGATION, name) else ""
-        patterns.append(re.escape(name) + end)  # the option "no" is not in "no lesion"
+        patterns.append(re.escape(name) + end)
     named = re.compile(rf"(?<![\w-])(?:{'|'.join(patterns)})(?![\w-])")
     order, found = list(folded), []
     # Names first become numbers: one may hold a comma, or the word "no".
-    text = text.replace(CUT, " ").casefold()
+    text = re.sub(r"[^\S\n]+", " ", text.replace(CUT, " ")).casefold()
     text = named.sub(lambda m: f"{CUT}{order.index(m[0])}{CUT}", text)
     for number, sentence in enumerate(SENTENCE_END.split(text)):
         for clause in CLAUSE_END.split(sentence):
@@ -282,11 +278,11 @@ def mentions(text, names):
 
 
 def lexical_verdict(thought, item, sees_letters=False):
-    """F(T, Q) as a rule -> the letter of the option that the thought supports, or None.
+    """F(T, Q) by rules -> the letter of the option that the thought supports, or None.
 
-    An option stands as its last mention leaves it, affirmed or denied. The last sentence with one
-    that stands decides; two in it decide nothing. sees_letters: an option's letter counts as its
-    text.
+    An option's last mention affirms or denies it. The verdict is the affirmed option whose last
+    mention comes in the latest sentence, None if several share that sentence. sees_letters: an
+    option's letter counts as its text.
 
     It knows words, no medicine and little English. It misses an option's words in another order,
     number or hyphenation ("upper left", "cysts", "x ray"), a lesion as Abnormal, denials such as
@@ -310,7 +306,9 @@ def lexical_verdict(thought, item, sees_letters=False):
 # Of Markdown, LaTeX, templates: "**B**", "\\boxed{B}", "<|begin_of_box|>B<|end_of_box|>".
 DECORATION = re.compile(r"</?(?:think|answer)>|<\|[^<|>]*\|>|\\(?:boxed|text)\b|[*_`#>${}]|^ *[-•]")
 THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
-SENTENCE = re.compile(r"\n|(?<=[.!?;]) (?=\S+ \S+ \S)")  # "B. CT" is a label and its option
+# Sentences part only before three words or more: "B. CT" is a label and its option.
+SENTENCE = re.compile(r"\n|(?<=[.!?;]) (?=\S+ \S+ \S)")
+# What a sentence without "if" calls the answer: "the answer is ..", "correct option: .."
 STATED = re.compile(r"^(?!.*\b(?:if|unless|were)\b).*"
                     r"\b(?:(?<!wrong )(?<!incorrect )answer|(?:correct|right) (?:option|choice))"
                     r"(?:(?: is| would be):? |: ?)(?:option )?"
@@ -338,8 +336,8 @@ def read_leniently(text, item):
 
     tags         the answer block says it, and nothing outside is looked at
     last line    it is a letter alone ("B", "**B**", "B is correct.") or says "The answer is
-                 (B)."; if it does not, the other lines that do must agree
-    option text  no line does; lines that are an option ("CT", "B) CT") agree
+                 (B)."; if not, some other lines are or say so, and agree
+    option text  no line is or says so; lines that are an option ("CT", "B) CT") agree
     unreadable   no letter or several; nothing in or behind an unfinished thought is an answer
     """
     if "</think>" in text and "<think>" not in text:  # a template has opened it
@@ -357,23 +355,23 @@ def read_leniently(text, item):
         letters, how = {answer_letter(line, options) for line in lines} - {None}, "option text"
     if len(letters) != 1:
         return thought, None, "unreadable"
-    if thought is None and not answer and how == "last line":  # it is whatever states no letter
+    if thought is None and not answer and how == "last line":  # what states no letter
         sentences = SENTENCE.split("\n".join(lines))
         thought = " ".join(x for x in sentences if not letters_stated(x, options))
     return thought, letters.pop(), "tags" if answer else how
 
 
 def score_leniently(texts, items, judge):
-    """`score` of what is read leniently, the format that of the text itself. A row has read_as: see
-    above, or "failed" for a text that is nan (no reply came), whose fmt, acc and con are nan."""
+    """`score` of what read_leniently finds; only fmt is of the text itself. A row also has read_as,
+    how it was read: "failed" for a text that is nan (no reply came); fmt, acc, con are nan then."""
     came = ["" if failed(text) else text for text in texts]
-    read = [read_leniently(text, item) for text, item in zip(came, items, strict=True)]
-    tagged = []  # as it would have been said in our tags; a thought may hold loose ones
-    for item, (thought, letter, _) in zip(items, read, strict=True):
+    readings = [read_leniently(text, item) for text, item in zip(came, items, strict=True)]
+    tagged = []  # the same in our tags; loose ones inside a thought would break them
+    for item, (thought, letter, _) in zip(items, readings, strict=True):
         thought = re.sub("|".join(TAGS), " ", thought or "")
         tagged.append(answer_text(dict(item, thought=thought, answer=letter or "")))
     rows = score(tagged, items, judge)
-    for text, row, item, (_, _, how) in zip(texts, rows, items, read, strict=True):
+    for text, row, item, (_, _, how) in zip(texts, rows, items, readings, strict=True):
         if failed(text):
             row |= dict(completion="", fmt=math.nan, acc=math.nan, con=math.nan, read_as="failed")
         else:
@@ -383,7 +381,7 @@ def score_leniently(texts, items, judge):
 
 # ---- is the thought true? ------------------------------------------------------------------------
 
-CLAIMS = {fold(x) for x in (  # what a sentence may say of a phantom, in the words of data.py
+CLAIMS = {fold(x) for x in (  # what a sentence may say of a phantom; SIGNS' keys are modalities
     "lesion", *STATES, *SIGNS, *" and ".join(SIGNS.values()).split(" and "), *ANATOMIES, *LOCATIONS,
     *STYLES.values(), *sum(KINDS.values(), ()))}
 
@@ -398,12 +396,12 @@ def statements(thought, shows):
     signs = SIGNS.get(shows["modality"], "").split(" and ")
     style = STYLES.get(shows["style"])
     holding = {fold(x) for x in (*state, *signs, style, *shows.values()) if x}
-    true = {}  # number of a sentence -> whether all that it says is
+    so_far = {}  # number of a sentence -> whether all that it says so far is true
     for number, name, denied in mentions(thought, CLAIMS):
         right = name not in holding if denied else name in holding
-        true[number] = true.get(number, True) and right
+        so_far[number] = so_far.get(number, True) and right
     sentences, told = SENTENCE_END.split(thought), {}
-    for number, holds in true.items():
+    for number, holds in so_far.items():
         sentence = sentences[number].strip()  # may stand there twice, as in "It is. It is."
         told[sentence] = told.get(sentence, True) and holds
     return told

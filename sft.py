@@ -452,7 +452,7 @@ def lesson_batch(processor, lessons, images, place):
 
 def unfinished(record):
     """A phantom's thought up to the answer in its last words."""
-    return record["thought"].removesuffix(f"{rewards.right_option(record)}.")
+    return record["thought"].removesuffix(f"{data.right_option(record)}.")
 
 
 def letter_batch(processor, names, skip, records, full, rng, n=16):

@@ -504,7 +504,7 @@ def test_few_thoughts_and_careless_ones_change_nothing_else(tmp_path):
     assert 0.3 < len(wrong) / len(groups) < 0.7
     for r, s in zip(full, careless, strict=True):
         if s["group"] in wrong:
-            assert s["thought"].endswith(f" {rewards.right_option(r)}.") and "There is a" in s["thought"]
+            assert s["thought"].endswith(f" {data.right_option(r)}.") and "There is a" in s["thought"]
             seen = r["thought"].split(". ")[2]
             assert seen not in s["thought"]
 
@@ -512,7 +512,7 @@ def test_few_thoughts_and_careless_ones_change_nothing_else(tmp_path):
 def test_a_record_tells_what_was_drawn(phantoms):
     """"shows" agrees with what the questions ask, on every image; no other key, and no prompt, holds it."""
     for r in phantoms[1]:
-        shows, truth = r["shows"], rewards.right_option(r)
+        shows, truth = r["shows"], data.right_option(r)
         assert tuple(shows) == data.SHOWS and (shows["modality"], shows["anatomy"]) == (r["modality"], r["anatomy"])
         state = "Abnormal" if shows["lesion"] else "Normal"
         told = dict(shows, pathology=shows["lesion"], anomaly=state)

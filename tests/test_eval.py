@@ -600,6 +600,8 @@ def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
     (tmp_path / "gone.jsonl").write_text(json.dumps(record))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "results.json").write_text("[1, 2")
+    (tmp_path / "a list").mkdir()
+    (tmp_path / "a list" / "results.json").write_text("[]")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "knobs.json").write_text('{"thinking": "aloud"}')
     ok, picture = ["--ckpt", out / "sft"], world.records[0]["path"]
@@ -622,6 +624,7 @@ def test_bad_input_is_one_sentence(out, world, tmp_path, monkeypatch, capsys):
         ([*ok, "--matrix", "task"], "--matrix task: expected --ckpt NAME=A.., NAME one of anatomy, anomaly"),
         (["--ckpt", tmp_path / "odd"], "thinking 'aloud' is not known"),
         ([*ok, "--out", tmp_path / "broken"], "not a JSON object, expected what an earlier run left"),
+        ([*ok, "--out", tmp_path / "a list"], "not a JSON object, expected what an earlier run left"),
         ([*ok, "--image", picture], "one question needs"),
         ([*ok, "--image", picture, "--question", "Q?", "--options", "MRI"], "expected a list of 2 to 6"),
         ([*ok, "--image", tmp_path / "no.png", "--question", "Q?", "--options", "MRI", "CT"], "is missing")]

@@ -169,6 +169,8 @@ def test_raw_reads_the_letters():
     thoughts = ["It is a cyst. So the answer is A.", "The answer is not A. A cyst.", "so (C)", "Option F", "a cyst"]
     assert raw(thoughts, items) == ["A", "B", "C", None, "B"]
     assert cut(thoughts, items) == ["B", "B", None, None, "B"]
+    denied = ["It is B. But A is wrong.", "B fits. It excludes A.", "B fits. It rules out C.", "Anything but C."]
+    assert raw(denied, items[:4]) == ["B", "B", "B", None]
     segment = [{"options": ["segment C", "segment D"]}]  # the price of the cut
     assert raw(["It is in segment C."], segment) == ["A"] and cut(["It is in segment C."], segment) == [None]
 

@@ -235,6 +235,7 @@ def test_gold_thoughts_are_true_of_their_pictures_alone(world):
 @pytest.mark.parametrize("sentence, true", [
     ("There is a thick rim in the Left Upper", True), ("There is a thick rim in the Right Upper", False),
     ("There is a smooth blob in the Left Upper", False), ("There is no lesion", False), ("A lesion is seen", True),
+    ("There is a thick rim in the Right  Upper", False), ("There is a thick\trim in the Left Upper", True),
     ("This fits abscess", True), ("This fits cyst", False), ("This is not a cyst", True), ("No abscess", False),
     ("So the image is Abnormal", True), ("So the image is Normal", False), ("So the image is Uncertain", False),
     ("soft tissue and dark bone suggest MRI", True), ("Soft tissue and white bone suggest MRI", False),
