@@ -373,7 +373,8 @@ CURVES = dict(  # figures of metrics.jsonl, and their charts' titles
     accuracy="accuracy reward, Eq. (5)", consistency="consistency reward, Eq. (6)",
     held_out_accuracy="held-out accuracy", loss="loss, Eq. (1)", kl="KL divergence per token",
     sampled_nll="-log probability per sampled token", length="tokens per completion",
-    no_spread="share of groups without spread", seconds="seconds per step",
+    no_spread="share of groups without spread", undecided="share of thoughts F can't decide on",
+    accuracy_no_spread="share of groups without spread of accuracy", seconds="seconds per step",
     seconds_rollout="seconds of sampling", seconds_reference="seconds of the reference",
     seconds_judge="seconds of F", seconds_waiting="seconds waited for the slowest process",
     seconds_update="seconds of the update")

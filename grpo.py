@@ -49,6 +49,7 @@ from sft import SHARED, Knob
 
 GOLD_ASKED = 32  # gold thoughts that F, if it is a model, is asked about before the first step
 SHOWN = 4        # groups of a rollout that are written to completions.jsonl
+LOW_LR = 1e-5    # learning rate of LoRA below which there is a warning
 
 # Knob(type, default of the `tiny` preset, of `paper`, meaning): `paper` has the figures of the
 # paper's section 4.1, where it gives them. F is lexical in both; --judge names a model. On --resume
@@ -320,12 +321,25 @@ def phantoms_of(args):
     return [file]
 
 
-def tell_what_it_trains_on(records, args):
+def tell_what_it_trains_on(records, processor, args):
+    """The number of questions, and what is likely to spoil the run."""
     print(f"{len(records)} training questions of {', '.join(args.data)}")
     taught = evaluation.taught_thinking(args.model, args.thinking)
     if taught != args.thinking:
         print(f"warning: {args.model} was trained with --thinking {taught}, and is asked with "
               f"--thinking {args.thinking} here")
+    if args.lora and args.lr < LOW_LR:
+        print(f"warning: --lr {args.lr:g} moves LoRA very little: it needs about ten times the "
+              "learning rate of --lora 0 (README, Other choices)")
+    gold = [rewards.answer_text(r) for r in records if r["thought"] is not None]
+    if args.judge == "lexical" and args.thinking != "none" and args.weights[2] and not gold:
+        print("warning: no question has a thought, so that nothing shows whether the lexical F can "
+              "read such thoughts: look at `undecided` in metrics.jsonl, or name a --judge")
+    ids = processor.tokenizer(gold)["input_ids"] if gold else []
+    long = sum(len(row) >= args.max_new_tokens for row in ids)  # the stop token is not in it
+    if long:
+        print(f"warning: {long} of {len(gold)} gold answers are longer than --max_new_tokens "
+              f"{args.max_new_tokens}: who answers like them is cut off and gets no reward")
 
 
 def questions_to_train_on(args, world):
@@ -388,21 +402,27 @@ def token_means(sums, mask):
 def figures_of(rows, R, ended, mask, args):
     """A rollout's figures: means over the sampled completions of all processes, each over those
     that have a value for it, not nan: where F failed there is no consistency, nor a reward that
-    depends on it. rows: N * G of rewards.score; R, ended (N, G), mask (N, G, T)."""
+    depends on it. rows: N * G of rewards.score; R, ended (N, G), mask (N, G, T).
+
+    no_spread, accuracy_no_spread: the shares of groups whose rewards, or accuracies, are alike."""
     mine = []  # this process's completions
     parts = (x.flatten().tolist() for x in (R, ended, mask.sum(2)))      # N * G numbers each
     for row, reward, end, length in zip(rows, *parts, strict=True):
-        thought = row["thought"]
         f_failed = failed(row["con"]) and args.thinking != "none"
-        mine.append(dict(
+        of_thought = dict.fromkeys(("judge_failed", "undecided", "thoughts_cut"), math.nan)
+        if row["thought"] is not None:
+            of_thought = dict(judge_failed=f_failed, undecided=row["verdict"] is None,
+                              thoughts_cut=rewards.visible_thought(row["thought"])[1])
+        mine.append(of_thought | dict(
             reward=math.nan if f_failed and args.weights[2] else reward, format=row["fmt"],
-            accuracy=row["acc"], consistency=row["con"], length=length, truncated=not end,
-            judge_failed=math.nan if thought is None else f_failed,
-            thoughts_cut=math.nan if thought is None else rewards.visible_thought(thought)[1]))
-    every, spread = M.gather(mine), M.gather(group_spread(R).tolist())
+            accuracy=row["acc"], consistency=row["con"], length=length, truncated=not end))
+    every = M.gather(mine)
     figures = {name: mean([x[name] for x in every]) for name in every[0]}
-    tokens = sum(x["length"] for x in every)
-    return figures | dict(no_spread=1 - fmean(spread), tokens=tokens)
+    figures["tokens"] = sum(x["length"] for x in every)
+    acc = torch.tensor([row["acc"] for row in rows]).view_as(R)          # (N, G)
+    for name, x in dict(no_spread=R, accuracy_no_spread=acc).items():
+        figures[name] = 1 - fmean(M.gather(group_spread(x).tolist()))
+    return figures
 
 
 def due(step, mu, every):
@@ -423,12 +443,12 @@ def train(run, argv):
     # Compared on --resume: each process has its own random numbers.
     args.fixed["nproc_per_node (processes in all)"] = world
     records = questions_to_train_on(args, world)
-    if rank == 0:
-        tell_what_it_trains_on(records, args)
     held_out = sft.held_out_questions(args, rank, world)
 
     # The policy starts as pi_SFT, and pi_SFT is the reference (and F, with --judge hf:reference).
     policy, processor, optimizer = sft.policy_of(args, records, device, rank, world)
+    if rank == 0:
+        tell_what_it_trains_on(records, processor, args)
     sft_copy = None if args.lora else frozen_copy(policy)
     reference = functools.partial(reference_of, policy, sft_copy)
     judge = make_judge(args.judge, args.judge_sees, concurrency=args.judge_concurrency,

@@ -187,19 +187,22 @@ def local_evaluator(spec, name, device, reference):
     one_at_a_time = threading.Lock()
 
     def asked(thought, item):
-        """-> the prompt's ids (S,), and the replies to choose from."""
-        answers = [*LETTERS[:len(item["options"])]]
-        message, opening = judge_prompt(thought, item), ""
+        """-> the prompt's ids (S,), and what to choose from, {letter or NONE: its tokens}."""
+        letters, message = LETTERS[:len(item["options"])], judge_prompt(thought, item)
         if taught:
             message = rewards.question_text(dict(defused_question(item), thinking="before"))
-            opening = f"<think>{defused(thought)}</think><answer>"
-        elif tokens[NONE]:
-            answers.append(NONE)
         prompt = tokenizer.apply_chat_template(
             [dict(role="user", content=message)], tokenize=False, add_generation_prompt=True,
             enable_thinking=False)
-        ids = tokenizer.encode(prompt + opening, add_special_tokens=False, return_tensors="pt")
-        return ids[0], answers
+        if not taught:
+            ids = tokenizer.encode(prompt, add_special_tokens=False)
+            return torch.tensor(ids), {x: tokens[x] for x in (*letters, NONE) if tokens[x]}
+        # In whole targets, as SFT had them: Qwen's tokenizer joins ">" and a letter to ">B".
+        targets = [f"<think>{defused(thought)}</think><answer>{x}</answer>" for x in letters]
+        rows = [tokenizer.encode(prompt + x, add_special_tokens=False) for x in targets]
+        place = len(os.path.commonprefix(rows))  # where they part: the letter's token
+        replies = {x: [row[place]] for x, row in zip(letters, rows, strict=True)}
+        return torch.tensor(rows[0][:place]), replies
 
     def said(net, pairs):
         prompts, choices = zip(*starmap(asked, pairs), strict=True)
@@ -209,8 +212,8 @@ def local_evaluator(spec, name, device, reference):
         out = net(input_ids=ids.to(net.device), use_cache=False, logits_to_keep=ends)
         each = torch.arange(len(pairs), device=net.device)
         logits = out.logits[each, place].cpu()  # (n, V) of (n, ends, V): at each one's own end
-        for row, answers in zip(logits, choices, strict=True):
-            best = max(answers, key=lambda x: row[tokens[x]].max())
+        for row, replies in zip(logits, choices, strict=True):
+            best = max(replies, key=lambda x: row[replies[x]].max())
             yield None if best == NONE else best
 
     def letters(pairs):

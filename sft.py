@@ -44,6 +44,7 @@ import rewards
 from judge import make_judge
 
 SKIPPED = 10  # steps in a row without a finite loss and gradient, after which a run ends
+FEW_STEPS = 100  # of SFT, below which there is a warning: the default on phantoms makes 280
 # foreach=True, the default on CUDA, needs as much memory again as the weights; the CPU's is False.
 AdamW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.0, foreach=False)
 
@@ -743,6 +744,9 @@ def train(run, argv):
     M.check_texts(processor, records, rewards.answer_text)
     epoch_steps = max(1, len(records) // args.batch)
     steps = math.ceil(args.epochs * epoch_steps)
+    if rank == 0 and steps < FEW_STEPS:
+        print(f"warning: {args.epochs:g} passes over {len(records)} questions are {steps} steps of "
+              f"--batch {args.batch}, which teach little: raise --epochs, or lower --batch")
     start = run.open(args, policy, processor, optimizer, rank)
     end = min(steps, args.max_steps or steps)
     if start >= end:  # resumed at its end: a kill there may have cut the checkpoint off

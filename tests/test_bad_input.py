@@ -209,6 +209,25 @@ def test_grpo_tells_what_it_trains_on(world, tmp_path, capsys):
     check(run("grpo", "--model", taught, "--root", tmp_path / "no", "--preset", "paper"), capsys, "no --data")
 
 
+def test_what_is_likely_to_spoil_a_run_is_told(world, tmp_path, capsys):
+    """Each in a line at the start: LoRA at full fine-tuning's learning rate, gold answers that would be cut off, no thoughts to
+    try the lexical F on, few steps of SFT. Not where it isn't so."""
+    gold, none = one_record(world, tmp_path / "gold"), one_record(world, tmp_path / "none", thought=None)
+    low, long, blind, few = "warning: --lr 1e-06 moves LoRA", "4 of 4 gold answers are longer", "no question has a thought", "4 steps of"
+
+    def told(program, jsonl, *flags):
+        flags = [*flags_for(program, world, jsonl, tmp_path / "out"), *flags]
+        (grpo if program == "grpo" else sft).main(flags)
+        said = capsys.readouterr().out
+        assert said.count("warning:") == sum(x in said for x in (low, long, blind, few)), said
+        return {x for x in (low, long, blind, few) if x in said}
+    assert told("grpo", gold, "--lora", "2", "--lr", "1e-6") == {low, long}
+    assert told("grpo", gold, "--lora", "0", "--lr", "1e-6", "--max_new_tokens", "90") == set()
+    assert told("grpo", none) == {blind}
+    assert told("grpo", none, "--weights", "1", "1", "0") == told("grpo", none, "--judge", "hf:reference") == set()
+    assert told("sft", gold, "--epochs", "4") == {few} and told("sft", gold, "--epochs", "100") == set()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
 def test_weights_can_be_read_by_those_who_can_read_the_rest(world, tmp_path):
     """safetensors writes them for their owner alone."""

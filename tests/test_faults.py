@@ -491,7 +491,7 @@ def test_what_has_no_verdict_is_left_out_of_the_log(world):
         vars(args).update(change)
         R = rewards.total_reward(fmt, acc, grpo.without_failures(con), args.weights)
         parts = zip(fmt.flatten().tolist(), acc.flatten().tolist(), con.flatten().tolist(), strict=True)
-        rows = [dict(thought="t", fmt=f, acc=a, con=c) for f, a, c in parts]
+        rows = [dict(thought="t", fmt=f, acc=a, con=c, verdict=c) for f, a, c in parts]
         return grpo.figures_of(rows, R, mask[..., 0], mask, args)
     some = figures(con)
     assert some["consistency"] == 1 and some["reward"] == pytest.approx(1) and some["judge_failed"] == 0.75

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from conftest import lines_of
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import data
 import grpo
@@ -598,14 +598,40 @@ def test_cut_off_is_what_the_server_calls_so(serve):
     assert J.Server(serve(reply=lambda prompt: "B").spec).ask("Say B.") == ("B", False)
 
 
-def test_a_letter_behind_a_blank_is_that_letter(world):
+def test_a_letter_joined_to_its_tag_is_read_where_the_targets_have_it():
+    """Qwen's tokenizer makes one token, ">B", of a tag's end and the letter. SFT teaches that token, so hf:reference is asked
+    about it, and not about a "B" behind a ">", which no target holds."""
+    bpe = Tokenizer(models.BPE())
+    qwens = pre_tokenizers.Split(Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([qwens, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder, letters = decoders.ByteLevel(), [f"<answer>{x}</answer>" for x in "ABCDEF"]
+    bpe.train_from_iterator(letters * 9, trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, chat_template="{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    ids, asked = tokenizer.convert_tokens_to_ids, []
+
+    class Net(torch.nn.Linear):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids, **_):
+            asked.append(tokenizer.convert_ids_to_tokens(input_ids[0]))
+            logits = torch.zeros(1, 1, 900)
+            logits[..., ids("A")], logits[..., ids(">C")] = 2.0, 1.0
+            return SimpleNamespace(logits=logits)
+    assert tokenizer.tokenize("<answer>C</answer>")[:2] == ["<answer", ">C"]
+    judge = J.make_judge("hf:reference", reference=(lambda: contextlib.nullcontext(Net(1, 1)), tokenizer))
+    assert judge(["It is dark."], [KIND]) == ["C"] and asked[0][-1].endswith("answer")
+
+
+def test_a_letter_behind_a_blank_is_that_letter(monkeypatch):
     """Some models reply " B": the likelier of a letter's tokens counts."""
     ids = {"A": [3], " A": [4], "B": [5], " B": [6]} | {f"{blank}{x}": [9] for x in ("C", "D", "E", "F", "none", "None") for blank in ("", " ")}
 
     class Tokenizer:
         chat_template = "x"
         apply_chat_template = staticmethod(lambda *_, **__: "")
-        encode = staticmethod(lambda *_, **__: torch.zeros(1, 1, dtype=torch.long))
+        encode = staticmethod(lambda *_, **__: [0])
         decode = staticmethod(lambda ids: "none")
 
         def __call__(self, texts, **_):
@@ -616,8 +642,11 @@ def test_a_letter_behind_a_blank_is_that_letter(world):
 
         def forward(self, **_):
             return SimpleNamespace(logits=torch.tensor([[[0, 0, 0, 2.0, 0, 1.0, 3.0, 0, 0, 0]]]))  # " B", then "A"
-    judge = J.make_judge("hf:reference", reference=(lambda: contextlib.nullcontext(Net(1, 1)), Tokenizer()))
-    assert judge(["It is dark."], [KIND]) == ["B"]
+
+    def opened():
+        return contextlib.nullcontext(Net(1, 1))
+    monkeypatch.setattr(J, "local_model", lambda *_: (opened, Tokenizer(), J.reply_tokens(Tokenizer())))
+    assert J.make_judge("hf:any")(["It is dark."], [KIND]) == ["B"]
 
 
 def test_a_blank_by_itself_is_no_none():

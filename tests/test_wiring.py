@@ -141,14 +141,15 @@ def test_the_log_does_not_depend_on_the_micro_batches(world, monkeypatch, tmp_pa
 def test_figures_of_a_rollout_by_hand():
     """Two groups of two: F failed on one completion, whose reward and consistency have no value then; one ended with the last
     token that it might have, and was not cut off."""
-    rows = [dict(thought="t", fmt=1.0, acc=1.0, con=1.0), dict(thought="(A) t", fmt=1.0, acc=0.0, con=math.nan),
-            dict(thought=None, fmt=0.0, acc=0.0, con=0.0), dict(thought="t", fmt=0.0, acc=0.0, con=0.0)]
+    rows = [dict(thought="t", fmt=1.0, acc=1.0, con=1.0, verdict="B"),
+            dict(thought="(A) t", fmt=1.0, acc=0.0, con=math.nan, verdict=math.nan),
+            dict(thought=None, fmt=0.0, acc=0.0, con=0.0, verdict=None), dict(thought="t", fmt=0.0, acc=0.0, con=0.0, verdict=None)]
     R, ended = torch.tensor([[1.0, 0.5], [0.0, 0.0]]), torch.tensor([[True, True], [False, True]])
     mask = torch.tensor([[[1, 1, 1], [1, 1, 0]], [[1, 1, 1], [1, 0, 0]]]).bool()
     args = SimpleNamespace(thinking="before", weights=(1, 1, 1), max_new_tokens=3)
     assert grpo.figures_of(rows, R, ended, mask, args) == pytest.approx(dict(
         reward=1 / 3, format=0.5, accuracy=0.25, consistency=1 / 3, length=9 / 4, truncated=1 / 4, judge_failed=1 / 3,
-        thoughts_cut=1 / 3, no_spread=0.5, tokens=9))
+        undecided=1 / 3, thoughts_cut=1 / 3, no_spread=0.5, accuracy_no_spread=0.5, tokens=9))
 
 
 def test_f_sees_what_judge_sees_says(world, toy, monkeypatch, tmp_path):
