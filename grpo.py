@@ -339,7 +339,7 @@ def tell_what_it_trains_on(records, processor, args):
     long = sum(len(row) >= args.max_new_tokens for row in ids)  # the stop token is not in it
     if long:
         print(f"warning: {long} of {len(gold)} gold answers are longer than --max_new_tokens "
-              f"{args.max_new_tokens}: who answers like them is cut off and gets no reward")
+              f"{args.max_new_tokens}: a completion like them is cut off and gets no reward")
 
 
 def questions_to_train_on(args, world):
