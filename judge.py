@@ -9,7 +9,8 @@ F reads a thought, but neither image nor answer, and says which option it suppor
                                 "none" is its likeliest next token (of a run made here: a letter)
     hf:reference                the frozen reference that grpo.py holds in memory; always a letter
     openai:BASE_URL#MODEL       a chat server, its key in OPENAI_API_KEY or, for one host, in
-                                OPENAI_API_KEY_API_EXAMPLE_COM; its replies are kept in a file
+                                OPENAI_API_KEY_API_EXAMPLE_COM, what else goes into a request in
+                                OPENAI_API_EXTRA; its replies are kept in a file
 
 Servers' models write chains of thought: a describer sees the image, a writer also the answer. The
 thoughts are verified by rule; then a person may accept or reject them:
@@ -228,7 +229,7 @@ def local_evaluator(spec, name, device, reference):
 
 # ---- a chat server -------------------------------------------------------------------------------
 
-WAITS = (0, 1, 2, 4, 8, 16)  # s before each try of a request, times 0.5 to 1.5 at random
+WAITS = (0, 1, 2, 4, 8, 16, 32, 64)  # s before each try of a request, times 0.5 to 1.5 at random
 GIVE_UP = 32  # requests in a row that failed, after which a server is not asked (F: in this call)
 
 
@@ -236,6 +237,12 @@ def failures(usage):
     """Why requests failed, in words."""
     whys = [f"{why} ({n} times)" for why, n in Counter(usage).most_common() if why != "call"]
     return ", ".join(whys) or "none"
+
+
+def setting(name, host):
+    """What the environment has for a host, as NAME_API_EXAMPLE_COM, or else for all, as NAME."""
+    own = f"{name}_{re.sub('[^A-Z0-9]', '_', host.upper())}"
+    return os.environ.get(own, os.environ.get(name, "")).strip()
 
 
 class Server:
@@ -256,9 +263,13 @@ class Server:
                     self.replies[asked] = said
         self.url = urlsplit(f"{url.rstrip('/')}/chat/completions")
         self.knobs = dict(model=model, temperature=0, max_tokens=max_tokens)
+        try:  # say {"max_tokens": null, "max_completion_tokens": 4096}; null takes a field out
+            self.extra = {**json.loads(setting("OPENAI_API_EXTRA", self.url.hostname) or "{}")}
+        except (ValueError, TypeError):
+            raise DataError("OPENAI_API_EXTRA: expected a JSON object, to go into each request") \
+                from None
         self.headers = {"Content-Type": "application/json"}
-        own = "OPENAI_API_KEY_" + re.sub("[^A-Z0-9]", "_", self.url.hostname.upper())
-        key = os.environ.get(own, os.environ.get("OPENAI_API_KEY", "")).strip()
+        key = setting("OPENAI_API_KEY", self.url.hostname)
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
         self.threads = ThreadPool(concurrency)
@@ -300,7 +311,8 @@ class Server:
         max_tokens), the one that is kept or a new one; (nan, nan) where none came."""
         parts = [dict(type="image_url", image_url=dict(url=image)), dict(type="text", text=text)]
         message = dict(role="user", content=parts if image else text)
-        body = self.knobs | knobs | dict(messages=[message])
+        body = self.knobs | knobs | self.extra | dict(messages=[message])
+        body = {name: value for name, value in body.items() if value is not None}
         key = key_of(self.spec, body)
         if key in self.replies:
             return self.replies[key]
@@ -313,16 +325,18 @@ class Server:
         return said
 
     def request(self, body):
-        """-> (reply, cut_off), or (nan, nan) where none came; never raises. Tries again (WAITS) on
-        408, 429, 5xx, a cut connection, broken JSON, until 2 * timeout s have passed."""
+        """-> (reply, cut_off), or (nan, nan) where none came; never raises. Tries again on 408,
+        429, 5xx, a cut connection, broken JSON, after WAITS or what Retry-After asks for, until 2 *
+        timeout s have passed."""
         if self.lost >= GIVE_UP:
             self.usage.append(f"not asked after {GIVE_UP} failures in a row")
             return math.nan, math.nan
-        end = time.monotonic() + 2 * self.timeout
+        end, retry_after = time.monotonic() + 2 * self.timeout, 0.0
         for wait in WAITS:
-            time.sleep(wait * random.uniform(0.5, 1.5))
+            time.sleep(max(wait * random.uniform(0.5, 1.5), retry_after * random.uniform(1, 1.2)))
             try:
-                status, reply = self.requests.apply_async(self.post, [body]).get(self.timeout)
+                asked = self.requests.apply_async(self.post, [body])
+                status, retry_after, reply = asked.get(self.timeout)
                 why = f"HTTP {status}"
                 if status == 200:
                     choice = json.loads(reply)["choices"][0]
@@ -336,28 +350,34 @@ class Server:
             self.usage.append(why)
             if re.match("HTTP (?!408|429)[34]", why) or time.monotonic() > end:
                 break
-        self.lost += 1
+        if why != "HTTP 429":  # a server that says "later" is there
+            self.lost += 1
         return math.nan, math.nan
 
     def post(self, body):
-        """-> (status, bytes). No redirect and no proxy: the key goes to no other address."""
+        """-> (status, s to wait before another try, bytes). No redirect and no proxy: the key goes
+        to no other address."""
         kind = getattr(http.client, f"{self.url.scheme.upper()}Connection")  # HTTP or HTTPS
         with closing(kind(self.url.netloc, timeout=self.timeout)) as connection:
             connection.request("POST", self.url.path, json.dumps(body), self.headers)
             reply = connection.getresponse()
-            return reply.status, reply.read(2**22)
+            retry_after = reply.getheader("Retry-After", "")
+            wait = float(retry_after) if retry_after.isdecimal() else 0.0  # it may be a date
+            return reply.status, min(wait, self.timeout), reply.read(2**22)
 
 
 # ---- the annotators (section 3.1) ----------------------------------------------------------------
 
 SIDE = 1024  # px, longer side of an annotator's image; on the review page a quarter
-DESCRIBE = "Describe this medical image: its kind, what is seen, where, how it looks; nothing else."
+DESCRIBE = """Describe this medical image: its kind, what is seen, where, how it looks.
+Left and right are the picture's, not the patient's. Write nothing else."""
 WRITE = """The image is described so: {described}
 Question: {question}
 {options}
 The right answer is {answer}. Write the chain of thought that leads to it from what the image shows,
-step by step, in two sentences or more. Only the last concludes, in the option's words. Name no
-letter, don't mention that the answer is known, claim nothing unseen, write nothing else."""
+step by step, in two sentences or more. Only the last concludes, in the option's words. Left and
+right are the picture's, not the patient's. Name no letter, don't mention the description or that
+the answer is known, claim nothing unseen, write nothing else."""
 AGAIN = "\nYour last attempt was rejected, because it {why}. It was:\n{thought}\n"
 
 
@@ -372,7 +392,9 @@ def write_thought(record, described, known, writer, judge):
     prompt = WRITE.format(described=defused(seen), question=shown["question"],
                           options=options_text(shown["options"]), answer=right_option(shown))
     for _ in range(3):
-        thought, _ = writer.ask(prompt + again, image)
+        thought, cut_off = writer.ask(prompt + again, image)
+        if cut_off is True:
+            return thought, ["was cut off at max_tokens"]
         verdict = math.nan if failed(thought) else judge([thought], [record])[0]
         if failed(verdict):
             return thought, ["got no reply or no verdict"]
@@ -387,7 +409,13 @@ def write_thought(record, described, known, writer, judge):
 CONCLUDES = re.compile(r"(?i)\b(?:so|therefore|thus|hence|consequently|answer|option|choice)\b")
 NAMES = dict(modality={*data.MODALITIES}, anatomy={*data.ANATOMIES}, location={*data.LOCATIONS},
              pathology={kind for kinds in data.KINDS.values() for kind in kinds})
-LESIONS = {"none", "lesion", "mass", "tumour", "abnormality"}  # a normal image has "none"
+LESIONS = {"none", "lesion", "lesions", "mass", "masses", "tumour", "abnormality"}  # normal: "none"
+# What may be named beside the true name, since it is seen beside it.
+BESIDE = ({"Skin", "Breast"}, {"Skin", "Thyroid"}, {"Chest", "Breast"}, {"Lung", "Liver"})
+# A sentence that compares claims nothing: "unlike CT", "darker than in an MRI".
+COMPARES = re.compile(r"(?i)\b(?:unlike|against|than|would|expected|differs?|distinguish\w*)\b")
+TOLD = re.compile(r"(?i)\bdescription\b|\b(?:question|task) (?:states|says|tells)\b"
+                  r"|\banswer (?:is|was) (?:given|known|provided|stated)\b")
 
 
 def faults(thought, record, known, verdict):
@@ -399,8 +427,10 @@ def faults(thought, record, known, verdict):
     rules = {"holds <think> or <answer> tags": any(tag in thought for tag in data.TAGS),
              "does not lead to the answer": verdict != record["answer"],
              "has fewer than two steps": len(steps) < 2,
-             "states the answer before its last sentence": early}
+             "states the answer before its last sentence": early,
+             "speaks of what it was told": TOLD.search(thought)}
     wrong = [why for why, broken in rules.items() if broken]
+    claims = " ".join(x for x in steps if not COMPARES.search(x))
     for what, names in NAMES.items():
         true = known.get(what)
         if what == "pathology" and known.get("anomaly") == "Normal":
@@ -408,9 +438,10 @@ def faults(thought, record, known, verdict):
         if what == record["task"]:
             names = names | {*record["options"]}
         if true in names:
-            affirmed = {name for _, name, denied in mentions(thought, sorted(names)) if not denied}
+            named = mentions(claims, sorted(names), rewards.LIST_END)
+            affirmed = {name for _, name, denied in named if not denied}
             wrong += [f"names {name}, but the {what} is {true}" for name in sorted(affirmed)
-                      if fold(name) != fold(true) and {name, true} not in data.ALIKE]
+                      if fold(name) != fold(true) and {name, true} not in data.ALIKE + BESIDE]
     return wrong
 
 

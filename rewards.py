@@ -242,10 +242,12 @@ MENTION = re.compile(rf"""  # a name's number; what denies this one alone stands
     {CUT}(\d+){CUT} (\s(?:is|was|would\ be)\s(?:wrong|incorrect)\b)?""", re.VERBOSE)
 CLAUSE_END = re.compile(
     r"[,:]|\b(?:(?<!anything )but|however|though|while|whereas|so|therefore|thus|hence|because)\b")
+# The same, but a denial reaches over a list: "no cyst, glioma or abscess"
+LIST_END = re.compile(CLAUSE_END.pattern.replace("[,:]", r":|,(?= (?:and|with)\b)"))
 SENTENCE_END = re.compile(r"[!?;\n]|\.(?!\d)")
 
 
-def mentions(text, names):
+def mentions(text, names, clause_end=CLAUSE_END):
     """Where a text names `names` (list of str; single characters are none), in order.
 
     -> [(number of the sentence, name, denied: bool)]. Denied: behind a negation in its clause, in a
@@ -266,7 +268,7 @@ def mentions(text, names):
     text = re.sub(r"[^\S\n]+", " ", text.replace(CUT, " ")).casefold()
     text = named.sub(lambda m: f"{CUT}{order.index(m[0])}{CUT}", text)
     for number, sentence in enumerate(SENTENCE_END.split(text)):
-        for clause in CLAUSE_END.split(sentence):
+        for clause in clause_end.split(sentence):
             denial = DENIES_REST.search(clause)
             denied_from = denial.start() if denial else len(clause)
             if DENIES_ALL.search(clause):
@@ -310,9 +312,11 @@ THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
 SENTENCE = re.compile(r"\n|(?<=[.!?;]) (?=\S+ \S+ \S)")
 # What a sentence without "if" calls the answer: "the answer is ..", "correct option: .."
 STATED = re.compile(r"^(?!.*\b(?:if|unless|were)\b).*"
-                    r"\b(?:(?<!wrong )(?<!incorrect )answer|(?:correct|right) (?:option|choice))"
-                    r"(?:(?: is| would be):? |: ?)(?:option )?"
-                    r"(.+?)(?:,? (?:because|since)\b.*|, as .*)?$", re.IGNORECASE)
+                    r"\b(?:(?:(?<!wrong )(?<!incorrect )answer|letter"
+                    r"|(?:correct|right|best|most (?:appropriate|likely)) (?:option|choice))"
+                    r"(?:(?: is| (?:would|should|must) be):? |: ?)"
+                    r"|\bI(?: would|['’]d)? (?:choose|select|pick|go with) )(?:option )?"
+                    r"(.+?)(?:,? (?:because|since)\b.*|, (?:as|which) .*)?$", re.IGNORECASE)
 ALONE = re.compile(r"(?:option )?\W*([a-f])\W*(?: is (?:correct|right)\W*)?", re.IGNORECASE)
 
 
@@ -340,12 +344,13 @@ def read_leniently(text, item):
     option text  no line is or says so; lines that are an option ("CT", "B) CT") agree
     unreadable   no letter or several; nothing in or behind an unfinished thought is an answer
     """
-    if "</think>" in text and "<think>" not in text:  # a template has opened it
-        text = "<think>" + text
+    if "</think>" in text and "<think>" not in text.partition("</think>")[0]:
+        text = "<think>" + text  # a template has opened it
     thought, answer = parse_completion(text, thinking_of(item))
     letter = answer_letter(answer, item["options"])
-    if letter:
-        return thought, letter, "tags"
+    if letter:  # a thought in other tags than ours, or in none, is what stands beside the answer
+        beside = re.sub(r"<answer>.*</answer>|</?think>", " ", text, flags=re.DOTALL).strip()
+        return thought or beside or None, letter, "tags"
     options = [plain(option) for option in item["options"]]
     lines = [plain(line) for line in (answer or THOUGHT.sub("", text)).splitlines()]
     lines = [line for line in lines if line] or [""]

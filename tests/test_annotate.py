@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
@@ -150,8 +151,29 @@ def test_good_words_are_not_taken_for_bad(world):
                     "So the correct answer is cyst.",
                     "This is an MRI of the Brain. An empty disc lies in the Left Upper. Therefore the finding is cyst.",
                     "An empty disc is seen; it is not a glioma. I choose cyst as the answer.",
+                    "An empty disc is seen, without a thick rim, abscess or plaques. So the finding is cyst.",
+                    "Unlike a glioma, the disc is empty and sharp. It is darker than plaques would be. So the finding is cyst.",
                     "The image, not a CT, shows a dark disc. This is a cyst."):
         assert J.faults(thought, r, known, *J.make_judge()([thought], [r])) == [], thought
+
+
+def test_what_lies_beside_a_lesion_or_was_told(world):
+    """Skin is seen beside a breast, not beside a brain. A thought may not speak of the description, nor of a given answer."""
+    r = dict(world.records[0], options=["Normal", "Abnormal"], answer="B", task="anomaly", modality="Ultrasound")
+
+    def wrong(thought, anatomy="Breast"):
+        return J.faults(thought, r, dict(modality="Ultrasound", anatomy=anatomy), "B")
+    assert wrong("Below the Skin lies a dark disc. So the image is Abnormal.") == []
+    assert wrong("Below the Skin lies a dark disc. So the image is Abnormal.", "Brain") == ["names Skin, but the anatomy is Brain"]
+    for told in ("The description names a dark disc.", "As the question states, it is ill.", "Since the answer is given, look."):
+        assert wrong(f"{told} So the image is Abnormal.") == ["speaks of what it was told"]
+
+
+def test_a_thought_that_was_cut_off_is_not_accepted(world):
+    """However well what there is of it would do."""
+    r = world.records[0]
+    writer = SimpleNamespace(ask=lambda *_: (r["thought"], True))
+    assert J.write_thought(r, {r["image"]: "dark"}, {}, writer, J.make_judge())[1] == ["was cut off at max_tokens"]
 
 
 def test_forty_phantoms_through_the_server(world, box, capsys):

@@ -50,6 +50,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, reply=lexical_reply, fault=lambda prompt, n: None, seconds=0.0):
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply, self.fault, self.seconds, self.calls, self.keys = reply, fault, seconds, [], set()
+        self.bodies = []
         threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
 
     @property
@@ -73,6 +74,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
+        server.bodies.append(body)
         assert self.path == "/v1/chat/completions" and body["model"] == "tiny" and body["temperature"] == 0
         server.keys.add(self.headers["Authorization"])
         prompt = body["messages"][0]["content"]
@@ -85,6 +87,8 @@ class Handler(BaseHTTPRequestHandler):
         good = json.dumps({"choices": choices, "usage": {}}).encode()
         if kind == "429":
             self.answer(429, b"slow down")
+        elif kind == "later":
+            self.answer(429, b"", Retry_After="1")
         elif kind and kind.startswith("http"):
             self.answer(302, b"", Location=kind)
         elif kind and kind.isdigit():
@@ -591,6 +595,31 @@ def test_failures_between_replies_do_not_end_it(serve, world, monkeypatch):
     asked = [world.records[0] | dict(question=f"{i}?") for i in range(12)]
     model = J.Server(server.spec, concurrency=1)
     assert [reply == reply for reply, _ in model.answers(asked, 1)] == [True, False] * 6
+
+
+def test_a_server_that_says_later_is_asked_later_and_is_not_dead(serve):
+    """Retry-After is heeded, where the waits alone would have been over; refusals for the rate don't count as failures in a row."""
+    server = serve(reply=lambda prompt: "B", fault=lambda prompt, n: "later" if n < 3 else None)
+    began = time.monotonic()
+    assert J.Server(server.spec, timeout=5.0).ask("Say B.")[0] == "B" and 2 < time.monotonic() - began < 4
+    busy = J.Server(serve(fault=lambda prompt, n: "429").spec)
+    assert all(math.isnan(busy.ask(f"{k}")[0]) for k in range(3)) and busy.lost == 0
+
+
+def test_what_a_host_needs_beside_goes_into_each_request(serve, monkeypatch):
+    """OPENAI_API_EXTRA, or that of the host alone: other values, more keys, and null takes one out. Another body, another reply."""
+    server = serve(reply=lambda prompt: "B")
+    monkeypatch.setenv("OPENAI_API_EXTRA", '{"top_k": 3}')
+    J.Server(server.spec).ask("Say B.")
+    monkeypatch.setenv("OPENAI_API_EXTRA_127_0_0_1", '{"max_tokens": null, "max_completion_tokens": 4096}')
+    J.Server(server.spec).ask("Say B.")
+    one, other = server.bodies
+    assert one["top_k"] == 3 and one["max_tokens"] == 512
+    assert other["max_completion_tokens"] == 4096 and not other.keys() & {"top_k", "max_tokens"}
+    for text in ("{", "[1]", "3"):
+        monkeypatch.setenv("OPENAI_API_EXTRA_127_0_0_1", text)
+        with pytest.raises(DataError, match="OPENAI_API_EXTRA: expected a JSON object"):
+            J.Server(server.spec)
 
 
 def test_cut_off_is_what_the_server_calls_so(serve):

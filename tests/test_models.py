@@ -35,6 +35,7 @@ LISTED = rewards.options_text(OPTIONS)
         "ANSWER: B", "The correct answer is **B) CT**.", "The answer is option B.", "The answer is CT.", "The answer is B. CT.",
         "The answer is B because bone is bright.", "Bone is bright. So the final answer is: B", "It may be A.\n\nB", "A\n\nNo. B it is.\n\nB",
         f"{LISTED}\nThe answer is B", "B\n\nBone is bright.", "The answer is B. Bone is bright.", "t</think>\n\nB", "<think>t</think>B",
+        "The answer should be **B**.", "I would choose option B, which is bright.", "The most appropriate option is B) CT.", "The letter is B.",
         "[B]", '"B"', "Option B", "Answer:B", "The correct option is B.", "B is correct.", "The answer is **B) CT**, as it is bright.",
         "The answer is B because the other options are wrong.", "The answer is (B), because A is wrong.",
         "The answer is B.\nA second option is MRI.", "<answer>B", "<think>The answer is A.</think>\nB", "If it were dark, the answer is A. It is bright.\nThe answer is B."]),
@@ -44,7 +45,7 @@ LISTED = rewards.options_text(OPTIONS)
         "B) MRI", "The answer is B. MRI.", "The answer is B) MRI.", "E", "The answer is E.", LISTED, f"{LISTED}I can't tell.", "A CT scan.",
         "Answer: A cyst.", "The answer is not B.", "The answer is unclear.", "<think>t", "<think>It is bright.\nThe answer is B.",
         "<answer>A</answer> or <answer>B</answer>", "<answer>no idea</answer> B", "A.\nIt is dark.\nB.\nIt is bright.",
-        "If it were dark, the answer is A.", "MRI\nor\nCT", "Is the answer B?", "The wrong option is B.", "The incorrect answer is B.", "The worst choice is A.",
+        "If it were dark, the answer is A.", "MRI\nor\nCT", "Is the answer B?", "I would not choose option B.", "The wrong option is B.", "The incorrect answer is B.", "The worst choice is A.",
         "Another option is CT.", "Which option is A?", "A is correct.\nB is correct.\nWell."])])
 def test_answers_are_read_as_a_person_would_or_not_at_all(how, letter, texts):
     """The rules of the docstring, each manner by itself: nothing is guessed."""
@@ -69,6 +70,8 @@ def test_a_thought_without_tags_is_what_states_no_letter():
         return rewards.read_leniently(text, ITEM)[0]
     assert thought("Bone is bright. So it is a CT.\nThe answer is (B).") == "Bone is bright. So it is a CT."
     assert thought("**B**\n\nBone is bright.") == "Bone is bright." and not thought("B") and not thought("The answer is B) CT.")
+    assert thought("Bone is bright.\n<answer>B</answer>") == "Bone is bright." and thought("<answer>B</answer>") is None
+    assert thought("Bright.</think><think>CT.</think><answer>B</answer>").split() == ["Bright.", "CT."]
     assert thought("Bright.</think>\nB") == "Bright." and thought("<think>Bright.</think>\nI see.\nB") == "Bright."
 
 
@@ -78,6 +81,16 @@ def test_a_lenient_answer_is_scored_as_it_was_read():
     (row,) = rewards.score_leniently([text], [ITEM], lambda thoughts, items: ["B"])
     assert (row["thought"], row["given"], row["read_as"]) == ("foo   bar", "B", "last line")
     assert (row["fmt"], row["acc"], row["con"]) == (0, 1, 1)
+
+
+def test_a_reply_that_was_cut_off_has_answered_in_tags_or_not_at_all():
+    """What then looks like an answer in the last line may be a thought's middle."""
+    records = [ITEM | dict(path="p", group="g")] * 3
+    texts = ["It may be B.\n\nThe answer is A", "CT", "<answer>B</answer> It is"]
+    for cut_off, letters in ((False, ["A", "B", "B"]), (True, [None, None, "B"])):
+        rows = evaluation.scored([(text, cut_off) for text in texts], records, J.make_judge(), rewards.score_leniently)
+        assert [row["given"] for row in rows] == letters and [row["acc"] for row in rows] == [float(x == "B") for x in letters]
+    assert [row["read_as"] for row in rows] == ["unreadable", "unreadable", "tags"]
 
 
 @pytest.mark.parametrize("unit", ["<think>", "</think>", "<|", " ", "\n.", "answer is ", "answer: B. ", "if ", "B\n", ". a b ", "because ", "*"])
