@@ -696,7 +696,12 @@ def setup_devices():
         # and prepares anew for every length.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group(backend, timeout=LONGEST_WAIT)
+        try:
+            dist.init_process_group(backend, timeout=LONGEST_WAIT)
+        except RuntimeError as e:
+            why = str(e).splitlines()[0]
+            raise DataError("the processes can't reach each other (GLOO_SOCKET_IFNAME and "
+                            f"NCCL_SOCKET_IFNAME name the network to use): {why}") from e
     return rank, world, device
 
 
@@ -736,7 +741,7 @@ def peers():
     except RuntimeError as e:
         if isinstance(e, torch.OutOfMemoryError) or not dist.is_initialized():
             raise
-        why = str(e).splitlines()[0]
+        why = " ".join(str(e).splitlines()[:4])  # NCCL gives the reason in its fourth line
         raise DataError("another process has ended, and its own sentence says why, or it can't be "
                         f"reached: {why}") from e
 

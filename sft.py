@@ -234,9 +234,9 @@ class Run(contextlib.ExitStack):
         not finite (`skipped`) or there is nothing to learn from -> its figures."""
         group = self.optimizer.param_groups[0]
         group["lr"] = lr
+        loss = M.sum_over_ranks(loss)  # first: by gloo, which tells at once if a process has ended
         M.sum_gradients(group["params"])
         norm = torch.nn.utils.clip_grad_norm_(group["params"], self.args.clip).item()
-        loss = M.sum_over_ranks(loss)
         finite = math.isfinite(loss + norm)
         if not finite:
             self.skipped += 1
@@ -372,6 +372,8 @@ def policy_of(args, records, device, rank, world):
     content = [{k: v for k, v in r.items() if k != "path"} for r in records]  # wherever it lies
     args.fixed["data (digest of its records)"] = data.digest(json.dumps(content).encode())
     data.check_images(records, rank, world)
+    if rank == 0 and args.preset == "paper" and device.type == "cpu":
+        print("warning: no CUDA device is seen, so the CPU computes (an old driver is one reason)")
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
     M.check_texts(processor, records, rewards.question_text)

@@ -531,7 +531,7 @@ def test_a_judge_that_died_is_noticed_before_a_resumed_run_goes_on(world, monkey
     alive = [True]
 
     def reply(self, body):
-        return (200 if alive[0] else 401), json.dumps(dict(choices=[dict(message=dict(content="A"))])).encode()
+        return (200 if alive[0] else 401), 0.0, json.dumps(dict(choices=[dict(message=dict(content="A"))])).encode()
     monkeypatch.setattr(J.Server, "post", reply)
     spec = ("--judge", "openai:http://127.0.0.1:1/v1#m", "--root", str(tmp_path), "--no-drop_no_spread", "--lora", "2")
     flags = flags_of(world, tmp_path / "x", *spec, stage="grpo")
