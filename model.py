@@ -741,7 +741,8 @@ def peers():
     except RuntimeError as e:
         if isinstance(e, torch.OutOfMemoryError) or not dist.is_initialized():
             raise
-        why = " ".join(str(e).splitlines()[:4])  # NCCL gives the reason in its fourth line
+        lines = 4 if "NCCL" in str(e) else 1  # NCCL's reason stands behind its name and version
+        why = " ".join(str(e).splitlines()[:lines])
         raise DataError("another process has ended, and its own sentence says why, or it can't be "
                         f"reached: {why}") from e
 

@@ -292,9 +292,22 @@ def test_a_call_that_fails_says_that_another_process_has_ended(call, monkeypatch
     error = RuntimeError("Connection closed by peer [127.0.0.1]\nat pair.cc")
     with pytest.raises(data.DataError, match=r"another process has ended.*: Connection closed by peer \[127.0.0.1\]$"):
         call()
+    error = RuntimeError("NCCL error in: NCCLUtils.cpp:94\nncclSystemError\nLast error:\nNo space left on device")
+    with pytest.raises(data.DataError, match="Last error: No space left on device$"):
+        call()
     error = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
         call()
+
+
+def test_processes_that_cannot_meet_are_told_which_settings_name_the_network(monkeypatch):
+    """As where a host's name leads to an address that the other machines don't reach."""
+    def fails(*args, **kwargs):
+        raise RuntimeError("Gloo connectFullMesh failed\nat gloo.cc")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(M.dist, "init_process_group", fails)
+    with pytest.raises(data.DataError, match="GLOO_SOCKET_IFNAME.*: Gloo connectFullMesh failed$"):
+        M.setup_devices()
 
 
 WORKER = """
