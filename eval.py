@@ -121,7 +121,8 @@ def scored(said, records, judge, score=rewards.score):
     rows = score([text for text, _ in said], records, judge)
     for row, record, (_, cut_off) in zip(rows, records, said, strict=True):
         if cut_off is True and row.get("read_as") in ("last line", "option text"):
-            row |= dict(given=None, acc=0.0, con=0.0, read_as="unreadable")  # it had not ended
+            # It had not ended. A consistency of nan stays one: not asked for, or F failed.
+            row |= dict(given=None, acc=0.0, con=0.0 * row["con"], read_as="unreadable")
         row |= dict(path=record["path"], group=record["group"], cut_off=cut_off)
         row |= rewards.grounding(row["thought"], record.get("shows"))
     return rows

@@ -91,6 +91,9 @@ def test_a_reply_that_was_cut_off_has_answered_in_tags_or_not_at_all():
         rows = evaluation.scored([(text, cut_off) for text in texts], records, J.make_judge(), rewards.score_leniently)
         assert [row["given"] for row in rows] == letters and [row["acc"] for row in rows] == [float(x == "B") for x in letters]
     assert [row["read_as"] for row in rows] == ["unreadable", "unreadable", "tags"]
+    bare = [ITEM | dict(path="p", group="g", thinking="none")]  # no thought is asked for: no consistency, cut off or not
+    row, = evaluation.scored([("The answer is A", True)], bare, J.make_judge(), rewards.score_leniently)
+    assert row["acc"] == 0 and rewards.failed(row["con"])
 
 
 @pytest.mark.parametrize("unit", ["<think>", "</think>", "<|", " ", "\n.", "answer is ", "answer: B. ", "if ", "B\n", ". a b ", "because ", "*"])
