@@ -129,7 +129,7 @@ def make_judge(spec="lexical", sees="cut", *, reference=None, **limits):
         letters = partial(starmap, rule)  # [(text, item)] -> letters, as of the others
 
     def judge(thoughts, items):
-        texts = [rewards.single_blanks(thought or "") for thought in thoughts]
+        texts = [rewards.single_blanks(thought or "").strip() for thought in thoughts]
         if sees == "cut":
             texts = [visible_thought(text)[0] for text in texts]
         pairs = {(x, id(item)): (x, item) for x, item in zip(texts, items, strict=True) if x}
@@ -189,9 +189,9 @@ def local_evaluator(spec, name, device, reference):
 
     def asked(thought, item):
         """-> the prompt's ids (S,), and what to choose from, {letter or NONE: its tokens}."""
-        letters, message = LETTERS[:len(item["options"])], judge_prompt(thought, item)
-        if taught:
-            message = rewards.question_text(dict(defused_question(item), thinking="before"))
+        letters = LETTERS[:len(item["options"])]
+        target = dict(defused_question(item), thinking="before", thought=defused(thought))
+        message = rewards.question_text(target) if taught else judge_prompt(thought, item)
         prompt = tokenizer.apply_chat_template(
             [dict(role="user", content=message)], tokenize=False, add_generation_prompt=True,
             enable_thinking=False)
@@ -199,7 +199,7 @@ def local_evaluator(spec, name, device, reference):
             ids = tokenizer.encode(prompt, add_special_tokens=False)
             return torch.tensor(ids), {x: tokens[x] for x in (*letters, NONE) if tokens[x]}
         # In whole targets, as SFT had them: Qwen's tokenizer joins ">" and a letter to ">B".
-        targets = [f"<think>{defused(thought)}</think><answer>{x}</answer>" for x in letters]
+        targets = [rewards.answer_text(dict(target, answer=x)) for x in letters]
         rows = [tokenizer.encode(prompt + x, add_special_tokens=False) for x in targets]
         place = len(os.path.commonprefix(rows))  # where they part: the letter's token
         replies = {x: [row[place]] for x, row in zip(letters, rows, strict=True)}

@@ -206,7 +206,7 @@ GAP = re.compile(r"(?m:^)\0[.,;:!?]? ?|(?<=[.!?;]) ?\0[.,;:!?]?| ?\0(?=[.,;:!?\n
 
 def single_blanks(text):
     """Runs of blanks made one; line ends stay."""
-    return re.sub(r"[^\S\n]+", " ", text.replace(CUT, " ")).strip()
+    return re.sub(r"[^\S\n]+", " ", text.replace(CUT, " "))
 
 
 def visible_thought(thought):
@@ -217,7 +217,7 @@ def visible_thought(thought):
     thought. "(A) MRI" becomes "MRI"; articles stay. The price: a term's letter goes too, and the
     rule misses the option "Hepatitis B". What LABEL doesn't know stays ("B1", "bee").
     """
-    marked = STATEMENT.sub(CUT, LABEL.sub(CUT, single_blanks(thought)))
+    marked = STATEMENT.sub(CUT, LABEL.sub(CUT, single_blanks(thought).strip()))
     return GAP.sub("", marked).strip(), CUT in marked
 
 
@@ -228,7 +228,7 @@ def spelled_out(thought, options):
     def text_of(label):
         letter = label[label.lastindex].upper() if label.lastindex else None  # "second option"
         return f" {texts[letter]} " if letter in texts else label[0]
-    return LABEL.sub(text_of, single_blanks(thought))
+    return LABEL.sub(text_of, single_blanks(thought).strip())
 
 
 # ---- F by rules ----------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def mentions(text, names, clause_end=CLAUSE_END):
     named = re.compile(rf"(?<![\w-])(?:{'|'.join(patterns)})(?![\w-])")
     order, found = list(folded), []
     # Names first become numbers: one may hold a comma, or the word "no".
-    text = re.sub(r"[^\S\n]+", " ", text.replace(CUT, " ")).casefold()
+    text = single_blanks(text).casefold()
     text = named.sub(lambda m: f"{CUT}{order.index(m[0])}{CUT}", text)
     for number, sentence in enumerate(SENTENCE_END.split(text)):
         for clause in clause_end.split(sentence):

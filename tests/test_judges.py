@@ -650,7 +650,7 @@ def test_a_letter_joined_to_its_tag_is_read_where_the_targets_have_it():
             return SimpleNamespace(logits=logits)
     assert tokenizer.tokenize("<answer>C</answer>")[:2] == ["<answer", ">C"]
     judge = J.make_judge("hf:reference", reference=(lambda: contextlib.nullcontext(Net(1, 1)), tokenizer))
-    assert judge(["It is dark."], [KIND]) == ["C"] and asked[0][-1].endswith("answer")
+    assert judge(["It is dark."], [KIND | dict(id="k")]) == ["C"] and asked[0][-1].endswith("answer")
 
 
 def test_a_letter_behind_a_blank_is_that_letter(monkeypatch):
