@@ -272,6 +272,13 @@ def naming(path):
         raise
 
 
+def onto_disk(file):
+    """Wait until the disk holds what the system still has in memory of a file: else a machine that
+    loses power soon after a rename may come back with an empty file under the new name."""
+    with open(file, "r+b") as f:
+        os.fsync(f.fileno())
+
+
 @contextmanager
 def written_beside(path):
     """Yields a path to make a file or a folder at, which is then renamed to `path`: nothing half
@@ -280,6 +287,8 @@ def written_beside(path):
     try:
         with naming(path):
             yield beside
+            if beside.is_file():
+                onto_disk(beside)
             os.replace(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)  # leaves a file

@@ -35,7 +35,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import DataError, cli, digest, expect, load_image
+from data import DataError, cli, digest, expect, load_image, onto_disk
 from rewards import question_text
 
 transformers.logging.set_verbosity_error()
@@ -187,8 +187,11 @@ def save(model, processor, folder, keep_adapter=False):
         (beside / name).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     shutil.rmtree(Path(folder, ADAPTER), ignore_errors=True)  # a folder can't be renamed over
-    for path in beside.rglob("*.safetensors"):  # written to be read by their owner alone
-        shutil.copymode(beside / "config.json", path)
+    for path in beside.rglob("*"):
+        if path.suffix == ".safetensors":  # written to be read by their owner alone
+            shutil.copymode(beside / "config.json", path)
+        if path.is_file():
+            onto_disk(path)
     for path in beside.iterdir():
         path.replace(Path(folder, path.name))
     beside.rmdir()

@@ -709,3 +709,13 @@ def test_the_nearest_picture_that_has_an_offered_answer(capsys):
     assert "nearest picture's 100.0%" in capsys.readouterr().out
     data.look_up("anatomy", [*train, test, dict(test, options=["v", "w"], right="v")], points)
     assert "2 test questions" in (out := capsys.readouterr().out) and "nearest picture's 50.0%" in out
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A machine that loses power after the rename must not come back with an empty file under the new name."""
+    told = []
+    monkeypatch.setattr(data.os, "fsync", lambda number: told.append("on disk"))
+    replace = data.os.replace
+    monkeypatch.setattr(data.os, "replace", lambda *paths: (told.append("renamed"), replace(*paths)))
+    data.write_text(tmp_path / "a.txt", "x")
+    assert told == ["on disk", "renamed"] and (tmp_path / "a.txt").read_text() == "x"

@@ -624,6 +624,16 @@ def test_frozen_copy_stays(world):
 
 # ---------------------------------------------------------------------------------------------------------------- save and load
 
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(world, tmp_path, monkeypatch):
+    """Weights, adapter and texts: a machine that loses power after the rename has them whole."""
+    written = set()
+    monkeypatch.setattr(os, "fsync", lambda number: written.add(os.fstat(number).st_ino))
+    net, processor = M.load(world.folder)
+    M.save(M.add_lora(net, 4), processor, tmp_path, keep_adapter=True)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 6 and {path.stat().st_ino for path in files} == written
+
+
 def test_saved_folder_is_a_plain_hugging_face_folder(world):
     """Our checkpoints load with stock transformers: the same weights to the bit, safetensors alone, stock class names in the
     JSON files (what AutoProcessor goes by), the chat template, ids that round-trip. Logits agree to 1e-5 and not to the bit:
