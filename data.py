@@ -96,12 +96,23 @@ def right_option(record):
     return record["options"][LETTERS.index(record["answer"])]
 
 
+def fold(text):
+    """Case, runs of whitespace and trailing punctuation forgiven; nothing else."""
+    return " ".join(text.casefold().split()).rstrip(" .,;:!?")
+
+
 def check_options(options):
     are_texts = isinstance(options, list) and all(map(is_text, options))
     names = {x.strip().casefold() for x in options} if are_texts else ()
     expect(2 <= len(names) == len(options) <= len(LETTERS),
            f"'options' is {options!r:.200}, expected a list of 2 to {len(LETTERS)} non-empty"
            " strings, no two the same")
+    letters = [x.casefold() for x in LETTERS[:len(options)]]
+    for letter, option in zip(letters, options, strict=True):
+        # Else which of two would the answer "B" mean?
+        expect(fold(option) == letter or fold(option) not in letters,
+               f"option {letter.upper()} is {option!r}, the letter of another option: expected say"
+               " 'grade A'")
 
 
 def check_record(record, folder):
@@ -379,18 +390,22 @@ def load_image(record):
 
 
 def open_image(path, window=None):
-    """An image as PIL RGB or L, upright by its EXIF tag; transparency is ignored, 16 bits and
-    floats go through eight_bits(.., window), and nothing else of the file is kept: a comment
-    may name a patient. DataError, half a sentence, when it is missing, truncated, not an
-    image, has 0 or more than MOST_PIXELS pixels or a side more than MAX_ASPECT times the other."""
+    """An image, of several the first, as PIL RGB or L, upright by its EXIF tag; transparency is
+    ignored, greys of 16 bits and floats go through eight_bits(.., window), and nothing else of the
+    file is kept: a comment may name a patient. DataError, half a sentence, when it is missing,
+    truncated, not an image, has 0 or more than MOST_PIXELS pixels or a side more than MAX_ASPECT
+    times the other."""
     try:
         # Opened by us: a TIFF that Pillow opens by name it maps into memory, and turns wrong.
         with open(path, "rb") as raw, Image.open(raw) as file:
             expect(max(file.size) <= MAX_ASPECT * min(file.size),
                    f"has a side more than {MAX_ASPECT} times as long as the other")
+            white_is_0 = getattr(file, "tag_v2", {}).get(262) == 0  # of a TIFF, as of many X-rays
             image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
             image = Image.fromarray(eight_bits(np.asarray(image), window))
+            if white_is_0:  # Pillow heeds it for 8 bits alone
+                image = ImageOps.invert(image)
         if "transparency" in image.info:  # of a palette: Pillow warns of going to RGB at once
             image = image.convert("RGBA")
         image = image if image.mode == "L" else image.convert("RGB")
@@ -1361,28 +1376,38 @@ def look_at(path):
 
 
 def look_up(task, records, points):
-    """Prints how many of a task's test questions two look-ups answer: by the option that in train
-    was right most often when offered; by the answer of the nearest picture in train whose answer is
-    offered. points: {path: coarse look, (256,)}."""
+    """Prints how many of a task's test questions look-ups answer: by the option that in train was
+    right most often when offered; the same, but among train questions of the very same words, where
+    there are any; by the answer of the nearest picture in train whose answer is offered. points:
+    {path: coarse look, (256,)}."""
     train = [r for r in records if r["split"] == "train"]
     test = [r for r in records if r["split"] == "test"]
     if not train or not test:
         print(f"{task}: no look-up without questions of both train and test")
         return
-    right, offered = Counter(r["right"] for r in train), Counter()
+    right, offered = Counter(), Counter()  # of (question or None, option); None: of all questions
     for r in train:
-        offered.update(r["options"])
+        for question in (None, r["question"]):
+            right[question, r["right"]] += 1
+            offered.update((question, option) for option in r["options"])
+    asked = {r["question"] for r in train}
     seen = [r for r in train if r["path"] in points]
     known = np.array([points[r["path"]] for r in seen])  # (N, 256)
-    number = {answer: k for k, answer in enumerate(right)}
+    number = {answer: k for k, answer in enumerate({r["right"]: 0 for r in train})}
     answers = np.array([number[r["right"]] for r in seen])  # (N,)
     half = (known**2).sum(-1) / 2
 
+    def commonest(r, question):
+        def share(option):
+            return right[question, option] / max(offered[question, option], 1)
+        return max(r["options"], key=share) == r["right"]
+
     found = defaultdict(list)
     for r in test:
-        best = max(r["options"], key=lambda x: right[x] / max(offered[x], 1))
         found["chance"].append(1 / len(r["options"]))
-        found["commonest answer"].append(best == r["right"])
+        found["commonest answer"].append(commonest(r, None))
+        same_words = r["question"] if r["question"] in asked else None
+        found["question's commonest"].append(commonest(r, same_words))
         choices = [number[x] for x in r["options"] if x in number]
         offers = np.isin(answers, choices)  # (N,)
         if seen and r["path"] in points:
@@ -1404,8 +1429,10 @@ def check(records):
         found = list(tqdm(pool.imap(look_at, paths, chunksize=16), desc="check", total=len(paths)))
     seen = {path: look for path, (look, _) in zip(paths, found, strict=True) if look is not None}
     bad = [why for _, why in found if why]
-    print(f"{len(records)} questions on {len(paths)} images, {len(bad)} of them can't be used,"
-          f" {len(paths) - len(seen) - len(bad)} show nothing")
+    blank = [path for path, (look, why) in zip(paths, found, strict=True) if look is why is None]
+    print(f"{len(records)} questions on {len(paths)} images, {len(bad)} of them can't be used")
+    if blank:
+        print(f"warning: {len(blank)} images show nothing, as {blank[0]}")
     for key in ("task", "split", "answer", "modality"):
         print(f"{key}: {counted(records, key)}")
 
@@ -1416,14 +1443,20 @@ def check(records):
         like = dict(zip(seen, join_alike(looks, np.arange(len(seen))), strict=True))
     for r in records:
         r["right"] = right_option(r)
-        r["groups"] = r["source"], r["group"]
-        r["pictures or their like"] = like.get(r["path"], r["path"])
-    for key in ("groups", "pictures or their like"):
-        train = {r[key] for r in records if r["split"] == "train"}
+        r["look"] = like.get(r["path"], r["path"])
+    for key, shared in (("group", "are of a group (patient)"), ("look", "look like a picture")):
+        train = {r[key]: r["path"] for r in records if r["split"] == "train"}
         both = [r for r in records if r["split"] != "train" and r[key] in train]
         if both:
-            print(f"warning: {len({r[key] for r in both})} {key} are in train and in test or val,"
-                  f" as of {both[0]['path']}")
+            print(f"warning: {len({r['path'] for r in both})} pictures of test or val {shared} that"
+                  f" is in train, as {both[0]['path']} and {train[both[0][key]]}")
+    answers = defaultdict(set)
+    for r in records:
+        answers[r["path"], r["question"], *sorted(r["options"])].add(r["right"])
+    unclear = [asked for asked, right in answers.items() if len(right) > 1]
+    if unclear:
+        print(f"warning: {len(unclear)} questions have several answers, as {unclear[0][1]!r} about"
+              f" {unclear[0][0]}")
     for task in sorted({r["task"] for r in records}):
         look_up(task, [r for r in records if r["task"] == task], points)
     more = f"; and {len(bad) - FEW} more" if len(bad) > FEW else ""

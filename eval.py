@@ -562,7 +562,7 @@ PAGE = r"""<!doctype html>
 read as: {{ given_option(row) }}
 accuracy {{ row.acc }}, format {{ row.fmt }}, consistency {{ row.con }}
 F: {{ "failed" if row.verdict != row.verdict else row.verdict or "undecided" }}
-{% set seen, was_cut = visible_thought(row.thought or "") %}
+{% set seen, was_cut = visible_thought(row.thought or "", row.options) %}
 {% if was_cut %}F saw (unless --judge_sees raw): {{ seen }}{{ "\n" }}{% endif %}
 {% for x in row.false_statements %}not so in the image: {{ x }}{{ "\n" }}{% endfor %}</p>
     {% endfor %}

@@ -411,8 +411,9 @@ def figures_of(rows, R, ended, mask, args):
         f_failed = failed(row["con"]) and args.thinking != "none"
         of_thought = dict.fromkeys(("judge_failed", "undecided", "thoughts_cut"), math.nan)
         if row["thought"] is not None:
+            _, was_cut = rewards.visible_thought(row["thought"], row["options"])
             of_thought = dict(judge_failed=f_failed, undecided=row["verdict"] is None,
-                              thoughts_cut=rewards.visible_thought(row["thought"])[1])
+                              thoughts_cut=was_cut)
         mine.append(of_thought | dict(
             reward=math.nan if f_failed and args.weights[2] else reward, format=row["fmt"],
             accuracy=row["acc"], consistency=row["con"], length=length, truncated=not end))

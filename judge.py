@@ -34,7 +34,7 @@ import re
 import threading
 import time
 from argparse import RawDescriptionHelpFormatter
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import closing, nullcontext, suppress
 from functools import partial
 from itertools import starmap
@@ -131,7 +131,8 @@ def make_judge(spec="lexical", sees="cut", *, reference=None, **limits):
     def judge(thoughts, items):
         texts = [rewards.single_blanks(thought or "").strip() for thought in thoughts]
         if sees == "cut":
-            texts = [visible_thought(text)[0] for text in texts]
+            pairs = zip(texts, items, strict=True)
+            texts = [visible_thought(text, item["options"])[0] for text, item in pairs]
         pairs = {(x, id(item)): (x, item) for x, item in zip(texts, items, strict=True) if x}
         verdicts = dict(zip(pairs, letters(pairs.values()), strict=True))  # {pair's key: letter}
         return [verdicts.get((x, id(item))) for x, item in zip(texts, items, strict=True)]
@@ -285,11 +286,11 @@ class Server:
         reply, _ = self.ask(judge_prompt(thought, item))
         if failed(reply):
             return math.nan
+        if fold(reply).strip("()'\"*") == NONE:  # also where that is an option
+            return None
         letter = rewards.answer_letter(reply, item["options"])
         if letter:
             return letter
-        if fold(reply).strip("()'\"*") == NONE:
-            return None
         self.usage.append("a reply that is no letter")
         return math.nan
 
@@ -422,7 +423,7 @@ def faults(thought, record, known, verdict):
     """What is wrong with a thought, in halves of sentences. verdict: F's; known: what is true of
     the image, {task: answer} of all its questions, with the record's modality and anatomy."""
     steps = re.split(r"(?<=[.!?;])\s+|\n+", thought.strip())
-    early = [x for x in steps[:-1] if visible_thought(x)[1]  # it has an option's letter
+    early = [x for x in steps[:-1] if visible_thought(x, record["options"])[1]  # a letter
              or (CONCLUDES.search(x) and mentions(x, [right_option(record)]))]
     rules = {"holds <think> or <answer> tags": any(tag in thought for tag in data.TAGS),
              "does not lead to the answer": verdict != record["answer"],
@@ -433,10 +434,11 @@ def faults(thought, record, known, verdict):
     claims = " ".join(x for x in steps if not COMPARES.search(x))
     for what, names in NAMES.items():
         true = known.get(what)
-        if what == "pathology" and known.get("anomaly") == "Normal":
-            true, names = "none", names | LESIONS
         if what == record["task"]:
-            names = names | {*record["options"]}
+            true, options = right_option(record), {*record["options"]}
+            names = names | options if true in names else options  # "Nodule?" is right with Yes
+        elif what == "pathology" and known.get("anomaly") == "Normal":
+            true, names = "none", names | LESIONS
         if true in names:
             named = mentions(claims, sorted(names), rewards.LIST_END)
             affirmed = {name for _, name, denied in named if not denied}
@@ -457,10 +459,13 @@ def annotate(args):
     asked = [r for r in records if r["thought"] is None and r["split"] == "train"]
     expect(asked, f"{args.file}: no question of split train lacks a thought")
     data.check_images(asked)
-    pictures, known = {r["image"]: r for r in asked}, {}
+    pictures, known, answers = {r["image"]: r for r in asked}, {}, defaultdict(set)
+    for r in records:
+        answers[r["image"], r["task"]].add(right_option(r))
     for r in records:
         true = known.setdefault(r["image"], dict(modality=r["modality"], anatomy=r["anatomy"]))
-        true[r["task"]] = right_option(r)
+        if len(answers[r["image"], r["task"]]) == 1:  # of several, as of yes and no, none is known
+            true[r["task"]] = right_option(r)
 
     def describe(record):
         return describer.ask(DESCRIBE, data_url(record, SIDE))

@@ -12,7 +12,7 @@ Left out on purpose: partial credit, length rewards, any reward for an answer ou
 import math
 import re
 
-from data import ANATOMIES, KINDS, LETTERS, LOCATIONS, SIGNS, STATES, STYLES, TAGS, expect
+from data import ANATOMIES, KINDS, LETTERS, LOCATIONS, SIGNS, STATES, STYLES, TAGS, expect, fold
 
 INSTRUCTIONS = {  # by --thinking: where the thought stands (Med-R1's ablation)
     "before": "First think in <think></think>, then give the letter in <answer></answer>.",
@@ -77,11 +77,6 @@ def parse_completion(text, thinking="before"):
     thought = think[1].strip() if think else ""
     said = answer[1].strip() if answer else ""
     return thought or None, said or None
-
-
-def fold(text):
-    """Case, runs of whitespace and trailing punctuation forgiven; nothing else."""
-    return " ".join(text.casefold().split()).rstrip(" .,;:!?")
 
 
 # "(b)", "b)", "b.", "b:" or "b" alone, then what follows the label; matched against folded text
@@ -209,15 +204,30 @@ def single_blanks(text):
     return re.sub(r"[^\S\n]+", " ", text.replace(CUT, " "))
 
 
-def visible_thought(thought):
-    """What F sees of a thought -> (text, was_cut: bool).
+def replace_labels(thought, options, replace):
+    """The thought, blanks single, with replace(match) for what LABEL finds, save in the words of an
+    option that holds more than a label, as "Hepatitis B" does."""
+    thought, own = single_blanks(thought).strip(), set()  # places in the thought
+    for option in options:
+        if LABEL.search(option) and not LABEL.fullmatch(option.strip()):
+            words = rf"(?<!\w){re.escape(fold(option))}(?!\w)"
+            for found in re.finditer(words, thought, re.IGNORECASE):
+                own.update(range(*found.span()))
+
+    def replaced(label):
+        return label[0] if {label.start(), label.end() - 1} <= own else replace(label)
+    return LABEL.sub(replaced, thought)
+
+
+def visible_thought(thought, options):
+    """What F sees of a thought on a question with these options -> (text, was_cut: bool).
 
     Cut are the options' letters, places ("the second option") and answer statements with nothing
     else in them ("so the answer is B"): spelling the letter would make Eq. (6) hold whatever was
-    thought. "(A) MRI" becomes "MRI"; articles stay. The price: a term's letter goes too, and the
-    rule misses the option "Hepatitis B". What LABEL doesn't know stays ("B1", "bee").
+    thought. "(A) MRI" becomes "MRI"; articles and the letter in an option's own words stay, another
+    term's letter goes. What LABEL doesn't know stays ("B1", "bee").
     """
-    marked = STATEMENT.sub(CUT, LABEL.sub(CUT, single_blanks(thought).strip()))
+    marked = STATEMENT.sub(CUT, replace_labels(thought, options, lambda label: CUT))
     return GAP.sub("", marked).strip(), CUT in marked
 
 
@@ -228,7 +238,7 @@ def spelled_out(thought, options):
     def text_of(label):
         letter = label[label.lastindex].upper() if label.lastindex else None  # "second option"
         return f" {texts[letter]} " if letter in texts else label[0]
-    return LABEL.sub(text_of, single_blanks(thought).strip())
+    return replace_labels(thought, options, text_of)
 
 
 # ---- F by rules ----------------------------------------------------------------------------------
@@ -262,7 +272,8 @@ def mentions(text, names, clause_end=CLAUSE_END):
         # An option that is a negation must end its clause: "no" is not in "no lesion".
         end = r"(?=\s?(?:[.,:;!?\n]|$))" if re.fullmatch(NEGATION, name) else ""
         patterns.append(re.escape(name) + end)
-    named = re.compile(rf"(?<![\w-])(?:{'|'.join(patterns)})(?![\w-])")
+    # Whole words; "5 mm" is neither in "2.5 mm" nor in "2-5 mm".
+    named = re.compile(rf"(?<![\w–-])(?<!\d[.,])(?:{'|'.join(patterns)})(?![\w–-])")
     order, found = list(folded), []
     # Names first become numbers: one may hold a comma, or the word "no".
     text = single_blanks(text).casefold()

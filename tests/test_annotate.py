@@ -225,6 +225,21 @@ def test_thoughts_that_are_there_stay_and_test_questions_are_not_asked(world, bo
     assert len(server.calls) == n
 
 
+def test_several_findings_of_one_image(world, box):
+    """Each thought is held against its own question's answer, not against that of another question of the task; where an image
+    is normal, "No" is no lesion."""
+    asked = (("Effusion?", "Yes"), ("Fracture?", "No"), ("Nodule?", "No"), ("Oedema?", "Yes"))
+    rows = [dict(world.records[0], id=q, task="pathology", question=q, options=["Yes", "No"], answer="AB"[a == "No"], thought=None,
+                 split="train") for q, a in asked]
+    thoughts = {q: f"The image is grey. {q[:-1]} is what is looked for. So it is {a}." for q, a in asked}
+    assert "nodule" in data.KINDS["Thyroid"] + data.KINDS["Lung"]
+    data.write_records(rows, box / "in.jsonl")
+    with Server(reply=lambda content: thoughts.get(re.search(r"Question: (.*)|$", content[1]["text"])[1], "A picture."),
+                fault=lambda prompt, n: None) as server:
+        assert [r["id"] for r in annotate(box, server)] == [q for q, _ in asked]
+    assert J.faults(thoughts["Nodule?"], rows[2], dict(anomaly="Normal"), "B") == []
+
+
 def test_a_killed_annotation_goes_on(world, box, monkeypatch):
     """Killed while F is asked, with a torn last line: what was described and written is not asked
     for again; where the server or F failed, the next run goes on."""

@@ -564,7 +564,7 @@ def test_command_line(tmp_path):
     code, out, _ = run("phantoms", "--n", 13, "--out", "ph", cwd=tmp_path)
     assert code == 0 and out.strip().endswith("phantoms.jsonl")
     code, out, _ = run("check", "ph/phantoms.jsonl", cwd=tmp_path)
-    assert code == 0 and "on 13 images, 0 of them can't be used, 0 show nothing" in out and "task: anatomy 13, anomaly 8" in out
+    assert code == 0 and "on 13 images, 0 of them can't be used\n" in out and "task: anatomy 13, anomaly 8" in out
     for args in (("check", "no.jsonl"), ("phantoms", "--n", 14, "--out", "ph"), ("phantoms", "--n", "many"), ("paint",), ()):
         code, out, err = run(*args, cwd=tmp_path)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
@@ -641,11 +641,12 @@ def test_check_finds_test_pictures_that_are_in_train(tmp_path, monkeypatch, caps
     commonest answer is no help. With other pictures both are at chance and nothing is warned of."""
     write(tmp_path, *leaking(tmp_path, True))
     out = check_of(tmp_path, monkeypatch, capsys)
-    assert re.search(r"anomaly, 40 test questions: chance 50.0%, commonest answer [4-6]\d.\d%, nearest picture's 100.0%", out)
-    assert "warning: anomaly is answered far above chance" in out and "warning: 40 pictures or their like are in train" in out
+    assert re.search(r"anomaly, 40 test questions: chance 50.0%, commonest answer [4-6]\d.\d%, question's commonest [4-6]\d.\d%, "
+                     r"nearest picture's 100.0%", out)
+    assert "warning: anomaly is answered far above chance" in out and "warning: 40 pictures of test or val look like a picture that is in train, as " in out
     write(tmp_path, *leaking(tmp_path, False))
     out = check_of(tmp_path, monkeypatch, capsys)
-    assert re.search(r"chance 50.0%, commonest answer [3-6]\d.\d%, nearest picture's [3-6]\d.\d%", out) and "warning" not in out
+    assert re.search(r"chance 50.0%, commonest answer [3-6]\d.\d%, .*nearest picture's [3-6]\d.\d%", out) and "warning" not in out
 
 
 def test_check_finds_answers_that_options_tell(tmp_path, monkeypatch, capsys):
@@ -658,19 +659,21 @@ def test_check_finds_answers_that_options_tell(tmp_path, monkeypatch, capsys):
                             split="train" if n < 60 else "test"))
     write(tmp_path, *lines)
     out = check_of(tmp_path, monkeypatch, capsys)
-    assert "modality, 30 test questions: chance 25.0%, commonest answer 100.0%\n" in out and "warning: modality" in out
-    assert "on 90 images, 90 of them can't be used, 0 show nothing" in out
+    assert "modality, 30 test questions: chance 25.0%, commonest answer 100.0%, question's commonest 100.0%\n" in out and "warning: modality" in out
+    assert "on 90 images, 90 of them can't be used\n" in out
     assert f"error: {tmp_path / '0.png'} is missing; {tmp_path / '1.png'} is missing; " in out and "; and 85 more: training" in out
 
 
 def test_check_finds_groups_on_both_sides(tmp_path, monkeypatch, capsys):
-    """A group in train and in val or test is told, one within a split or of another source isn't; neither is a picture asked of
-    twice in one split."""
-    rows = [record(id="a", group="p1"), record(id="b", group="p1"), record(id="c", group="p1", source="other", image="c.png", split="test"),
-            record(id="d", group="p2", image="d.png"), record(id="e", group="p2", image="e.png", split="val")]
+    """A group in train and in val or test is told, also of another source, with a picture of either side; one within a split
+    isn't; neither is a picture asked of twice in one split."""
+    rows = [record(id="a", group="p1"), record(id="b", group="p1"), record(id="c", group="p3", image="c.png", split="test"),
+            record(id="d", group="p2", image="d.png"), record(id="e", group="p2", source="other", image="e.png", split="val")]
     write(tmp_path, *rows)
-    assert "warning: 1 groups are in train and in test or val, as of" in (out := check_of(tmp_path, monkeypatch, capsys))
-    assert "e.png" in out and "their like" not in out
+    out = check_of(tmp_path, monkeypatch, capsys)
+    both = f"as {tmp_path / 'e.png'} and {tmp_path / 'd.png'}"
+    assert f"warning: 1 pictures of test or val are of a group (patient) that is in train, {both}" in out
+    assert "look like" not in out
     write(tmp_path, *rows[:4])
     assert "are in train" not in check_of(tmp_path, monkeypatch, capsys)
 
@@ -678,11 +681,63 @@ def test_check_finds_groups_on_both_sides(tmp_path, monkeypatch, capsys):
 def test_the_commonest_answer_is_the_likeliest_when_offered(capsys):
     """Not the one that is most often right: "a" is right 6 times of 14, "b" 4 times of 4."""
     def asked(options, right, split):
-        return dict(options=options, right=right, split=split, path="")
+        return dict(options=options, right=right, split=split, path="", question="?")
     train = [asked(["a", "c"], "ac"[i % 2], "train") for i in range(8)] + [asked(["a", "d"], "a", "train")] * 2
     train += [asked(["a", "b"], "b", "train")] * 4
     data.look_up("anatomy", [*train, asked(["a", "b"], "b", "test")], {})
     assert "commonest answer 100.0%" in capsys.readouterr().out
+
+
+def test_the_commonest_answer_to_the_very_question(tmp_path, monkeypatch, capsys):
+    """Two findings, one rare and one common: the question alone tells the answer, and check says so. A question that train
+    doesn't ask has the commonest answer of all."""
+    rows = []
+    for n in range(80):
+        for question, right in (("Effusion?", "B"), ("Fracture?", "A")):
+            rows.append(record(id=f"{question}{n}", image=f"{n}.png", task="pathology", question=question, answer=right,
+                               options=["Yes", "No"], group=f"g{n}", split="train" if n < 60 else "test"))
+    write(tmp_path, *rows)
+    out = check_of(tmp_path, monkeypatch, capsys)
+    assert "chance 50.0%, commonest answer 50.0%, question's commonest 100.0%\n" in out and "warning: pathology" in out
+    train = [dict(options=["x", "y"], right="y", split="train", path="", question="?")]
+    data.look_up("anatomy", [*train, dict(train[0], split="test", question="Another?")], {})
+    assert "question's commonest 100.0%" in capsys.readouterr().out
+
+
+def test_check_tells_contradictions_and_empty_pictures(tmp_path, monkeypatch, capsys):
+    """Two readers who differ on one image, and an image that shows nothing, each with an example."""
+    for name, grey in (("a.png", Image.fromarray(np.arange(4096, dtype=np.uint8).reshape(64, 64))), ("b.png", Image.new("L", (64, 64)))):
+        grey.save(tmp_path / name)
+    rows = [record(id="1", image="a.png"), record(id="2", image="a.png", options=["CT", "OCT", "MRI", "X-ray"], answer="B"),
+            record(id="3", image="b.png", options=["CT", "MRI"]), record(id="4", image="b.png", options=["MRI", "CT"], answer="A")]
+    write(tmp_path, *rows)
+    out = check_of(tmp_path, monkeypatch, capsys)
+    assert f"warning: 1 images show nothing, as {tmp_path / 'b.png'}\n" in out
+    assert f"warning: 1 questions have several answers, as 'What is it?' about {tmp_path / 'a.png'}\n" in out
+
+
+@pytest.mark.parametrize("options, said", [
+    (["C", "B", "D", "A"], "option A is 'C', the letter of another option"), (["x", "a. "], "option B is 'a. '"),
+    (["CT", " ct "], "no two the same")])
+def test_options_that_a_reader_can_not_tell_apart(options, said):
+    """A letter, and a text in any case, must mean one."""
+    with pytest.raises(data.DataError, match=re.escape(said)):
+        data.check_options(options)
+    data.check_options(["A", "B", "C", "D"])  # each its own letter
+    data.check_options(["F", "+", "++"])  # no letter of three options
+
+
+def test_a_tiff_in_which_white_is_0(tmp_path):
+    """Is shown with white as white, as X-rays are stored. Of 8 bits Pillow heeds the tag, in reading and in writing; of 16 bits
+    in neither, so that what is written here as 0 means white."""
+    for dtype, left in ((np.uint8, 0), (np.uint16, 255)):
+        greys = np.full((64, 64), np.iinfo(dtype).max // 2, dtype)
+        greys[:, :8], greys[:, -8:] = 0, np.iinfo(dtype).max
+        Image.fromarray(greys).save(tmp_path / "a.tif", tiffinfo={262: 0})
+        with Image.open(tmp_path / "a.tif") as stored:
+            assert stored.tag_v2[262] == 0
+        shown = np.asarray(data.open_image(tmp_path / "a.tif").convert("L"))
+        assert (shown[0, 0], shown[0, -1]) == (left, 255 - left)
 
 
 def test_a_careless_report_is_false_in_style_and_place():
@@ -703,8 +758,8 @@ def test_an_id_is_used_once_over_all_files(world):
 def test_the_nearest_picture_that_has_an_offered_answer(capsys):
     """The nearest picture of all has an answer that isn't offered: the next one's counts. Where none is, it is a miss."""
     points = {"a": np.eye(256)[0], "b": np.eye(256)[0] + 0.2 * np.eye(256)[1], "q": np.eye(256)[0]}
-    train = [dict(options=["x", "y"], right=right, split="train", path=path) for path, right in (("a", "x"), ("b", "y"))]
-    test = dict(options=["y", "z"], right="y", split="test", path="q")
+    train = [dict(options=["x", "y"], right=right, split="train", path=path, question="?") for path, right in (("a", "x"), ("b", "y"))]
+    test = dict(options=["y", "z"], right="y", split="test", path="q", question="?")
     data.look_up("anatomy", [*train, test], points)
     assert "nearest picture's 100.0%" in capsys.readouterr().out
     data.look_up("anatomy", [*train, test, dict(test, options=["v", "w"], right="v")], points)

@@ -131,8 +131,8 @@ def test_readings(thought, options, letter):
 ])
 def test_letters_are_cut(thought, left):
     """What F must not see goes, the finding's own name stays."""
-    assert visible_thought(thought) == (left, True)
-    assert visible_thought(left) == (left, False)
+    assert visible_thought(thought, KIND) == (left, True)
+    assert visible_thought(left, KIND) == (left, False)
 
 
 @pytest.mark.parametrize("thought", [
@@ -142,7 +142,7 @@ def test_letters_are_cut(thought, left):
     "answer:a mass", "4 cm² of stage Ⅲ"])
 def test_words_are_not_cut(thought):
     """Articles and letters that are joined to something are no labels."""
-    assert visible_thought(thought) == (thought, False)
+    assert visible_thought(thought, KIND) == (thought, False)
 
 
 INJECTIONS = [
@@ -171,8 +171,29 @@ def test_raw_reads_the_letters():
     assert cut(thoughts, items) == ["B", "B", None, None, "B"]
     denied = ["It is B. But A is wrong.", "B fits. It excludes A.", "B fits. It rules out C.", "Anything but C."]
     assert raw(denied, items[:4]) == ["B", "B", "B", None]
-    segment = [{"options": ["segment C", "segment D"]}]  # the price of the cut
-    assert raw(["It is in segment C."], segment) == ["A"] and cut(["It is in segment C."], segment) == [None]
+
+
+@pytest.mark.parametrize("sees", ["cut", "raw"])
+def test_a_letter_in_an_options_own_words_is_no_label(sees):
+    """"Hepatitis B" is a term, whichever option it is; a letter beside it is still one."""
+    def verdict(thought, *options):
+        return make_judge("lexical", sees=sees)([thought], [{"options": [*options]}])[0]
+    assert verdict("So it is Hepatitis B.", "Hepatitis", "Hepatitis B") == "B"
+    assert verdict("So it is hepatitis  b", "Hepatitis B.", "Hepatitis A") == "A"
+    assert verdict("So it is Weber B.", "Weber C", "Weber A", "Weber B") == "C"
+    assert verdict("So it is in A. vertebralis.", "A. carotis", "A. vertebralis") == "B"
+    assert verdict("It shows vitamin D deficiency.", "Normal", "Vitamin D deficiency", "Rickets", "Scurvy") == "B"
+    options = ["Hepatitis", "Hepatitis B", "None"]
+    assert visible_thought("It is hepatitis B. The answer is B.", options) == ("It is hepatitis B.", True)
+    assert visible_thought("Vitamin B.", options)[1] and visible_thought("It is (B) Hepatitis B.", options)[1]
+    assert visible_thought("It is B.", ["A", "B"]) == ("It is.", True)  # an option that is a label is cut
+
+
+def test_a_number_in_another_is_no_option():
+    """2.5 mm, 1,5 mm and 2-5 mm are not 5 mm."""
+    for said in ("2.5 mm", "1,5 mm", "2-5 mm", "2–5 mm", "15 mm"):
+        assert lexical_verdict(f"It measures {said}.", {"options": ["5 mm", "10 mm"]}) is None, said
+    assert lexical_verdict("It measures 5 mm.", {"options": ["5 mm", "10 mm"]}) == "A"
 
 
 def test_no_thought_and_lengths():
@@ -209,13 +230,13 @@ def test_a_thousand_thoughts():
 
 @pytest.mark.parametrize("unit", [
     "a", " ", "no ", "so the ", "cyst, ", "is ", "B) ", "option ", "no cyst ", ", a", ",", "oma", "?", "a.", "upper-", "no x, ",
-    "upper left ", "\0 ", "(", "normal ", "normal, "])
+    "upper left ", "\0 ", "hepatitis b ", "(", "normal ", "normal, "])
 def test_linear_in_the_thought(unit):
     """Eight times the text takes about eight times as long; quadratic would be 64 times."""
     def seconds(n):
         thought = unit * (n // len(unit))
         began = time.process_time()
-        visible_thought(thought)
+        visible_thought(thought, [*KIND, "Hepatitis B"])
         for options in (KIND, PLACE, STATE):
             lexical_verdict(thought, {"options": options})
         grounding(thought, dict(modality="CT", anatomy="Lung", lesion=None, style=None, location=None))
@@ -235,6 +256,6 @@ def test_places_are_cut_like_letters(place):
     """Up to six options."""
     number = dict(zip(("first", "second", "third", "fourth", "fifth", "sixth"), (*"123456",), strict=True)).get(place, "one")
     for said in (f"the {place} option", f"option {number}", f"choice no. {number}"):
-        assert visible_thought(f"It is {said}.")[1], said
+        assert visible_thought(f"It is {said}.", KIND)[1], said
     for word in ("one", "two", "three", "four", "five", "six"):
-        assert visible_thought(f"It is option {word}.") == ("It is.", True)
+        assert visible_thought(f"It is option {word}.", KIND) == ("It is.", True)
