@@ -3,7 +3,7 @@
 Every question of the test split is answered once (greedy; with --temperature once per seed), then
 scored by the code that gives the rewards: rewards.score, with an F of judge.py. It writes
 
-    results.json              figures as fractions; names evaluated earlier stay in it
+    results.json              figures as fractions; here alone names evaluated earlier stay
     report.md, eval.html      the tables; on the page also charts and questions with their answers
     completions-NAME.jsonl    every completion with its scores
 
@@ -91,6 +91,7 @@ RATES = dict(overall="acc", format="fmt", consistency="con", grounding="groundin
 CHANGES = dict(accuracy="acc", consistency="con", grounding="grounding")
 TIMEOUT = 300.0   # s that a chat server may take for an answer
 RESAMPLES = 2000  # of an interval
+FEWEST = 20       # groups below which none is shown: with 20 it covers 92 %, with 10 90 %
 SHOWN = 60        # questions on the page at most
 THUMBNAIL = 224   # px, longer side of an image there
 POINTS = 200      # of a curve at most
@@ -151,13 +152,13 @@ def mean_and_std(rows, key="acc"):
     """Rows of one or several runs -> a figure: "mean" of `key` over the runs (None without a
     number), "std" over them (n - 1 in the denominator; 0 for one run), "n" answers (of one seed, of
     all checkpoints), "runs". A run is a checkpoint where there are several, else a seed of the
-    sampling. nan is left out."""
+    sampling. nan is left out, also of n."""
     run = "ckpt" if len({row["ckpt"] for row in rows}) > 1 else "seed"
     known = [row for row in rows if not rewards.failed(row[key])]
     means = [fmean(row[key] for row in of_run) for of_run in grouped(known, run).values()]
     return {"mean": fmean(means) if means else None,
             "std": stdev(means) if len(means) > 1 else 0.0,
-            "n": len(rows) // len({row["seed"] for row in rows}),
+            "n": len(known) // len({row["seed"] for row in rows}),
             "runs": len(means)}
 
 
@@ -167,14 +168,15 @@ def summary(rows):
     Accuracy is right answers / questions, of a task or of all (not the mean of the tasks); an
     unreadable answer is wrong. judge_failed: completions left out of consistency. read_as: how
     many were read in which way, {} for a model trained here; those that "failed" got no reply and
-    are left out of every mean, though not of n."""
+    are left out of every figure. anomaly: its accuracy by the right option's text."""
     tasks = grouped(rows, "task", data.TASKS)
     modalities = grouped(rows, "modality", data.MODALITIES)
+    anomaly = [row | dict(right=data.right_option(row)) for row in tasks.get("anomaly", [])]
     ways = Counter(row["read_as"] for row in rows if "read_as" in row)
     return {rate: mean_and_std(rows, key) for rate, key in RATES.items()} | dict(
         tasks={x: mean_and_std(members) for x, members in tasks.items()},
         modality={x: mean_and_std(members) for x, members in modalities.items()},
-        grounding_by_task={x: mean_and_std(members, "grounding") for x, members in tasks.items()},
+        anomaly={x: mean_and_std(members) for x, members in grouped(anomaly, "right").items()},
         seeds=sorted({row["seed"] for row in rows}),
         checkpoints=list(dict.fromkeys(row["ckpt"] for row in rows)),
         judge_failed=sum(rewards.failed(row["verdict"]) for row in rows),
@@ -204,9 +206,10 @@ def difference(before, after):
 
 def bootstrap(sets):
     """[{group: its changes}, of each checkpoint] -> their "mean", and "low" and "high" of its 95 %
-    interval, which allows for other images, not for other seeds of the training. Groups are drawn
-    again (an image; of real data a patient), since their questions are right or wrong together;
-    checkpoints asked about the same groups get the same draw."""
+    interval, which allows for other images, not for other seeds of the training: for those, "std"
+    is the deviation over the checkpoints ("runs", n - 1). Groups are drawn again (an image; of real
+    data a patient), since their questions are right or wrong together; checkpoints asked about the
+    same groups get the same draw."""
     rng = np.random.default_rng(0)
     draws, means, resampled = {}, [], []  # draws: {n names: (RESAMPLES, n) of their places}
     for groups in sets:
@@ -219,7 +222,8 @@ def bootstrap(sets):
             resampled.append(again[:, 0] / again[:, 1])
         means.append(sums[:, 0].sum() / sums[:, 1].sum())
     low, high = np.nanquantile(np.mean(resampled, 0), (0.025, 0.975)).tolist()
-    return {"mean": float(np.mean(means)), "low": low, "high": high}
+    return {"mean": float(np.mean(means)), "low": low, "high": high, "runs": len(means),
+            "std": stdev(means) if len(means) > 1 else 0.0, "groups": min(map(len, sets))}
 
 # ---- the tables ----------------------------------------------------------------------------------
 
@@ -272,12 +276,16 @@ def tables(results, paper=False, matrix=None):
 
     def part(key):
         return {name: entry.get(key, {}) for name, entry in results.items()}
-    found = [table("Accuracy by task", lines), table("Accuracy by modality", part("modality"))]
+    found = [table("Accuracy by task; overall is over the questions, not the tasks", lines),
+             table("Accuracy by modality", part("modality"))]
+    if any(part("anomaly").values()):
+        found.append(table("Accuracy on anomaly, by what is right: Abnormal, sensitivity; Normal, "
+                           "specificity", part("anomaly")))
     if matrix:
         found.append(square(matrix, part("tasks" if matrix == "task" else matrix)))
     elif any(part("difference").values()):
         title = ("Each row minus the one before, on the same questions, in points; 95 % intervals "
-                 "over groups (images, patients), for these checkpoints")
+                 "over groups\n(images, patients): for these checkpoints, not for other trainings")
         found.append(table(title, part("difference")))
     return found
 
@@ -319,13 +327,14 @@ def percent(figure):
         return figure, None, None
     if not figure or figure["mean"] is None:
         return "-", None, None
-    mean = 100 * figure["mean"]
+    mean, std = 100 * figure["mean"], 100 * figure["std"]
+    deviation = f" ± {std:.1f}" if figure["runs"] > 1 else ""
     if "low" in figure:
-        low, high = 100 * figure["low"], 100 * figure["high"]
-        return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", None, None
-    std = 100 * figure["std"]
-    text = f"{mean:.1f} ± {std:.1f}" if figure["runs"] > 1 else f"{mean:.1f}"
-    return text, round(mean, 1), round(std, 1)
+        text = f"{mean:+.1f}{deviation}"
+        if figure["groups"] >= FEWEST:
+            text += f" ({100 * figure['low']:+.1f} to {100 * figure['high']:+.1f})"
+        return text, None, None
+    return f"{mean:.1f}{deviation}", round(mean, 1), round(std, 1)
 
 
 def markdown(title, columns, rows):
@@ -361,10 +370,12 @@ def answers_given(results, rows):
             lines[name][task] = commonest([given_option(row) for row in members])
         ways = results[name]["read_as"].items()
         silent = sum(rewards.failed(row["grounding"]) for row in answers)
+        undecided = [row["verdict"] is None for row in answers if row["thought"] is not None]
         lines[name] |= {
             "letter": commonest([row["given"] or given_option(row) for row in answers]),
             "read as\n(failed: no reply)": ",\n".join(f"{how} {n}" for how, n in ways) or "-",
             "F failed": str(results[name]["judge_failed"]),
+            "F undecided": str(sum(undecided)),
             "no statement\nto ground": str(silent),
             "cut off": f"{results[name]['cut_off'] or 0:.2%}"}
     return table("The commonest answers, and how completions were read", lines)
@@ -518,7 +529,8 @@ PAGE = r"""<!doctype html>
     {% endfor %}
   </table></div>
 {% endfor %}
-{% if tables %}<p>A bar: its number between 0 and 100 %, one deviation to both sides.</p>
+{% if tables %}
+  <p>A bar: its number between 0 and 100 %, of several runs one deviation to both sides.</p>
 {% endif %}
 
 <h2>Training, of runs whose log is there</h2>
@@ -538,7 +550,7 @@ PAGE = r"""<!doctype html>
 </div>
 
 {% if shown %}
-<h2>Questions and answers</h2>
+<h2>Questions and answers, chosen to show every kind (how often each is: the tables)</h2>
 <form>
   {% for key, choices in filters.items() %}
     <label>{{ key }} <select name="{{ key }}"><option value="">any</option>
@@ -834,7 +846,10 @@ def main(argv=None):
 
     source = ", ".join(args.data) or "the phantoms beside each checkpoint"
     way = f"temperature {args.temperature:g}, seeds {args.seeds}" if args.temperature else "greedy"
-    what = f"In %; split {args.split} of {source}; {way}; F: {args.judge}, {args.judge_sees}."
+    what = (f"In %, ± the deviation over a row's checkpoints or, of one, over seeds; split "
+            f"{args.split} of {source}; {way}; F: {args.judge}, {args.judge_sees}.")
+    if args.paper:
+        what += " Rows (paper): the paper's figures, on its own questions."
     if rank == 0:
         write_report(out, results, rows, what, args.paper, args.matrix)
     M.close_devices()

@@ -121,13 +121,13 @@ def test_rates_and_a_failed_judge():
     """Format over all seven; consistency over the six that F could judge: a failure is neither 0 nor hidden."""
     s = evaluation.summary(ROWS)
     assert s["format"] == {"mean": pytest.approx(4 / 7), "std": 0.0, "n": 7, "runs": 1}
-    assert s["consistency"] == {"mean": pytest.approx(3 / 6), "std": 0.0, "n": 7, "runs": 1}
+    assert s["consistency"] == {"mean": pytest.approx(3 / 6), "std": 0.0, "n": 6, "runs": 1}
     assert s["judge_failed"] == 1
     assert s["cut_off"] == pytest.approx(1 / 7)
     rows = [row("anomaly", "CT", 1, con=NAN, verdict=NAN)]
     failed = evaluation.summary(rows)
     assert failed["consistency"]["mean"] is None and failed["judge_failed"] == 1
-    table, _ = cells_of({"x": failed | {"params": 1}})
+    table, *_ = cells_of({"x": failed | {"params": 1}})
     assert table[1][table[0].index("consistency")] == "-"
     assert answers_of(failed, rows)["F failed"] == "1"
 
@@ -143,6 +143,20 @@ def test_without_thoughts_there_is_no_consistency(world):
     assert s["overall"]["mean"] == 1
 
 
+def test_anomalies_found_and_healthy_images_known(world):
+    """Sensitivity 1/3 and specificity 1/2 stand apart, whichever letters the options have; other tasks have none."""
+    rows = [row("anomaly", "CT", acc, options=options, answer="AB"[options.index(right)])
+            for acc, right, options in ((1, "Abnormal", ["Abnormal", "Normal"]), (0, "Abnormal", ["Normal", "Abnormal"]),
+                                        (0, "Abnormal", ["Normal", "Abnormal"]), (1, "Normal", ["Normal", "Abnormal"]),
+                                        (0, "Normal", ["Abnormal", "Normal"]))]
+    s = evaluation.summary(rows)
+    assert accuracies(s["anomaly"]) == {"Abnormal": (pytest.approx(1 / 3), 3), "Normal": (0.5, 2)}
+    *_, table = cells_of({"x": s | {"params": 1}})
+    assert table == [["model", "Abnormal", "Normal"], ["x", "33.3", "50.0"]]
+    other = evaluation.summary([row("pathology", "CT", 1)])
+    assert other["anomaly"] == {} and len(cells_of({"x": other | {"params": 1}})) == 2
+
+
 def test_mean_and_deviation_over_seeds():
     """Accuracies 1/2, 1 and 3/4 of three seeds: mean 3/4 and, over n - 1, deviation 1/4; n stays the questions of one seed."""
     right = {0: (1, 1, 0, 0), 1: (1, 1, 1, 1), 2: (1, 1, 1, 0)}
@@ -151,7 +165,7 @@ def test_mean_and_deviation_over_seeds():
     assert s["overall"] == {"mean": 0.75, "std": pytest.approx(0.25), "n": 4, "runs": 3}
     assert s["tasks"]["anomaly"] == {"mean": 1.0, "std": 0.0, "n": 2, "runs": 3}
     assert s["tasks"]["pathology"] == {"mean": 0.5, "std": pytest.approx(0.5), "n": 2, "runs": 3}  # 0, 1, 1/2
-    table, _ = cells_of({"x": s | {"params": 3_750_000_000}})
+    table, *_ = cells_of({"x": s | {"params": 3_750_000_000}})
     cells = dict(zip(*table, strict=True))
     assert (cells["overall"], cells["pathology"]) == ("75.0 ± 25.0", "50.0 ± 50.0")
     assert (cells["n"], cells["params, M"]) == ("4", "3750.0")
@@ -165,7 +179,7 @@ def test_mean_and_deviation_over_checkpoints():
         rows += [row("anomaly", "CT", acc, seed=seed, ckpt=ckpt) for acc in answers]
     s = evaluation.summary(rows)
     assert s["overall"] == {"mean": 0.5, "std": pytest.approx(math.sqrt(2) / 4), "n": 4, "runs": 2}
-    table, _ = cells_of({"x": s | {"params": 1}})
+    table, *_ = cells_of({"x": s | {"params": 1}})
     assert dict(zip(*table, strict=True))["overall"] == "50.0 ± 35.4"
 
 
@@ -187,13 +201,13 @@ def test_rates_have_a_deviation_too():
             row("anomaly", "CT", 1, seed=1), row("anomaly", "CT", 1, seed=1)]
     s = evaluation.summary(rows)
     assert s["format"] == {"mean": 0.75, "std": pytest.approx(math.sqrt(2) / 4), "n": 2, "runs": 2}
-    assert s["consistency"] == {"mean": 0.5, "std": pytest.approx(math.sqrt(2) / 2), "n": 2, "runs": 2}
-    table, _ = cells_of({"x": s | {"params": 1}})
+    assert s["consistency"] == {"mean": 0.5, "std": pytest.approx(math.sqrt(2) / 2), "n": 1, "runs": 2}
+    table, *_ = cells_of({"x": s | {"params": 1}})
     cells = dict(zip(*table, strict=True))
     assert (cells["format"], cells["consistency"]) == ("75.0 ± 35.4", "50.0 ± 70.7")
     once = evaluation.summary(rows[2:])
     assert once["format"]["std"] == once["consistency"]["std"] == 0
-    table, _ = cells_of({"x": once | {"params": 1}})
+    table, *_ = cells_of({"x": once | {"params": 1}})
     cells = dict(zip(*table, strict=True))
     assert (cells["format"], cells["consistency"]) == ("100.0", "100.0")
 
@@ -212,7 +226,7 @@ def test_a_name_cannot_break_a_table(world):
     name, task = "out/" + "very_long_name" * 20, "two\nlines | <b>"
     rows = [row(task, "CT", 1, path=world.records[0]["path"])]
     results = {name: evaluation.summary(rows) | {"params": 1}}
-    table, _ = cells_of(results)
+    table, *_ = cells_of(results)
     lines = evaluation.markdown(*evaluation.tables(results)[0]).splitlines()[2:]
     assert len(lines) == 3 and all(len(re.split(r"(?<!\\)\|", x)) == len(table[0]) + 2 for x in lines)
     page = page_of(results, {name: rows})
@@ -239,7 +253,7 @@ def test_table_1s_columns():
     ours = evaluation.summary(ROWS) | {"params": 1_100_000}
     theirs = evaluation.summary([row("lesion grading", "Fundus", 1)]) | {"params": 1_100_000}
     results = {"a|b": ours, "c": theirs}
-    table, modality = cells_of(results)
+    table, modality, *_ = cells_of(results)
     assert table[0] == ["model", "params, M", "anatomy", "anomaly", "location", "modality",
                         "pathology", "lesion grading", "overall", "format", "consistency", "grounding", "n"]
     assert table[1] == ["a|b", "1.1", "-", "75.0", "50.0", "-", "0.0", "-", "57.1", "57.1", "50.0",
@@ -257,7 +271,7 @@ def test_the_papers_figures_stand_beside(world):
     accuracy of Tables 2 and 3, where they have its name. Tasks that the paper has not are "-"."""
     ours = evaluation.summary(ROWS) | {"params": 1e6}
     other = evaluation.summary([row("lesion grading", "CT", 1)]) | {"params": 1e6}
-    table, _ = cells_of({"Acc-only": ours, "mine": other}, paper=True)
+    table, *_ = cells_of({"Acc-only": ours, "mine": other}, paper=True)
     header, first, second, *paper = table
     assert header[2:8] == [*data.TASKS, "lesion grading"] and (first[0], second[0]) == ("Acc-only", "mine")
     assert header[-1] == "overall in the paper" and (first[-1], second[-1]) == ("78.85 ± 1.08", "-")
@@ -301,36 +315,46 @@ def chain(acc, place="a", con=1.0):
     return rows
 
 
+def interval(figure):
+    return figure["mean"], figure["low"], figure["high"]
+
+
 def test_differences_counted_by_hand():
     """Image p rises in both of its questions, q in neither: the mean is 1/2, and drawing two images of two gives 0, 1/2 or 1,
     the ends with 1/4 each: an interval from 0 to 1. Where every image rises by 1/2 the interval is that point. Checkpoints are
     paired by their place and weigh alike; a question without a value is left out; other questions have no difference."""
     before, after = chain({"p": (0, 0), "q": (1, 1)}, con=NAN), chain({"p": (1, 1), "q": (1, 1)}, "b")
     found = evaluation.difference(before, after)
-    assert found == {"accuracy": {"mean": 0.5, "low": 0.0, "high": 1.0}}  # no consistency before, no grounding at all
+    assert [*found] == ["accuracy"] and interval(found["accuracy"]) == (0.5, 0.0, 1.0)  # no consistency before, no grounding
     after = chain({"p": (1, 0), "q": (0, 1), "r": (1, 0)}, con=0.0)
     found = evaluation.difference(chain({"p": (0, 0), "q": (0, 0), "r": (0, 0)}), after)
-    assert found["accuracy"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
-    assert found["consistency"] == {"mean": -1.0, "low": -1.0, "high": -1.0}
+    assert interval(found["accuracy"]) == (0.5, 0.5, 0.5)
+    assert interval(found["consistency"]) == (-1.0, -1.0, -1.0)
     one, four = {"p": (0,)}, {"s": (0, 0), "t": (0, 0)}
     rose = chain({"p": (1,)}, "c") + chain(four, "d")
     found = evaluation.difference(chain(one, "a") + chain(four, "b"), rose)
     assert found["accuracy"]["mean"] == 0.5  # of 1 and 0, although one question of five rose
+    assert found["accuracy"]["std"] == 0.5**0.5 and found["accuracy"]["runs"] == 2  # of 1 and 0
     assert evaluation.difference(chain(one), chain(four)) == {}
     same = {"p": (1, 1), "q": (0, 0)}  # two checkpoints on the same images are no four images: the ends stay likely
     found = evaluation.difference(chain({"p": (0, 0), "q": (0, 0)}, "a") + chain({"p": (0, 0), "q": (0, 0)}, "b"),
                                   chain(same, "c") + chain(same, "d"))
-    assert found["accuracy"] == {"mean": 0.5, "low": 0.0, "high": 1.0}
+    assert interval(found["accuracy"]) == (0.5, 0.0, 1.0)
 
 
 def test_an_image_without_a_value_leaves_the_interval_a_number():
     """Draws of nothing but such images are left out."""
-    assert evaluation.bootstrap([{"p": [1.0], "q": []}]) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert interval(evaluation.bootstrap([{"p": [1.0], "q": []}])) == (1.0, 1.0, 1.0)
 
 
 def test_differences_stand_in_the_report():
-    """Each row minus the one before it, in points; "-" where the questions are others."""
+    """Each row minus the one before it, in points; "-" where the questions are others. Of few groups no interval is shown, of
+    several checkpoints their deviation."""
     rows = {"a": chain({"p": (0, 0), "q": (1, 1)}), "b": chain({"p": (1, 1), "q": (1, 1)}), "c": chain({"s": (1,)})}
+    rows["d"] = chain({str(k): (k % 2,) for k in range(20)})
+    rows["e"] = chain({str(k): (1,) for k in range(20)})
+    rows["f"] = chain({str(k): (1,) for k in range(20)}, "x") + chain({str(k): (k > 9,) for k in range(20)}, "y")
+    rows["g"] = chain({str(k): (1,) for k in range(20)}, "x") + chain({str(k): (1,) for k in range(20)}, "y")
     results, before = {}, None
     for name, answers in rows.items():
         results[name] = evaluation.summary(answers) | {"params": 1}
@@ -339,7 +363,9 @@ def test_differences_stand_in_the_report():
         before = name
     *_, table = cells_of(results)
     assert table == [["model", "accuracy", "consistency"], ["a", "-", "-"],
-                           ["b", "+50.0 (+0.0 to +100.0)", "+0.0 (+0.0 to +0.0)"], ["c", "-", "-"]]
+                           ["b", "+50.0", "+0.0"], ["c", "-", "-"], ["d", "-", "-"],
+                     ["e", "+50.0 (+25.0 to +75.0)", "+0.0 (+0.0 to +0.0)"], ["f", "-", "-"],
+                     ["g", "+25.0 ± 35.4 (+14.9 to +35.0)", "+0.0 ± 0.0 (+0.0 to +0.0)"]]
 
 
 def test_the_interval_covers_the_truth(monkeypatch):
@@ -378,7 +404,7 @@ def test_grounding_is_not_consistency(world, monkeypatch):
     assert rows[1]["con"] == 1.0 and rows[1]["false_statements"] == ["There is no lesion", "So the image is Normal"]
     assert rows[2]["false_statements"] == [] and math.isnan(rows[3]["grounding"])
     entry = evaluation.summary([r | dict(ckpt="c", seed=0) for r in rows])
-    assert entry["grounding"]["mean"] == entry["grounding_by_task"]["anomaly"]["mean"] == 0.5
+    assert entry["grounding"]["mean"] == 0.5
     assert answers_of(entry, rows)["no statement\nto ground"] == "2"
 
 
@@ -543,7 +569,7 @@ def test_two_processes_answer_as_one(out, world, monkeypatch):
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, both)]
     for entry in (*results[0].values(), *results[1].values()):
         entry["knobs"].pop("out")
-    assert results[0] == results[1] and results[0]["two"]["difference"]["accuracy"] == {"mean": 0, "low": 0, "high": 0}
+    assert results[0] == results[1] and interval(results[0]["two"]["difference"]["accuracy"]) == (0, 0, 0)
 
 
 def test_a_completion_cannot_script_the_page(world, tmp_path):

@@ -209,7 +209,7 @@ def test_ten_manners_through_the_command(chat, monkeypatch, tmp_path, capfd):
     entry, rows = evaluate(monkeypatch, tmp_path, chat)
     read = {row["id"]: (row["completion"], row["given"], row["read_as"]) for row in rows}
     assert read == MANNERS | dict(broken=("", None, "failed"))
-    assert entry["overall"] == dict(mean=5 / 9, std=0.0, n=10, runs=1) and entry["tasks"]["modality"] == entry["overall"]
+    assert entry["overall"] == dict(mean=5 / 9, std=0.0, n=9, runs=1) and entry["tasks"]["modality"] == entry["overall"]
     assert entry["format"]["mean"] == 2 / 9 and entry["params"] is None
     assert entry["read_as"] == {"tags": 2, "last line": 3, "option text": 1, "unreadable": 3, "failed": 1}
     consistent = {row["id"]: row["con"] for row in rows}
@@ -217,7 +217,7 @@ def test_ten_manners_through_the_command(chat, monkeypatch, tmp_path, capfd):
     assert consistent["broken"] is None and entry["judge_failed"] == 0
     assert entry["consistency"]["mean"] == 2 / 9 and entry["cut_off"] == 1 / 9
     report = (tmp_path / "out" / "report.md").read_text()
-    assert re.search(r"^\| Chat \| - \|.* 55\.6 .*\| 10 \|$", report, re.M)
+    assert re.search(r"^\| Chat \| - \|.* 55\.6 .*\| 9 \|$", report, re.M)
     assert "| read as (failed: no reply) |" in report
     assert "| failed 1, last line 3, option text 1, tags 2, unreadable 3 |" in report
     assert "| Chat | CT 50 %, unreadable 30 %, MRI 10 % |" in report

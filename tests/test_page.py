@@ -158,7 +158,7 @@ def test_the_best_of_each_column_and_the_map_are_marked(world, monkeypatch):
     plain = evaluation.table("Plain", {
         "x": {"params": "3.0", "a": of(0.095, std=0.01, runs=3), "c": of(1.0), "n": "7"},
         "y": {"params": "1.0", "a": of(0.10501), "b": of(0.05), "c": of(1.0), "n": "9"},
-        "z": {"a": of(0.10499), "b": dict(mean=0.06, low=0.01, high=0.09), "c": of(1.0)},
+        "z": {"a": of(0.10499), "b": dict(mean=0.06, low=0.01, high=0.09, std=0.0, runs=1, groups=20), "c": of(1.0)},
         "MedAD-R1 (paper)": {"a": "98.87 ± 0.35"}})
     square = evaluation.square("modality", {"CT": {"CT": of(0.9), "MRI": None}, "MRI": {"CT": of(0.2), "MRI": of(0.8)}})
     monkeypatch.setattr(evaluation, "tables", lambda *_: [square, plain])
