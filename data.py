@@ -128,7 +128,7 @@ def check_record(record, folder):
            f"'thought' holds {', '.join(found)}, expected none of the tags")
     check_options(record["options"])
     letters = tuple(LETTERS[:len(record["options"])])
-    for key, allowed in (("answer", letters), ("task", TASKS + MED_R1_TASKS), ("split", SPLITS)):
+    for key, allowed in (("answer", letters), ("split", SPLITS)):
         expect(record[key] in allowed,
                f"{key!r} is {record[key]!r:.60}, expected one of {', '.join(allowed)}")
     shows = record.get("shows") or dict.fromkeys(SHOWS)
@@ -1333,33 +1333,20 @@ def same(looks, others):
 
 def join_alike(looks, groups):
     """Groups (N,) int of looks (N, LOOK, LOOK) -> the same, those that share looks which are `same`
-    joined under their smallest number.
-
-    Three sieves stand before `same`: the coordinate along one axis (sorted: a reach), the distance
-    of coarse looks averaged with their mirror images, the greys at a quarter of the size. No pair
-    is missed: each of these steps can only shorten a distance."""
-    groups = np.array(groups)
-    reach = 2 - 2 * CORRELATION  # |x - y|**2 of normed looks with this correlation
-    greys = looks.reshape(-1, 16, 4, 16, 4).mean((2, 4), dtype=np.float32)  # (N, 16, 16)
-    a = coarse(looks)
-    # Means of picture and mirror image, the left half alone: times 2**.5, as the right is its twin.
-    a = (a + a[..., ::-1])[..., :8].reshape(-1, 128) / 2**.5  # (N, 128)
-    sample = a[::len(a) // 2000 + 1]
-    axis = np.linalg.svd(sample - sample.mean(0), full_matrices=False)[2][0]  # of most variance
-    along = a @ axis  # (N,)
-    order = along.argsort()
-    a, along = a[order], along[order]
-    ends = np.searchsorted(along, along + reach**.5)  # (N,): where the reach of each ends
+    joined under their smallest number. Compared in full are pairs of which the coarse looks are
+    near, as they are or one mirrored: no pair is missed, since coarse distances are shorter."""
+    groups, a = np.array(groups), coarse(looks)  # (N,), (N, 16, 16)
+    mirrored = a[..., ::-1].reshape(-1, 256)
+    a = a.reshape(-1, 256)
     half = (a**2).sum(1) / 2  # (N,)
     for k in range(0, len(a), 128):
-        rows, reached = slice(k, k + 128), slice(k, ends[k:k + 128][-1])
-        # |x - y|**2 / 2 = |x|**2 / 2 + |y|**2 / 2 - x y
-        near = half[rows, None] + half[reached] - a[rows] @ a[reached].T < reach / 2
-        pairs = order[k + np.argwhere(near)]  # (P, 2)
+        rows = a[k:k + 128]
+        # |x - y|**2 / 2 = |x|**2 / 2 + |y|**2 / 2 - x y; of whole looks it is 1 - the correlation.
+        products = np.maximum(rows @ a[k:].T, rows @ mirrored[k:].T)
+        near = half[k:k + 128, None] + half[k:] - products < 1 - CORRELATION
+        pairs = k + np.argwhere(near)  # (P, 2)
         pairs = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
         for some in np.array_split(pairs, len(pairs) // 1024 + 1):  # bounds memory
-            one, other = greys[some[:, 0]], greys[some[:, 1]]
-            some = some[close(one, other) | close(one, other[..., ::-1])]
             for x, y in some[same(looks[some[:, 0]], looks[some[:, 1]])]:
                 low, high = sorted((groups[x], groups[y]))
                 groups[groups == high] = low
