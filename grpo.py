@@ -84,8 +84,8 @@ KNOBS = dict(
     lora=Knob(int, 16, 64, "rank of LoRA; 0 trains every parameter against a frozen copy"),
     lr=Knob(float, 1e-3, 1e-6, "peak learning rate of AdamW", positive=True),
     warmup=Knob(int, 10, 10, "optimiser steps in which the learning rate rises"),
-    schedule=Knob(str, "linear", "constant", "the learning rate after the rise: constant, or never "
-                  "above a line from lr at the first step to 0 after the last",
+    schedule=Knob(str, "linear", "constant", "the learning rate after the rise: constant, or at "
+                  "most a straight line from lr down to 0 over the whole run",
                   choices=("constant", "linear")),
     # the evaluator F of Eq. (6)
     judge=Knob(str, "lexical", "lexical", "lexical, hf:NAME_OR_PATH, hf:reference or "
@@ -183,8 +183,8 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, *, eps, beta, loss_n
     with torch.no_grad():
         metrics = dict(kl=(D_KL.sum() / tokens).item(),
                        ratio=(torch.where(mask, r, 0.0).sum() / tokens).item(),
-                       clip_low=(((r < 1 - eps) & (A < 0)).sum() / tokens).item(),
-                       clip_high=(((r > 1 + eps) & (A > 0)).sum() / tokens).item())
+                       clip_low=((mask & (r < 1 - eps) & (A < 0)).sum() / tokens).item(),
+                       clip_high=((mask & (r > 1 + eps) & (A > 0)).sum() / tokens).item())
     return loss, metrics
 
 # ---- the reference -------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def learning_rate(step, steps, args):
 # ---- before the first step -----------------------------------------------------------------------
 
 def phantoms_of(args):
-    """Without --data: the phantoms under ROOT, for a tiny model alone -> their file, in a list."""
+    """Without --data: [the file of the phantoms under ROOT], for a tiny model alone."""
     file = os.path.join(args.root, "phantoms", "phantoms.jsonl")
     expect(M.is_tiny(args.model) and os.path.exists(file),
            f"no --data: expected FILE.., or a tiny --model ({args.model}) and the phantoms "
@@ -322,7 +322,7 @@ def phantoms_of(args):
 
 
 def tell_what_it_trains_on(records, processor, args):
-    """The number of questions, and what is likely to spoil the run."""
+    """Print the number of questions, and warn of what is likely to spoil the run."""
     print(f"{len(records)} training questions of {', '.join(args.data)}")
     taught = evaluation.taught_thinking(args.model, args.thinking)
     if taught != args.thinking:
@@ -363,10 +363,10 @@ def questions_to_train_on(args, world):
 def check_gold(records, judge, lexical=True):
     """The gold answers must score 1 by the code that will score the policy's; else the reward, not
     the policy, is wrong. The lexical F is asked about all of them. A model may disagree with some,
-    and each costs a call, so it is asked about GOLD_ASKED; before that about thoughts that are new,
-    since kept replies would hide that a server has died."""
+    and each costs a call, so it is asked about GOLD_ASKED."""
     gold, must = [r for r in records if r["thought"] is not None], ["fmt", "acc", "con"]
     if not lexical:
+        # First two thoughts that no run has had: kept replies would hide that a server has died.
         new = [f"It is {time.time()}. So it is {r['options'][0]}." for r in records[:2]]
         expect(not all(map(failed, judge(new, records[:2]))),
                f"--judge: F failed: {failures(judge.usage)}")
@@ -378,9 +378,9 @@ def check_gold(records, judge, lexical=True):
               f"thoughts and failed on {sum(failed(row['verdict']) for row in asked)}")
     for name in must:
         bad = [row["id"] for row in rows if row[name] < 1]  # not nan: there no thought is asked for
+        advice = "; where the rule can't read thoughts, --judge names a model" * (name == "con")
         expect(not bad, f"record {bad[:1]}: its gold answer has no {name} reward (so for "
-                        f"{len(bad)} of {len(rows)} records; where the rule can't read thoughts, "
-                        "--judge names a model)")
+                        f"{len(bad)} of {len(rows)} records{advice})")
 
 # ---- what a person looks at ----------------------------------------------------------------------
 

@@ -142,8 +142,8 @@ def make_judge(spec="lexical", sees="cut", *, reference=None, **limits):
 
 
 def local_model(spec, name, device, reference):
-    """-> (function -> context manager of the model, its tokenizer, {reply: its tokens}); DataError
-    where there is none that can be asked."""
+    """-> (opened, tokenizer, {letter or NONE: its tokens}); `with opened() as net` gives the model.
+    DataError where there is none that can be asked."""
     safe = dict(trust_remote_code=False)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
@@ -186,7 +186,7 @@ def local_evaluator(spec, name, device, reference):
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     opened, tokenizer, tokens = local_model(spec, name, device, reference)
     taught = name == "reference" or Path(name, "knobs.json").is_file()
-    one_at_a_time = threading.Lock()
+    one_at_a_time = threading.Lock()  # `annotate`'s threads ask at the same time
 
     def asked(thought, item):
         """-> the prompt's ids (S,), and what to choose from, {letter or NONE: its tokens}."""
@@ -231,7 +231,8 @@ def local_evaluator(spec, name, device, reference):
 # ---- a chat server -------------------------------------------------------------------------------
 
 WAITS = (0, 1, 2, 4, 8, 16, 32, 64)  # s before each try of a request, times 0.5 to 1.5 at random
-GIVE_UP = 32  # requests in a row that failed, after which a server is not asked (F: in this call)
+GIVE_UP = 32  # failed requests in a row, after which a server is not asked; F's count begins anew
+              # with each call
 
 
 def failures(usage):

@@ -3,8 +3,9 @@
 Image and prompt are computed once for a question's G completions: `sample` repeats their keys and
 values for G rows, `token_logprobs` puts a whole group into one row.
 
-Left out on purpose: videos, several images per question, beam search, penalties, any default of a
-checkpoint's generation_config (the policy that is sampled must be the policy that is trained).
+Left out on purpose: videos, several images or turns per question, a system prompt (but a chat
+template's own), beam search, penalties, any default of a checkpoint's generation_config (the policy
+that is sampled must be the policy that is trained).
 """
 import contextlib
 import copy
@@ -536,8 +537,8 @@ def sample(model, batch, *, group_size, max_new_tokens, temperature=1.0, top_p=1
 
     def step(y):
         """The rows' last tokens (rows,) -> logits of their next ones (rows, V)."""
-        seen, positions = cache.advance()
-        h = hidden_states(net, y[:, None], seen, positions, cache=cache)  # (rows, 1, d)
+        seen, position = cache.advance()
+        h = hidden_states(net, y[:, None], seen, position, cache=cache)  # (rows, 1, d)
         return next_token_logits(net, h[:, -1], temperature)
 
     next_logits = Graphed(step) if graphed else step

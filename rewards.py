@@ -252,7 +252,8 @@ MENTION = re.compile(rf"""  # a name's number; what denies this one alone stands
     {CUT}(\d+){CUT} (\s(?:is|was|would\ be)\s(?:wrong|incorrect)\b)?""", re.VERBOSE)
 CLAUSE_END = re.compile(
     r"[,:]|\b(?:(?<!anything )but|however|though|while|whereas|so|therefore|thus|hence|because)\b")
-# The same, but a denial reaches over a list: "no cyst, glioma or abscess"
+# For judge.faults: a denial reaches over a list, "no cyst, glioma or abscess". F would then take
+# "No lesion, Normal" for a denial of Normal.
 LIST_END = re.compile(CLAUSE_END.pattern.replace("[,:]", r":|,(?= (?:and|with)\b)"))
 SENTENCE_END = re.compile(r"[!?;\n]|\.(?!\d)")
 
@@ -397,9 +398,9 @@ def score_leniently(texts, items, judge):
 
 # ---- is the thought true? ------------------------------------------------------------------------
 
-CLAIMS = {fold(x) for x in (  # what a sentence may say of a phantom; SIGNS' keys are modalities
-    "lesion", *STATES, *SIGNS, *" and ".join(SIGNS.values()).split(" and "), *ANATOMIES, *LOCATIONS,
-    *STYLES.values(), *sum(KINDS.values(), ()))}
+CLAIMS = {fold(name) for names in (  # what a sentence may say of a phantom
+    ["lesion"], STATES, SIGNS, *(signs.split(" and ") for signs in SIGNS.values()), ANATOMIES,
+    LOCATIONS, STYLES.values(), *KINDS.values()) for name in names}  # SIGNS' keys are modalities
 
 
 def statements(thought, shows):

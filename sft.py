@@ -45,7 +45,8 @@ from judge import make_judge
 
 SKIPPED = 10  # steps in a row without a finite loss and gradient, after which a run ends
 FEW_STEPS = 100  # of SFT, below which there is a warning: the default on phantoms makes 280
-# foreach=True, the default on CUDA, needs as much memory again as the weights; the CPU's is False.
+# 0.98, not 0.999, since runs here have some hundred steps. foreach=True, the default on CUDA, needs
+# as much memory again as the weights; the CPU's is False.
 AdamW = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.0, foreach=False)
 
 
@@ -74,8 +75,8 @@ SHARED = dict(
     clip=Knob(float, 1.0, 1.0, "gradient norm above which the gradient is scaled down"),
     checkpointing=Knob(bool, False, True, "less memory, more time: layers are computed twice",
                        may_change=True),
-    max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk",
-                    positive=True),
+    max_pixels=Knob(int, M.MAX_PIXELS, M.MAX_PIXELS, "pixels above which an image is shrunk; "
+                    "a checkpoint keeps the lowest it was trained with", positive=True),
     max_steps=Knob(int, 0, 0, "optimiser step to stop at, 0 = the last; the learning rate is that "
                    "of the whole run", may_change=True),
     eval_every=Knob(int, 0, 0, "optimiser steps between evaluations on held-out questions, "
@@ -95,7 +96,8 @@ KNOBS = dict(
     micro_batch=Knob(int, 32, 8, "questions per forward pass: for memory alone", positive=True,
                      may_change=True),
     lr=Knob(float, 1e-3, 1e-4, "peak learning rate of AdamW", positive=True),
-    warmup=Knob(float, 0.03, 0.03, "share of the steps in which lr rises; a cosine to 0 follows"),
+    warmup=Knob(float, 0.03, 0.03, "share of the steps in which lr rises; a cosine to 0 follows",
+                most=1),
     lora=Knob(int, 0, 64, "rank of LoRA on the language model; 0 trains every parameter"),
     save_every=Knob(int, 0, 200, "steps between checkpoints, 0: one at the end", may_change=True),
     **SHARED)
@@ -232,11 +234,12 @@ class Run(contextlib.ExitStack):
     def step(self, loss, lr, learn=True):
         """An optimiser step on the sums of all processes' gradients and losses, unless these are
         not finite (`skipped`) or there is nothing to learn from -> its figures."""
-        group = self.optimizer.param_groups[0]
-        group["lr"] = lr
+        parameters = list(self.trained.values())
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         loss = M.sum_over_ranks(loss)  # first: by gloo, which tells at once if a process has ended
-        M.sum_gradients(group["params"])
-        norm = torch.nn.utils.clip_grad_norm_(group["params"], self.args.clip).item()
+        M.sum_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.clip).item()
         finite = math.isfinite(loss + norm)
         if not finite:
             self.skipped += 1
@@ -364,7 +367,8 @@ class Clock:
 
 def policy_of(args, records, device, rank, world):
     """--model, ready to be trained -> policy, processor, AdamW. Checks the records' images and
-    questions, and puts digests of records and weights into args.fixed, to compare on --resume."""
+    questions, and puts digests of records, prompt and weights into args.fixed, to compare on
+    --resume."""
     data.expect(os.path.realpath(args.model) != os.path.realpath(args.out),
                 f"--out {args.out} is the folder of the model itself; name another")
     data.expect(holds(args.out, RUN_FILES) or not holds(args.out, CHECKPOINT_FILES),
@@ -377,6 +381,9 @@ def policy_of(args, records, device, rank, world):
     dtype = torch.bfloat16 if args.lora and device.type == "cuda" else torch.float32
     policy, processor = M.load(args.model, dtype=dtype, device=device, max_pixels=args.max_pixels)
     M.check_texts(processor, records, rewards.question_text)
+    prompt = M.encode(processor, records[:1])["input_ids"].tolist()
+    asked = json.dumps([prompt, rewards.FORMS[args.thinking]])
+    args.fixed["prompt (digest of its words, template and tags)"] = data.digest(asked.encode())
     policy, optimizer = trainable(policy, args)
     return policy, processor, optimizer
 
@@ -407,8 +414,12 @@ def held_out_questions(args, rank, world):
         return []
     records = data.read_records(args.data, None, args.only, args.thinking)
     held_out = [r for r in records if r["split"] == "val"]
-    held_out = held_out or [r for r in records if r["split"] == "test"]
-    data.expect(held_out, f"--eval_every: no held-out questions in {args.data}")
+    if not held_out:
+        held_out = [r for r in records if r["split"] == "test"]
+        data.expect(held_out, f"--eval_every: no held-out questions in {args.data}")
+        if rank == 0:
+            print("warning: no question of split val, so --eval_every asks test's: choose nothing "
+                  "by what it shows", file=sys.stderr)
     chosen = evaluation.subset(held_out, args.eval_questions)
     data.check_images(chosen, rank, world)
     return chosen[rank::world]
@@ -426,7 +437,8 @@ def held_out_accuracy(policy, processor, records, judge, max_new_tokens):
 # letter nor to see: the few tokens that matter drown among the others. Real base models can do
 # both; the tiny one, a Qwen2.5-VL of 1.1 M parameters, is taught letters, then some seeing.
 
-LETTER_STAGES = (  # names to choose from (100: all), and most positions left free before answers
+LETTER_STAGES = (  # (names to choose from, 100: all; most positions left free before the answers);
+    # the last stage asks whole questions, behind the end of a thought
     (4, 0), (8, 0), (16, 0), (32, 0), (100, 0), (100, 8), (100, 16), (100, 32), (100, 64), (100, 0))
 LETTER_OWN = 16  # with so many names or more, half of the prompts have a record's own options
 LETTER_SOLVED, LETTER_FULL = 0.75, 0.95  # mean p(right letter) that ends a stage, and the last
@@ -552,7 +564,7 @@ def open_eyes(net, images, facts, rng):
     for shown, f in zip(styles, facts, strict=True):
         if f["lesion"]:
             x, y = data.CENTERS[f["location"]]
-            rows, columns = (places - y).abs() < 0.25, (places - x).abs() < 0.25
+            rows, columns = (places - y).abs() < 0.25, (places - x).abs() < 0.25  # about it
             shown[rows[:, None] & columns] = 1 + list(data.STYLES).index(f["style"])
     pairs = torch.tensor([data.PAIRS.index((f["modality"], f["anatomy"])) for f in facts])
     pair_head = torch.nn.Linear(vision.out_hidden_size, len(data.PAIRS))
@@ -618,8 +630,9 @@ def build_tiny(texts, names=(), *, image_size, seed=0):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex("|".join(pieces)), "isolated"), to_bytes])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(  # every word of the phantoms is a token:
-        vocab_size=988, initial_alphabet=to_bytes.alphabet(), show_progress=False))  # 703 suffice
+    # With 703 tokens or more every word of the phantoms is one.
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=988, initial_alphabet=to_bytes.alphabet(), show_progress=False))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         padding_side="left", chat_template=CHAT_TEMPLATE)
@@ -676,7 +689,8 @@ def prepare_tiny(args, rank):
     recipe = json.dumps(dict(
         seed=args.seed, likeness=LIKENESS,
         letters=[LETTER_STAGES, LETTER_OWN, LETTER_SOLVED, LETTER_FULL, LETTER_STEPS],
-        wording=WORDING_EVERY, eyes=EYE_STEPS, reading=READ_STEPS, images=BASE_IMAGES))
+        wording=WORDING_EVERY, eyes=EYE_STEPS, reading=READ_STEPS, images=BASE_IMAGES,
+        words=[rewards.INSTRUCTIONS, rewards.FORMS, CHAT_TEMPLATE]))
     if rank == 0:
         if not args.data:
             data.make_phantoms(phantoms, args.seed, args.images, args.thoughts)
@@ -697,7 +711,7 @@ def sft_loss(logp, mask, tokens_in_batch):
 
     logp, mask (N, 1, T): log-probabilities of the target's tokens. Divided by the global batch's
     tokens, so that lr does not depend on the batch."""
-    return -(logp * mask).sum() / tokens_in_batch
+    return -torch.where(mask, logp, 0.0).sum() / tokens_in_batch
 
 
 def learning_rate(step, steps, peak, warmup):

@@ -41,7 +41,8 @@ def toy_score(texts, items, judge):
     for text, item in zip(texts, items, strict=True):
         gold = text.startswith(("<think>", "<answer>"))
         acc, con = gold or len(text) % 2, gold or sum(map(ord, text)) % 3 == 0
-        rows.append(dict(id=item["id"], completion=text, thought=text, verdict=item["answer"], fmt=float(gold), acc=float(acc), con=float(con)))
+        rows.append(dict(id=item["id"], options=item["options"], completion=text, thought=text, verdict=item["answer"],
+                         fmt=float(gold), acc=float(acc), con=float(con)))
     return rows
 
 

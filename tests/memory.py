@@ -206,6 +206,8 @@ if __name__ == "__main__":
         print(json.dumps(peaks(sys.argv[2], *map(int, sys.argv[3:]))))
     elif sys.argv[1:2] == ["--table"]:
         table(sys.argv[2])
+    elif sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
     elif sys.argv[1:]:
         stage, *flags = sys.argv[1:]
         if stage not in ("sft.py", "grpo.py"):

@@ -138,13 +138,13 @@ def test_a_second_ctrl_c_ends_the_run_at_once(world, monkeypatch, tmp_path, caps
 
     def pressed(*args):
         calls.append(args)
-        for _ in range(2 * (len(calls) == 3)):  # two micro-batches a step: the second step's first
+        for _ in range(2 * (len(calls) == 4)):  # the start, then two micro-batches a step: the second step's first
             os.kill(os.getpid(), signal.SIGINT)
         return encode(*args)
     monkeypatch.setattr(M, "encode", pressed)
     code, said = run(flags_of(world, tmp_path / "x", "--save_every", "0"), capsys)
     assert code == 2 and said == [f"{tmp_path}/x: saved after step 1, --resume goes on", "error: stopped by Ctrl-C"]
-    assert len(calls) == 3 and state_of(tmp_path / "x")["step"] == 1
+    assert len(calls) == 4 and state_of(tmp_path / "x")["step"] == 1
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -491,7 +491,7 @@ def test_what_has_no_verdict_is_left_out_of_the_log(world):
         vars(args).update(change)
         R = rewards.total_reward(fmt, acc, grpo.without_failures(con), args.weights)
         parts = zip(fmt.flatten().tolist(), acc.flatten().tolist(), con.flatten().tolist(), strict=True)
-        rows = [dict(thought="t", fmt=f, acc=a, con=c, verdict=c) for f, a, c in parts]
+        rows = [dict(thought="t", options=["x", "y"], fmt=f, acc=a, con=c, verdict=c) for f, a, c in parts]
         return grpo.figures_of(rows, R, mask[..., 0], mask, args)
     some = figures(con)
     assert some["consistency"] == 1 and some["reward"] == pytest.approx(1) and some["judge_failed"] == 0.75

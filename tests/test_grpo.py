@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import lines_of
+from faults import toy_score
 
 import data
 import grpo
@@ -280,17 +281,6 @@ def test_gold_answers_pass_and_a_planted_wrong_one_is_named(world, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------------------- whole runs
-
-def toy_score(texts, items, judge):
-    """Rewards with a spread even for a random model, from the text alone; gold answers score 1."""
-    rows = []
-    for text, item in zip(texts, items, strict=True):
-        gold = text.startswith(("<think>", "<answer>"))
-        acc, con = gold or len(text) % 2, gold or sum(map(ord, text)) % 3 == 0
-        rows.append(dict(id=item["id"], completion=text, thought=text, verdict=None,
-                         fmt=float(gold), acc=float(acc), con=float(con)))
-    return rows
-
 
 def train(world, monkeypatch, out, *flags, stage=grpo):
     """A short run of a stage on the tiny random model -> (weights, lines of metrics.jsonl, trained parameters)."""

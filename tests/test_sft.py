@@ -213,7 +213,7 @@ def test_records_without_thoughts_are_counted_and_left_out(world, tmp_path, monk
     data.write_records([r | dict(thought=r["thought"] if i < 5 else None)
                         for i, r in enumerate(records)], file)
     sft.main([*flags, "--out", str(tmp_path / "x")])
-    assert set(learned) <= {r["id"] for r in records[:5]} and len(learned) == 8
+    assert set(learned) <= {r["id"] for r in records[:5]} and len(learned) == 1 + 8  # the first: its prompt's digest
     told = f"5 training questions have a thought; {len(records) - 5} have none"
     assert told in capsys.readouterr().out
 
@@ -223,7 +223,7 @@ def test_records_without_thoughts_are_counted_and_left_out(world, tmp_path, monk
     assert not (tmp_path / "y").exists()
     learned.clear()
     sft.main([*flags, "--out", str(tmp_path / "z"), "--thinking", "none"])
-    assert len(learned) == 8 and "have none" not in capsys.readouterr().out
+    assert len(learned) == 1 + 8 and "have none" not in capsys.readouterr().out
 
 
 def test_the_base_is_made_of_phantoms_of_its_own():
@@ -332,6 +332,45 @@ def test_a_resumed_run_may_go_on_longer_but_not_otherwise(world, tmp_path):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert "held_out_accuracy" in json.loads(lines[1])
+
+
+def test_a_run_is_not_resumed_with_other_words(world, tmp_path, monkeypatch):
+    """Another prompt, template or target is another run: what the policy was taught would be asked for in other words. A state
+    of before prompts were compared is resumed."""
+    flags = ["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--batch", "2", "--out", str(tmp_path / "run")]
+    sft.main([*flags, "--max_steps", "1"])
+    for part, words in ((rewards.INSTRUCTIONS, "Answer."), (rewards.FORMS, "<think>{thought}</think>.<answer>{answer}</answer>")):
+        with monkeypatch.context() as patch:
+            patch.setitem(part, "before", words)
+            with pytest.raises(data.DataError, match="the run to resume had --prompt"):
+                sft.main([*flags, "--max_steps", "2", "--resume"])
+    where = tmp_path / "run" / "state.pt"
+    state = torch.load(where, weights_only=True)
+    state["knobs"].pop("prompt (digest of its words, template and tags)")
+    torch.save(state, where)
+    sft.main([*flags, "--max_steps", "2", "--resume"])
+
+
+def test_every_group_of_an_optimiser_is_treated_alike(world, tmp_path, monkeypatch):
+    """One that has two, as for a learning rate or weight decay of its own: both are clipped together and have the step's lr."""
+    trainable = sft.trainable
+
+    def two(policy, args):
+        policy, optimizer = trainable(policy, args)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        one, other = trained[::2], trained[1::2]
+        optimizers.append(sft.AdamW([dict(params=one), dict(params=other, lr=9.0)], lr=args.lr))
+        return policy, optimizers[-1]
+    optimizers, flags = [], ["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--batch", "2", "--max_steps", "2"]
+    sft.main([*flags, "--out", str(tmp_path / "one")])
+    monkeypatch.setattr(sft, "trainable", two)
+    monkeypatch.setattr(sft.Run, "after", lambda *_: None)  # what is saved has one group
+    sft.main([*flags, "--out", str(tmp_path / "two")])
+    lines = [[json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    for a, b in zip(*lines, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+    for group in optimizers[0].param_groups:
+        assert group["lr"] == pytest.approx(lines[1][-1]["lr"], rel=1e-4)
 
 
 def test_a_step_learns_and_micro_batches_change_nothing(world, tmp_path):

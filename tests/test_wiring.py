@@ -144,6 +144,7 @@ def test_figures_of_a_rollout_by_hand():
     rows = [dict(thought="t", fmt=1.0, acc=1.0, con=1.0, verdict="B"),
             dict(thought="(A) t", fmt=1.0, acc=0.0, con=math.nan, verdict=math.nan),
             dict(thought=None, fmt=0.0, acc=0.0, con=0.0, verdict=None), dict(thought="t", fmt=0.0, acc=0.0, con=0.0, verdict=None)]
+    rows = [row | dict(options=["x", "y"]) for row in rows]
     R, ended = torch.tensor([[1.0, 0.5], [0.0, 0.0]]), torch.tensor([[True, True], [False, True]])
     mask = torch.tensor([[[1, 1, 1], [1, 1, 0]], [[1, 1, 1], [1, 0, 0]]]).bool()
     args = SimpleNamespace(thinking="before", weights=(1, 1, 1), max_new_tokens=3)
@@ -226,7 +227,7 @@ def test_an_epoch_learns_every_question_once_in_the_seed_s_order(world, monkeypa
     sft.main(["--preset", "tiny", "--model", world.folder, "--data", world.jsonl, "--out", str(tmp_path / "x"), "--only", "task=location",
               "--seed", "5", "--batch", str(k), "--micro_batch", "2", "--epochs", "2"])
     expected = [records[i]["id"] for epoch in (0, 1) for i in sft.epoch_order(len(records), epoch, 5)[:3 * k]]
-    assert learned == expected
+    assert learned[1:] == expected  # the first is asked for its prompt alone
 
 
 def test_it_is_saved_behind_every_save_every_th_step(world, monkeypatch, tmp_path):
@@ -362,4 +363,4 @@ def test_an_interval_draws_patients_not_images():
     def rows(acc):
         return [row("anomaly", "CT", x, id=f"{i}", path=f"{i}.png", group=f"p{i // 4}") for i, x in enumerate(acc)]
     found = evaluation.difference(rows([0] * 8), rows([1] * 4 + [0] * 4))
-    assert found["accuracy"] == {"mean": 0.5, "low": 0.0, "high": 1.0}
+    assert [found["accuracy"][x] for x in ("mean", "low", "high")] == [0.5, 0.0, 1.0]
