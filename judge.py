@@ -380,6 +380,7 @@ The right answer is {answer}. Write the chain of thought that leads to it from w
 step by step, in two sentences or more. Only the last concludes, in the option's words. Left and
 right are the picture's, not the patient's. Name no letter, don't mention the description or that
 the answer is known, claim nothing unseen, write nothing else."""
+SILENT = "got no reply or no verdict"
 AGAIN = "\nYour last attempt was rejected, because it {why}. It was:\n{thought}\n"
 
 
@@ -399,7 +400,7 @@ def write_thought(record, described, known, writer, judge):
             return thought, ["was cut off at max_tokens"]
         verdict = math.nan if failed(thought) else judge([thought], [record])[0]
         if failed(verdict):
-            return thought, ["got no reply or no verdict"]
+            return thought, [SILENT]
         wrong = faults(thought, record, known[record["image"]], verdict)
         if not wrong:
             break
@@ -473,10 +474,14 @@ def annotate(args):
     replies = tqdm(describer.threads.imap(describe, pictures.values()), "describe", len(pictures))
     described = {image: text for image, (text, _) in zip(pictures, replies, strict=True)}
     write = partial(write_thought, described=described, known=known, writer=writer, judge=judge)
-    accepted, reasons = {}, Counter()
+    accepted, reasons, silent = {}, Counter(), 0  # silent: thoughts in a row, see SILENT
     written = tqdm(writer.threads.imap(write, asked), "write", len(asked))
     for r, (thought, wrong) in zip(asked, written, strict=True):
         reasons.update(wrong)
+        silent = silent + 1 if wrong == [SILENT] else 0
+        expect(silent < GIVE_UP,
+               f"{silent} thoughts in a row {SILENT} (writer: {failures(writer.usage)}; F: "
+               f"{failures(judge.usage)}); what came is kept, run again")
         if not wrong:
             accepted[r["id"]] = thought.strip()
     good = [dict(r, thought=r["thought"] or accepted[r["id"]]) for r in records

@@ -272,6 +272,22 @@ def test_a_killed_annotation_goes_on(world, box, monkeypatch):
     assert set(server.told.values()) == {1}  # each image described once, each thought written once
 
 
+def test_a_dead_f_ends_the_annotation(world, box, monkeypatch):
+    """It is asked anew for each thought, each time until its limits: without an end thousands of thoughts take hours to fail."""
+    server, make = Annotators(*forty(world)), J.make_judge
+
+    def dead(*args, **kwargs):
+        def f(asked, items):
+            return [math.nan] * len(asked)
+        f.usage = ["TimeoutError"]
+        return f
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"32 thoughts in a row .*F: TimeoutError \(1 times\)"):
+        patch.setattr(J, "make_judge", dead)
+        annotate(box, server)
+    assert J.make_judge is make and len(annotate(box, server)) == 40
+    assert set(server.told.values()) == {1}  # what had come was kept
+
+
 def test_decisions_are_applied_to_the_thoughts_that_were_read(world, box, capsys):
     """Accepted stay, rejected and undecided go, a decision on another wording of the thought counts as none."""
     records, known = forty(world)
