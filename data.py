@@ -16,6 +16,7 @@ processor does it).
 import argparse
 import base64
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -111,8 +112,8 @@ def check_options(options):
     for letter, option in zip(letters, options, strict=True):
         # Else which of two would the answer "B" mean?
         expect(fold(option) == letter or fold(option) not in letters,
-               f"option {letter.upper()} is {option!r}, the letter of another option: expected say"
-               " 'grade A'")
+               f"option {letter.upper()} is {option!r}, the letter of another option: expected"
+               " more, as 'grade A'")
 
 
 def check_record(record, folder):
@@ -126,6 +127,9 @@ def check_record(record, folder):
     found = [tag for tag in TAGS if tag in (record["thought"] or "")]
     expect(not found or record["split"] != "train",  # val's and test's thoughts are not learned
            f"'thought' holds {', '.join(found)}, expected none of the tags")
+    task = record["task"]
+    expect(task in TASKS or task.strip().casefold() not in TASKS,
+           f"'task' is {task!r}, expected {task.strip().casefold()!r}")
     check_options(record["options"])
     letters = tuple(LETTERS[:len(record["options"])])
     for key, allowed in (("answer", letters), ("split", SPLITS)):
@@ -236,7 +240,8 @@ def omnimedvqa(item, stem):
     in_train = zlib.crc32(str(image).encode()) % 100 < 100 * TRAIN_SHARE  # theirs has no split
     return {"id": item.get("question_id"), "image": image, "question": item.get("question"),
             "options": options, "answer": LETTERS[right.index(True)],
-            "source": item.get("dataset", stem), "task": str(item.get("question_type")).lower(),
+            "source": item.get("dataset", stem),
+            "task": str(item.get("question_type") or "unknown").lower(),
             "modality": item.get("modality_type", item.get("modality")),
             "split": "train" if in_train else "test"}
 
@@ -287,7 +292,11 @@ def onto_disk(file):
     """Wait until the disk holds what the system still has in memory of a file: else a machine that
     loses power soon after a rename may come back with an empty file under the new name."""
     with open(file, "r+b") as f:
-        os.fsync(f.fileno())
+        try:
+            os.fsync(f.fileno())
+        except OSError as e:
+            if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems can't
+                raise
 
 
 @contextmanager
@@ -404,7 +413,7 @@ def open_image(path, window=None):
             image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
             image = Image.fromarray(eight_bits(np.asarray(image), window))
-            if white_is_0:  # Pillow heeds it for 8 bits alone
+            if white_is_0:  # Pillow heeds it up to 8 bits
                 image = ImageOps.invert(image)
         if "transparency" in image.info:  # of a palette: Pillow warns of going to RGB at once
             image = image.convert("RGBA")
@@ -1333,17 +1342,19 @@ def same(looks, others):
 
 def join_alike(looks, groups):
     """Groups (N,) int of looks (N, LOOK, LOOK) -> the same, those that share looks which are `same`
-    joined under their smallest number. Compared in full are pairs of which the coarse looks are
-    near, as they are or one mirrored: no pair is missed, since coarse distances are shorter."""
+    joined under their smallest number. Compared in full are pairs of which the mean greys are near,
+    and the coarse looks, as they are or one mirrored: no pair is missed, since these distances are
+    shorter than those of whole looks."""
     groups, a = np.array(groups), coarse(looks)  # (N,), (N, 16, 16)
     mirrored = a[..., ::-1].reshape(-1, 256)
     a = a.reshape(-1, 256)
-    half = (a**2).sum(1) / 2  # (N,)
+    half, levels = (a**2).sum(1) / 2, looks.mean((1, 2), dtype=np.float32)  # (N,) each
     for k in range(0, len(a), 128):
         rows = a[k:k + 128]
         # |x - y|**2 / 2 = |x|**2 / 2 + |y|**2 / 2 - x y; of whole looks it is 1 - the correlation.
         products = np.maximum(rows @ a[k:].T, rows @ mirrored[k:].T)
         near = half[k:k + 128, None] + half[k:] - products < 1 - CORRELATION
+        near &= abs(levels[k:k + 128, None] - levels[k:]) < DIFFERENCE
         pairs = k + np.argwhere(near)  # (P, 2)
         pairs = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
         for some in np.array_split(pairs, len(pairs) // 1024 + 1):  # bounds memory
@@ -1364,7 +1375,7 @@ def look_at(path):
 
 def look_up(task, records, points):
     """Prints how many of a task's test questions look-ups answer: by the option that in train was
-    right most often when offered; the same, but among train questions of the very same words, where
+    right most often when offered; the same among train questions of the very same words, where
     there are any; by the answer of the nearest picture in train whose answer is offered. points:
     {path: coarse look, (256,)}."""
     train = [r for r in records if r["split"] == "train"]
@@ -1380,7 +1391,7 @@ def look_up(task, records, points):
     asked = {r["question"] for r in train}
     seen = [r for r in train if r["path"] in points]
     known = np.array([points[r["path"]] for r in seen])  # (N, 256)
-    number = {answer: k for k, answer in enumerate({r["right"]: 0 for r in train})}
+    number = {answer: k for k, answer in enumerate(dict.fromkeys(r["right"] for r in train))}
     answers = np.array([number[r["right"]] for r in seen])  # (N,)
     half = (known**2).sum(-1) / 2
 
@@ -1392,9 +1403,9 @@ def look_up(task, records, points):
     found = defaultdict(list)
     for r in test:
         found["chance"].append(1 / len(r["options"]))
-        found["commonest answer"].append(commonest(r, None))
         same_words = r["question"] if r["question"] in asked else None
-        found["question's commonest"].append(commonest(r, same_words))
+        for name, question in (("commonest answer", None), ("question's commonest", same_words)):
+            found[name].append(commonest(r, question))
         choices = [number[x] for x in r["options"] if x in number]
         offers = np.isin(answers, choices)  # (N,)
         if seen and r["path"] in points:

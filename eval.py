@@ -3,7 +3,7 @@
 Every question of the test split is answered once (greedy; with --temperature once per seed), then
 scored by the code that gives the rewards: rewards.score, with an F of judge.py. It writes
 
-    results.json              figures as fractions; here alone names evaluated earlier stay
+    results.json              figures as fractions; only this file keeps names evaluated earlier
     report.md, eval.html      the tables; on the page also charts and questions with their answers
     completions-NAME.jsonl    every completion with its scores
 
@@ -91,7 +91,8 @@ RATES = dict(overall="acc", format="fmt", consistency="con", grounding="groundin
 CHANGES = dict(accuracy="acc", consistency="con", grounding="grounding")
 TIMEOUT = 300.0   # s that a chat server may take for an answer
 RESAMPLES = 2000  # of an interval
-FEWEST = 20       # groups below which none is shown: with 20 it covers 92 %, with 10 90 %
+FEWEST = 20       # groups below which none is shown: with 20 it covers 92 % of normal changes, ..
+                  # .. where few answers change far less
 SHOWN = 60        # questions on the page at most
 THUMBNAIL = 224   # px, longer side of an image there
 POINTS = 200      # of a curve at most
@@ -223,7 +224,8 @@ def bootstrap(sets):
         means.append(sums[:, 0].sum() / sums[:, 1].sum())
     low, high = np.nanquantile(np.mean(resampled, 0), (0.025, 0.975)).tolist()
     return {"mean": float(np.mean(means)), "low": low, "high": high, "runs": len(means),
-            "std": stdev(means) if len(means) > 1 else 0.0, "groups": min(map(len, sets))}
+            "std": stdev(means) if len(means) > 1 else 0.0,
+            "groups": min(sum(len(x) > 0 for x in of.values()) for of in sets)}  # with a value
 
 # ---- the tables ----------------------------------------------------------------------------------
 
@@ -285,7 +287,8 @@ def tables(results, paper=False, matrix=None):
         found.append(square(matrix, part("tasks" if matrix == "task" else matrix)))
     elif any(part("difference").values()):
         title = ("Each row minus the one before, on the same questions, in points; 95 % intervals "
-                 "over groups\n(images, patients): for these checkpoints, not for other trainings")
+                 "over groups\n(images, patients), from "
+                 f"{FEWEST} on: for these checkpoints, not for other trainings")
         found.append(table(title, part("difference")))
     return found
 
@@ -757,6 +760,8 @@ def questions_of(ckpt, args):
     expect(args.data or phantoms.is_file(),
            f"{phantoms} is not there, expected the phantoms, or --data FILE")
     records = data.read_records(args.data or phantoms, args.split, args.only, thinking)
+    columns = {r["task"] for r in records} & {*RATES, "n", "params, M"}
+    expect(not columns, f"task {columns}: the tables have such a column; give it another name")
     return subset(records, args.questions)
 
 
@@ -846,7 +851,7 @@ def main(argv=None):
 
     source = ", ".join(args.data) or "the phantoms beside each checkpoint"
     way = f"temperature {args.temperature:g}, seeds {args.seeds}" if args.temperature else "greedy"
-    what = (f"In %, ± the deviation over a row's checkpoints or, of one, over seeds; split "
+    what = (f"In %, ± the deviation over a row's checkpoints (of one, over --seeds); split "
             f"{args.split} of {source}; {way}; F: {args.judge}, {args.judge_sees}.")
     if args.paper:
         what += " Rows (paper): the paper's figures, on its own questions."

@@ -84,8 +84,8 @@ KNOBS = dict(
     lora=Knob(int, 16, 64, "rank of LoRA; 0 trains every parameter against a frozen copy"),
     lr=Knob(float, 1e-3, 1e-6, "peak learning rate of AdamW", positive=True),
     warmup=Knob(int, 10, 10, "optimiser steps in which the learning rate rises"),
-    schedule=Knob(str, "linear", "constant", "the learning rate after the rise: constant, or at "
-                  "most a straight line from lr down to 0 over the whole run",
+    schedule=Knob(str, "linear", "constant", "the learning rate: constant after the rise, or the "
+                  "lower of the rise and a line from lr at the first step to 0 after the last",
                   choices=("constant", "linear")),
     # the evaluator F of Eq. (6)
     judge=Knob(str, "lexical", "lexical", "lexical, hf:NAME_OR_PATH, hf:reference or "

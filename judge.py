@@ -434,19 +434,18 @@ def faults(thought, record, known, verdict):
              "speaks of what it was told": TOLD.search(thought)}
     wrong = [why for why, broken in rules.items() if broken]
     claims = " ".join(x for x in steps if not COMPARES.search(x))
-    for what, names in NAMES.items():
-        true = known.get(what)
-        if what == record["task"]:
-            true, options = right_option(record), {*record["options"]}
-            names = names | options if true in names else options  # "Nodule?" is right with Yes
-        elif what == "pathology" and known.get("anomaly") == "Normal":
-            true, names = "none", names | LESIONS
+    facts = [(what, known.get(what), names) for what, names in NAMES.items()]
+    if known.get("anomaly") == "Normal":
+        facts.append(("pathology", "none", NAMES["pathology"] | LESIONS))
+    if record["task"] in NAMES:
+        facts.append((record["task"], right_option(record), {*record["options"]}))
+    for what, true, names in facts:
         if true in names:
             named = mentions(claims, sorted(names), rewards.LIST_END)
             affirmed = {name for _, name, denied in named if not denied}
             wrong += [f"names {name}, but the {what} is {true}" for name in sorted(affirmed)
                       if fold(name) != fold(true) and {name, true} not in data.ALIKE + BESIDE]
-    return wrong
+    return list(dict.fromkeys(wrong))  # each once
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -463,11 +462,13 @@ def annotate(args):
     data.check_images(asked)
     pictures, known, answers = {r["image"]: r for r in asked}, {}, defaultdict(set)
     for r in records:
-        answers[r["image"], r["task"]].add(right_option(r))
+        names, right = NAMES.get(r["task"]), right_option(r)
+        if names is None or right in names:  # not the Yes of "Is this an MRI?"
+            answers[r["image"], r["task"]].add(right)
     for r in records:
         true = known.setdefault(r["image"], dict(modality=r["modality"], anatomy=r["anatomy"]))
-        if len(answers[r["image"], r["task"]]) == 1:  # of several, as of yes and no, none is known
-            true[r["task"]] = right_option(r)
+        if len(answers[r["image"], r["task"]]) == 1:  # of several findings none is known alone
+            true[r["task"]], = answers[r["image"], r["task"]]
 
     def describe(record):
         return describer.ask(DESCRIBE, data_url(record, SIDE))

@@ -205,17 +205,18 @@ def single_blanks(text):
 
 
 def replace_labels(thought, options, replace):
-    """The thought, blanks single, with replace(match) for what LABEL finds, save in the words of an
-    option that holds more than a label, as "Hepatitis B" does."""
+    """The thought, blanks single, with replace(match) for what LABEL finds, save the letters in the
+    very words of an option that is more than a label, as "Hepatitis B" is."""
     thought, own = single_blanks(thought).strip(), set()  # places in the thought
     for option in options:
-        if LABEL.search(option) and not LABEL.fullmatch(option.strip()):
-            words = rf"(?<!\w){re.escape(fold(option))}(?!\w)"
-            for found in re.finditer(words, thought, re.IGNORECASE):
+        words = " ".join(option.split()).rstrip(" .,;:!?")
+        if STATEMENT.sub("", LABEL.sub(CUT, words)).strip(CUT):  # "Option B" is a label alone
+            for found in re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", thought, re.IGNORECASE):
                 own.update(range(*found.span()))
 
     def replaced(label):
-        return label[0] if {label.start(), label.end() - 1} <= own else replace(label)
+        start, end = label.span(label.lastindex or 0)  # of the letter alone
+        return label[0] if {start, end - 1} <= own else replace(label)
     return LABEL.sub(replaced, thought)
 
 
@@ -273,8 +274,8 @@ def mentions(text, names, clause_end=CLAUSE_END):
         # An option that is a negation must end its clause: "no" is not in "no lesion".
         end = r"(?=\s?(?:[.,:;!?\n]|$))" if re.fullmatch(NEGATION, name) else ""
         patterns.append(re.escape(name) + end)
-    # Whole words; "5 mm" is neither in "2.5 mm" nor in "2-5 mm".
-    named = re.compile(rf"(?<![\w–-])(?<!\d[.,])(?:{'|'.join(patterns)})(?![\w–-])")
+    # Whole words; "5 mm" is not in "2.5 mm".
+    named = re.compile(rf"(?<![\w-])(?!(?<=\d[.,–])\d)(?:{'|'.join(patterns)})(?![\w-])")
     order, found = list(folded), []
     # Names first become numbers: one may hold a comma, or the word "no".
     text = single_blanks(text).casefold()

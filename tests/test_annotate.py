@@ -231,13 +231,20 @@ def test_several_findings_of_one_image(world, box):
     asked = (("Effusion?", "Yes"), ("Fracture?", "No"), ("Nodule?", "No"), ("Oedema?", "Yes"))
     rows = [dict(world.records[0], id=q, task="pathology", question=q, options=["Yes", "No"], answer="AB"[a == "No"], thought=None,
                  split="train") for q, a in asked]
-    thoughts = {q: f"The image is grey. {q[:-1]} is what is looked for. So it is {a}." for q, a in asked}
+    thoughts = {q: f"The image is grey. {'A' if a == 'Yes' else 'No'} {q[:-1].lower()} is seen. So it is {a}." for q, a in asked}
     assert "nodule" in data.KINDS["Thyroid"] + data.KINDS["Lung"]
     data.write_records(rows, box / "in.jsonl")
     with Server(reply=lambda content: thoughts.get(re.search(r"Question: (.*)|$", content[1]["text"])[1], "A picture."),
                 fault=lambda prompt, n: None) as server:
         assert [r["id"] for r in annotate(box, server)] == [q for q, _ in asked]
     assert J.faults(thoughts["Nodule?"], rows[2], dict(anomaly="Normal"), "B") == []
+    r = dict(rows[0], task="modality", options=["CT scan", "MRI scan"], answer="A", modality="CT")
+    wrong = J.faults("The bone is bright as in MRI images. So it is CT scan.", r, dict(modality="CT", anatomy="Brain"), "A")
+    assert wrong == ["names MRI, but the modality is CT"]
+    r, normal = dict(rows[0], options=["No lesion", "Nodule"], answer="A"), dict(anomaly="Normal")
+    assert J.faults("The lung is clear. So the image shows No lesion.", r, normal, "A") == []
+    wrong = J.faults("There is a mass in the lung. So the image shows No lesion.", r, normal, "A")
+    assert wrong == ["names mass, but the pathology is none"]
 
 
 def test_a_killed_annotation_goes_on(world, box, monkeypatch):

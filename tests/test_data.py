@@ -1,5 +1,6 @@
 """data.py: bad input gets one sentence, files survive a round trip, phantoms are what their records say."""
 import base64
+import errno
 import json
 import os
 import re
@@ -67,6 +68,7 @@ BAD = {  # what line 2 holds -> what the sentence must say
     "answer is a run of letters": (record(answer="AB"), "'answer' is 'AB'"),
     "answer is null": (record(answer=None), "'answer' is None"),
     "no task": (record(task=" "), "'task' is ' ', expected a non-empty string"),
+    "nearly a task": (record(task="Anomaly"), "'task' is 'Anomaly', expected 'anomaly'"),
     "unknown split": (record(split="dev"), "'split' is 'dev', expected one of train, val, test"),
     "shows is a text": (record(shows="a cyst"), "'shows' is 'a cyst', expected texts or null for modality"),
     "shows lacks a key": (record(shows={"modality": "CT"}), "'shows' is {'modality': 'CT'}"),
@@ -774,3 +776,15 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(data.os, "replace", lambda *paths: (told.append("renamed"), replace(*paths)))
     data.write_text(tmp_path / "a.txt", "x")
     assert told == ["on disk", "renamed"] and (tmp_path / "a.txt").read_text() == "x"
+
+    def failing(number):
+        def sync(_):
+            raise OSError(number, os.strerror(number))
+        return sync
+    monkeypatch.setattr(data.os, "fsync", failing(errno.EINVAL))  # a file system that can't
+    data.write_text(tmp_path / "a.txt", "y")
+    assert (tmp_path / "a.txt").read_text() == "y"
+    monkeypatch.setattr(data.os, "fsync", failing(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space"):
+        data.write_text(tmp_path / "a.txt", "z")
+    assert (tmp_path / "a.txt").read_text() == "y" and os.listdir(tmp_path) == ["a.txt"]

@@ -361,6 +361,8 @@ def test_differences_stand_in_the_report():
         if before:
             results[name]["difference"] = evaluation.difference(rows[before], answers)
         before = name
+    some = [{str(k): [1.0] if k < 3 else [] for k in range(40)}]
+    assert evaluation.bootstrap(some)["groups"] == 3  # those without a value tell nothing
     *_, table = cells_of(results)
     assert table == [["model", "accuracy", "consistency"], ["a", "-", "-"],
                            ["b", "+50.0", "+0.0"], ["c", "-", "-"], ["d", "-", "-"],

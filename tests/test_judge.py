@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import time
 
 import pytest
@@ -183,10 +184,18 @@ def test_a_letter_in_an_options_own_words_is_no_label(sees):
     assert verdict("So it is Weber B.", "Weber C", "Weber A", "Weber B") == "C"
     assert verdict("So it is in A. vertebralis.", "A. carotis", "A. vertebralis") == "B"
     assert verdict("It shows vitamin D deficiency.", "Normal", "Vitamin D deficiency", "Rickets", "Scurvy") == "B"
+    assert verdict("Viral (Hepatitis B).", "Hepatitis", "Hepatitis B") == "B"
+    assert verdict("It has Hepatitis B's signs.", "Hepatitis B", "Hepatitis") == "A"
+    assert verdict("So it is Type A dissection.", "normal", "type a dissection") == "B"
+    assert verdict("So it is Größe B.", "Größe B", "Größe") == "A"
+    assert verdict("So the answer:B cell lymphoma.", "T cell lymphoma", "B cell lymphoma") == "B"
+    for labels in (["Option A", "Option B"], ["A.", "B."], ["(A).", "(B)."], ["A", "B"]):  # options that are labels are cut
+        for label in (*labels, "option B", "B", "(A)"):
+            seen, was_cut = visible_thought(f"So it is {label}. I think {label}", labels)
+            assert was_cut and not re.search(r"(?i)\b[ab]\b", seen), (label, seen)
     options = ["Hepatitis", "Hepatitis B", "None"]
     assert visible_thought("It is hepatitis B. The answer is B.", options) == ("It is hepatitis B.", True)
     assert visible_thought("Vitamin B.", options)[1] and visible_thought("It is (B) Hepatitis B.", options)[1]
-    assert visible_thought("It is B.", ["A", "B"]) == ("It is.", True)  # an option that is a label is cut
 
 
 def test_a_number_in_another_is_no_option():
@@ -194,6 +203,7 @@ def test_a_number_in_another_is_no_option():
     for said in ("2.5 mm", "1,5 mm", "2-5 mm", "2–5 mm", "15 mm"):
         assert lexical_verdict(f"It measures {said}.", {"options": ["5 mm", "10 mm"]}) is None, said
     assert lexical_verdict("It measures 5 mm.", {"options": ["5 mm", "10 mm"]}) == "A"
+    assert lexical_verdict("Age 50.Normal", {"options": ["Abnormal", "Normal"]}) == "B"
 
 
 def test_no_thought_and_lengths():

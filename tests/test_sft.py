@@ -248,12 +248,17 @@ def test_a_base_of_another_seed_or_recipe_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "make_phantoms", lambda *args: None)
     args = argparse.Namespace(root=str(tmp_path), seed=3, images=10, thoughts=1, data=[])
     assert sft.prepare_tiny(args, 0)[0] == sft.prepare_tiny(args, 0)[0] and made == [3]
+    file = tmp_path / "tiny-base" / "base.json"
+    earlier = json.loads(file.read_text())
+    del earlier["words"]  # one of before they were compared
+    file.write_text(json.dumps(earlier))
+    sft.prepare_tiny(args, 0)
     args.seed = 4
-    with pytest.raises(data.DataError, match="another seed or recipe"):
+    with pytest.raises(data.DataError, match="another seed, recipe or prompt"):
         sft.prepare_tiny(args, 0)
     args.seed = 3
     monkeypatch.setattr(sft, "LETTER_STAGES", sft.LETTER_STAGES[:-1])
-    with pytest.raises(data.DataError, match="another seed or recipe"):
+    with pytest.raises(data.DataError, match="another seed, recipe or prompt"):
         sft.prepare_tiny(args, 0)
 
 
