@@ -504,6 +504,7 @@ PHRASES = (
 
 
 # ---- phantoms: drawing ---------------------------------------------------------------------------
+# To read on without it: phantom_records.
 # Pictures are (SIZE, SIZE, 1) in grey, (SIZE, SIZE, 3) in colour, 0..1; masks (SIZE, SIZE, 1), but
 # a lesion's (SIZE, SIZE).
 # u, v: where pixels lie, -1..1 from the left and from the top; abs(u) draws on both sides.

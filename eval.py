@@ -771,7 +771,8 @@ def answer(ckpt, records, judge, args, cache=os.devnull):
     rank, _, device = M.setup_devices()
     score, params = rewards.score_leniently, None
     if ckpt.startswith("openai:"):
-        server = Server(ckpt, cache, args.max_new_tokens or 512, TIMEOUT, args.batch)
+        limit = args.max_new_tokens or M.MAX_NEW_TOKENS["paper"]
+        server = Server(ckpt, cache, limit, TIMEOUT, args.batch)
         ask = partial(server.answers, records, args.max_pixels)
     else:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -779,7 +780,7 @@ def answer(ckpt, records, judge, args, cache=os.devnull):
                                             max_pixels=args.max_pixels)
         M.check_texts(processor, records, rewards.question_text)
         params = policy.num_parameters()
-        limit = args.max_new_tokens or (80 if M.is_tiny(ckpt) else 512)
+        limit = args.max_new_tokens or M.MAX_NEW_TOKENS["tiny" if M.is_tiny(ckpt) else "paper"]
         ask = partial(completions, policy, processor, records, max_new_tokens=limit, rank=rank,
                       batch=args.batch)
         if any(Path(ckpt, file).is_file() for file in ("knobs.json", "base.json")):

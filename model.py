@@ -49,6 +49,7 @@ ATTENTION = dict(text_config=GROUPED, vision_config="sdpa")  # of every network 
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # not the vision tower
 ADAPTER = "adapter"         # folder in a checkpoint of GRPO under LoRA
 MAX_PIXELS = 512 * 28 * 28  # pixels: a larger image is shrunk to at most 512 image tokens
+MAX_NEW_TOKENS = dict(tiny=80, paper=512)  # at which a completion is cut off, by preset
 MAX_TEXT = 4096             # tokens of a question or an answer: attention's memory is their square
 PIXEL_CACHE = 2**29         # bytes of image patches that are kept
 LOGIT_FLOATS = 2**26        # logits that exist at a time in token_logprobs
@@ -157,8 +158,9 @@ def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
 
 def save(model, processor, folder, keep_adapter=False):
     """Write a folder that stock AutoProcessor and AutoModelForImageTextToText load; a crash never
-    leaves half a file. An adapter is merged into a copy; with keep_adapter that is in fp32, and the
-    adapter is saved too, for load_unmerged."""
+    leaves half a file. An adapter is merged into a copy, in the weights' own dtype: what stage 1 saves
+    is pi_SFT. With keep_adapter the copy is in fp32, and the adapter is saved too, for
+    load_unmerged."""
     beside = Path(folder, ".writing")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)

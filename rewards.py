@@ -3,7 +3,7 @@
 A completion is taken apart into thought T and answer A, and scored for format, accuracy and
 consistency, independently of one another: text beside the blocks costs the format, not the
 accuracy. F of Eq. (6) is here a set of rules, `lexical_verdict`; judge.py has models for it.
-Whatever the text, the time is linear in its length. At the end, for eval.py alone: answers outside
+An `item` is a record (data.py). Whatever the text, the time is linear in its length. At the end, for eval.py alone: answers outside
 our tags, and whether a thought is true of its phantom.
 
 Left out on purpose: partial credit, length rewards, any reward for an answer outside its tags.
@@ -19,7 +19,7 @@ INSTRUCTIONS = {  # by --thinking: where the thought stands (Med-R1's ablation)
     "none": "Give the letter in <answer></answer>.",
     "after": "First give the letter in <answer></answer>, then say why in <think></think>.",
 }
-FORMS = {  # of a target, and of a completion that is well formed
+FORMS = {  # of a target (gap is nothing), and of a well-formed completion (gap is any whitespace)
     "before": "<think>{thought}</think>{gap}<answer>{answer}</answer>",
     "none": "<answer>{answer}</answer>",
     "after": "<answer>{answer}</answer>{gap}<think>{thought}</think>",

@@ -796,7 +796,7 @@ def train(run, argv):
         done = run.done = step + 1
 
         if args.eval_every and done % args.eval_every == 0:
-            limit = 80 if args.preset == "tiny" else 512  # tokens
+            limit = M.MAX_NEW_TOKENS[args.preset]
             figures["held_out_accuracy"] = held_out_accuracy(policy, processor, held_out,
                                                              make_judge(), limit)
         bar.set_postfix(loss=f"{figures['loss']:.3f}")
