@@ -158,8 +158,8 @@ def load_unmerged(name, *, dtype, device="cpu", max_pixels=MAX_PIXELS):
 
 def save(model, processor, folder, keep_adapter=False):
     """Write a folder that stock AutoProcessor and AutoModelForImageTextToText load; a crash never
-    leaves half a file. An adapter is merged into a copy, in the weights' own dtype: what stage 1 saves
-    is pi_SFT. With keep_adapter the copy is in fp32, and the adapter is saved too, for
+    leaves half a file. An adapter is merged into a copy in the weights' dtype (what stage 1 saves
+    so is pi_SFT) or, with keep_adapter, in fp32; then the adapter is saved too, for
     load_unmerged."""
     beside = Path(folder, ".writing")
     shutil.rmtree(beside, ignore_errors=True)

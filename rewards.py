@@ -3,8 +3,8 @@
 A completion is taken apart into thought T and answer A, and scored for format, accuracy and
 consistency, independently of one another: text beside the blocks costs the format, not the
 accuracy. F of Eq. (6) is here a set of rules, `lexical_verdict`; judge.py has models for it.
-An `item` is a record (data.py). Whatever the text, the time is linear in its length. At the end, for eval.py alone: answers outside
-our tags, and whether a thought is true of its phantom.
+An `item` is a record (data.py). Whatever the text, the time is linear in its length. At the end,
+for eval.py alone: answers outside our tags, and whether a thought is true of its phantom.
 
 Left out on purpose: partial credit, length rewards, any reward for an answer outside its tags.
 """
