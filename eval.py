@@ -371,15 +371,16 @@ def answers_given(results, rows):
     for name, answers in rows.items():
         for task, members in grouped(answers, "task", data.TASKS).items():
             lines[name][task] = commonest([given_option(row) for row in members])
-        ways = results[name]["read_as"].items()
+        ways = [f"{how} {n}" for how, n in results[name]["read_as"].items()]
         silent = sum(rewards.failed(row["grounding"]) for row in answers)
         undecided = [row["verdict"] is None for row in answers if row["thought"] is not None]
+        lines[name]["letter"] = commonest([row["given"] or given_option(row) for row in answers])
+        if ways:
+            lines[name]["read as\n(failed: no reply)"] = ",\n".join(ways)
         lines[name] |= {
-            "letter": commonest([row["given"] or given_option(row) for row in answers]),
-            "read as\n(failed: no reply)": ",\n".join(f"{how} {n}" for how, n in ways) or "-",
-            "F failed": str(results[name]["judge_failed"]),
-            "F undecided": str(sum(undecided)),
-            "no statement\nto ground": str(silent),
+            "F\nfailed": str(results[name]["judge_failed"]),
+            "F\nundecided": str(sum(undecided)),
+            "nothing\nto ground": str(silent),
             "cut off": f"{results[name]['cut_off'] or 0:.2%}"}
     return table("The commonest answers, and how completions were read", lines)
 
@@ -494,12 +495,13 @@ PAGE = r"""<!doctype html>
 <style>
   :root { color-scheme: light dark; --light: 34% }
   @media (prefers-color-scheme: dark) { :root { --light: 68% } }
-  body { font: 15px/1.45 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
+  body { font: 15px/1.45 sans-serif; max-width: 90em; margin: 2em auto; padding: 0 1em;
     overflow-wrap: anywhere }
   .scroll { overflow: auto; margin: 1em 0 }
-  caption, th, td { padding: 2px 9px; text-align: right; white-space: pre }
+  caption, th, td { padding: 2px 7px; text-align: right; white-space: pre }
   caption, th:first-child { text-align: left }
   caption, .best { font-weight: bold } th[scope=row] { font-weight: normal }
+  td { --std: -1px } /* of one run: no bar */
   td[style] { background: linear-gradient(90deg, transparent calc(var(--mean) - var(--std) - 1px),
     currentColor 0 calc(var(--mean) + var(--std) + 1px), transparent 0) bottom / 100% 3px no-repeat,
     hsl(200 70% 45% / calc(.6 * var(--mean))) }
@@ -527,13 +529,14 @@ PAGE = r"""<!doctype html>
       <tr><th scope="row">{{ name }}</th>
       {% for text, mean, std, look in cells %}
         <td class="{{ look }}"{% if mean is not none %}
-          style="--mean: {{ mean }}%; --std: {{ std }}%"{% endif %}>{{ text }}</td>
+          style="--mean: {{ mean }}%{% if std %}; --std: {{ std }}%{% endif %}"{% endif %}>
+          {{- text }}</td>
       {% endfor %}</tr>
     {% endfor %}
   </table></div>
 {% endfor %}
 {% if tables %}
-  <p>A bar: its number between 0 and 100 %, of several runs one deviation to both sides.</p>
+  <p>A bar, of several runs: the mean, one deviation to both sides, between 0 and 100 %.</p>
 {% endif %}
 
 <h2>Training, of runs whose log is there</h2>
@@ -546,14 +549,15 @@ PAGE = r"""<!doctype html>
 <input type="radio" name="over" id="minutes"><label for="minutes">over minutes of training</label>
 <div class="charts">
 {% for chart in charts %}
-  <svg class="{{ chart.unit }}" viewBox="0 0 360 200" role="img"><title>{{ chart.title }}</title>
+  <svg class="{{ chart.unit }}" viewBox="-10 0 370 200" role="img"><title>{{ chart.title }}</title>
     {% include "chart" %}
   </svg>
 {% endfor %}
 </div>
 
 {% if shown %}
-<h2>Questions and answers, chosen to show every kind (how often each is: the tables)</h2>
+<h2>Questions and answers</h2>
+<p>Chosen so that every kind is there; how often each is, stands in the tables.</p>
 <form>
   {% for key, choices in filters.items() %}
     <label>{{ key }} <select name="{{ key }}"><option value="">any</option>

@@ -129,7 +129,7 @@ def test_rates_and_a_failed_judge():
     assert failed["consistency"]["mean"] is None and failed["judge_failed"] == 1
     table, *_ = cells_of({"x": failed | {"params": 1}})
     assert table[1][table[0].index("consistency")] == "-"
-    assert answers_of(failed, rows)["F failed"] == "1"
+    assert answers_of(failed, rows)["F\nfailed"] == "1"
 
 
 def test_without_thoughts_there_is_no_consistency(world):
@@ -407,7 +407,7 @@ def test_grounding_is_not_consistency(world, monkeypatch):
     assert rows[2]["false_statements"] == [] and math.isnan(rows[3]["grounding"])
     entry = evaluation.summary([r | dict(ckpt="c", seed=0) for r in rows])
     assert entry["grounding"]["mean"] == 0.5
-    assert answers_of(entry, rows)["no statement\nto ground"] == "2"
+    assert answers_of(entry, rows)["nothing\nto ground"] == "2"
 
 
 def test_rows_follow_the_records(world, monkeypatch):
