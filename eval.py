@@ -91,8 +91,8 @@ RATES = dict(overall="acc", format="fmt", consistency="con", grounding="groundin
 CHANGES = dict(accuracy="acc", consistency="con", grounding="grounding")
 TIMEOUT = 300.0   # s that a chat server may take for an answer
 RESAMPLES = 2000  # of an interval
-FEWEST = 20       # groups below which none is shown: with 20 it covers 92 % of normal changes, ..
-                  # .. where few answers change far less
+FEWEST = 20       # groups below which none is shown; of 20 it covers 92 % (simulated, normal
+                  # changes), and less where few answers change
 SHOWN = 60        # questions on the page at most
 THUMBNAIL = 224   # px, longer side of an image there
 POINTS = 200      # of a curve at most
@@ -367,7 +367,9 @@ def answers_given(results, rows):
         found = Counter(answers).most_common(3)
         return ",\n".join(f"{x} {100 * n / len(answers):.0f} %" for x, n in found)
 
-    lines = {name: {} for name in results}
+    asked = grouped(chain(*rows.values()), "task", data.TASKS)
+    lines = {name: dict.fromkeys(asked, "-") for name in results}  # which sets the order
+    leniently = any(entry["read_as"] for entry in results.values())
     for name, answers in rows.items():
         for task, members in grouped(answers, "task", data.TASKS).items():
             lines[name][task] = commonest([given_option(row) for row in members])
@@ -375,8 +377,8 @@ def answers_given(results, rows):
         silent = sum(rewards.failed(row["grounding"]) for row in answers)
         undecided = [row["verdict"] is None for row in answers if row["thought"] is not None]
         lines[name]["letter"] = commonest([row["given"] or given_option(row) for row in answers])
-        if ways:
-            lines[name]["read as\n(failed: no reply)"] = ",\n".join(ways)
+        if leniently:
+            lines[name]["read as\n(failed: no reply)"] = ",\n".join(ways) or "-"
         lines[name] |= {
             "F\nfailed": str(results[name]["judge_failed"]),
             "F\nundecided": str(sum(undecided)),
@@ -529,7 +531,7 @@ PAGE = r"""<!doctype html>
       <tr><th scope="row">{{ name }}</th>
       {% for text, mean, std, look in cells %}
         <td class="{{ look }}"{% if mean is not none %}
-          style="--mean: {{ mean }}%{% if std %}; --std: {{ std }}%{% endif %}"{% endif %}>
+          style="--mean: {{ mean }}%{% if "±" in text %}; --std: {{ std }}%{% endif %}"{% endif %}>
           {{- text }}</td>
       {% endfor %}</tr>
     {% endfor %}
@@ -764,8 +766,9 @@ def questions_of(ckpt, args):
     expect(args.data or phantoms.is_file(),
            f"{phantoms} is not there, expected the phantoms, or --data FILE")
     records = data.read_records(args.data or phantoms, args.split, args.only, thinking)
-    columns = {r["task"] for r in records} & {*RATES, "n", "params, M"}
-    expect(not columns, f"task {columns}: the tables have such a column; give it another name")
+    taken = {r["task"] for r in records} & {*RATES, "n", "params, M", "letter", "cut off", "mean"}
+    expect(not taken, f"task {', '.join(sorted(taken))}: the tables have such a column already; "
+                      "give the task another name")
     return subset(records, args.questions)
 
 

@@ -462,13 +462,12 @@ def annotate(args):
     data.check_images(asked)
     pictures, known, answers = {r["image"]: r for r in asked}, {}, defaultdict(set)
     for r in records:
-        names, right = NAMES.get(r["task"]), right_option(r)
-        if names is None or right in names:  # not the Yes of "Is this an MRI?"
-            answers[r["image"], r["task"]].add(right)
+        answers[r["image"], r["task"]].add(right_option(r))
     for r in records:
         true = known.setdefault(r["image"], dict(modality=r["modality"], anatomy=r["anatomy"]))
-        if len(answers[r["image"], r["task"]]) == 1:  # of several findings none is known alone
-            true[r["task"]], = answers[r["image"], r["task"]]
+        found = answers[r["image"], r["task"]]  # of several findings none is the only one
+        if len(found) == 1 and found <= NAMES.get(r["task"], found):  # not "Is this an MRI?" Yes
+            true[r["task"]], = found
 
     def describe(record):
         return describer.ask(DESCRIBE, data_url(record, SIDE))

@@ -274,8 +274,9 @@ def mentions(text, names, clause_end=CLAUSE_END):
         # An option that is a negation must end its clause: "no" is not in "no lesion".
         end = r"(?=\s?(?:[.,:;!?\n]|$))" if re.fullmatch(NEGATION, name) else ""
         patterns.append(re.escape(name) + end)
-    # Whole words; "5 mm" is not in "2.5 mm".
-    named = re.compile(rf"(?<![\w-])(?!(?<=\d[.,–])\d)(?:{'|'.join(patterns)})(?![\w-])")
+    # Whole words; "5 mm" is not in "2.5 mm", nor "grade 2" in "grade 2.5".
+    named = re.compile(rf"(?<![\w–-])(?!(?<=\d[.,])\d)(?:{'|'.join(patterns)})"
+                       r"(?![\w–-]|(?<=\d)[.,]\d)")
     order, found = list(folded), []
     # Names first become numbers: one may hold a comma, or the word "no".
     text = single_blanks(text).casefold()

@@ -238,6 +238,13 @@ def test_several_findings_of_one_image(world, box):
                 fault=lambda prompt, n: None) as server:
         assert [r["id"] for r in annotate(box, server)] == [q for q, _ in asked]
     assert J.faults(thoughts["Nodule?"], rows[2], dict(anomaly="Normal"), "B") == []
+    named = dict(rows[0], id="Which?", question="Which finding?", options=["nodule", "cyst", "mass"], answer="A")
+    thoughts |= {"Which finding?": "A round spot, a nodule, is seen. So it is nodule.",
+                 "Bulla?": "A thin black space, a bulla, is seen. So it is Yes."}
+    data.write_records([named, dict(rows[0], id="Bulla?", question="Bulla?")], box / "in.jsonl")
+    with Server(reply=lambda content: thoughts.get(re.search(r"Question: (.*)|$", content[1]["text"])[1], "A picture."),
+                fault=lambda prompt, n: None) as server:
+        assert [r["id"] for r in annotate(box, server, out="both.jsonl")] == ["Which?", "Bulla?"]
     r = dict(rows[0], task="modality", options=["CT scan", "MRI scan"], answer="A", modality="CT")
     wrong = J.faults("The bone is bright as in MRI images. So it is CT scan.", r, dict(modality="CT", anatomy="Brain"), "A")
     assert wrong == ["names MRI, but the modality is CT"]

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -141,6 +142,15 @@ def test_without_thoughts_there_is_no_consistency(world):
     s = evaluation.summary(rows)
     assert s["consistency"]["mean"] is None and s["judge_failed"] == 0
     assert s["overall"]["mean"] == 1
+
+
+def test_a_task_may_not_be_named_as_a_column(world, tmp_path):
+    """Its figures would be another column's."""
+    rows = [r | dict(task=name, split="test") for r, name in zip(world.records, ("letter", "n", "severity"), strict=False)]
+    shutil.copytree(Path(world.jsonl).parent / "images", tmp_path / "images")
+    data.write_records(rows, tmp_path / "q.jsonl")
+    with pytest.raises(data.DataError, match="task letter, n: the tables have such a column already"):
+        evaluation.main(["--ckpt", world.folder, "--data", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "o")])
 
 
 def test_anomalies_found_and_healthy_images_known(world):

@@ -203,6 +203,10 @@ def test_a_number_in_another_is_no_option():
     for said in ("2.5 mm", "1,5 mm", "2-5 mm", "2–5 mm", "15 mm"):
         assert lexical_verdict(f"It measures {said}.", {"options": ["5 mm", "10 mm"]}) is None, said
     assert lexical_verdict("It measures 5 mm.", {"options": ["5 mm", "10 mm"]}) == "A"
+    for said in ("grade 2–3", "grade 2.5", "grade 2,5", "grade 20", "CE–MRI", "non–small cell carcinoma"):
+        options = ["grade 2", "grade 4", "MRI", "small cell carcinoma"]
+        assert lexical_verdict(f"So it is {said}.", {"options": options}) is None, said
+    assert lexical_verdict("So it is grade 2.", {"options": ["grade 4", "grade 2"]}) == "B"
     assert lexical_verdict("Age 50.Normal", {"options": ["Abnormal", "Normal"]}) == "B"
 
 

@@ -253,6 +253,10 @@ def test_a_base_of_another_seed_or_recipe_is_refused(monkeypatch, tmp_path):
     del earlier["words"]  # one of before they were compared
     file.write_text(json.dumps(earlier))
     sft.prepare_tiny(args, 0)
+    file.write_text("{}")
+    with pytest.raises(data.DataError, match="another seed, recipe or prompt"):
+        sft.prepare_tiny(args, 0)
+    file.write_text(json.dumps(earlier))
     args.seed = 4
     with pytest.raises(data.DataError, match="another seed, recipe or prompt"):
         sft.prepare_tiny(args, 0)
