@@ -1326,18 +1326,14 @@ def coarse(looks):
     return np.concatenate([x.reshape(-1, 16, 4, 16, 4).mean((2, 4)) * 4 for x in parts])
 
 
-def close(looks, others):
-    """(N,) bool: whether two looks differ by less than DIFFERENCE in the mean."""
-    return abs(np.float32(looks) - others).mean((1, 2)) < DIFFERENCE
-
-
 def same(looks, others):
     """(N,) bool: whether two looks show the same (CORRELATION, DIFFERENCE), as they are or one
     mirrored."""
     out = False
     for c in (others, others[..., ::-1]):
         correlation = (normed(looks) * normed(c)).sum((1, 2))
-        out |= (correlation > CORRELATION) & close(looks, c)
+        difference = abs(np.float32(looks) - c).mean((1, 2))
+        out |= (correlation > CORRELATION) & (difference < DIFFERENCE)
     return out
 
 
@@ -1392,7 +1388,7 @@ def look_up(task, records, points):
     asked = {r["question"] for r in train}
     seen = [r for r in train if r["path"] in points]
     known = np.array([points[r["path"]] for r in seen])  # (N, 256)
-    number = {answer: k for k, answer in enumerate(dict.fromkeys(r["right"] for r in train))}
+    number = {answer: k for k, answer in enumerate({r["right"] for r in train})}
     answers = np.array([number[r["right"]] for r in seen])  # (N,)
     half = (known**2).sum(-1) / 2
 

@@ -325,7 +325,8 @@ def table(title, lines):
 
 def percent(figure):
     """A figure -> (text, mean, deviation), all in %. Mean and deviation, of which the page draws a
-    bar, are None for a text, a difference (its text has the interval) and a missing figure."""
+    bar, are None for a text, a difference (its text has the interval) and a missing figure, the
+    deviation also of one run."""
     if isinstance(figure, str):
         return figure, None, None
     if not figure or figure["mean"] is None:
@@ -337,7 +338,7 @@ def percent(figure):
         if figure["groups"] >= FEWEST:
             text += f" ({100 * figure['low']:+.1f} to {100 * figure['high']:+.1f})"
         return text, None, None
-    return f"{mean:.1f}{deviation}", round(mean, 1), round(std, 1)
+    return f"{mean:.1f}{deviation}", round(mean, 1), round(std, 1) if deviation else None
 
 
 def markdown(title, columns, rows):
@@ -530,9 +531,8 @@ PAGE = r"""<!doctype html>
     {% for name, cells in rows.items() %}
       <tr><th scope="row">{{ name }}</th>
       {% for text, mean, std, look in cells %}
-        <td class="{{ look }}"{% if mean is not none %}
-          style="--mean: {{ mean }}%{% if "±" in text %}; --std: {{ std }}%{% endif %}"{% endif %}>
-          {{- text }}</td>
+        <td class="{{ look }}"{% if mean is not none %} style="--mean: {{ mean }}%
+          {%- if std is not none %}; --std: {{ std }}%{% endif %}"{% endif %}>{{ text }}</td>
       {% endfor %}</tr>
     {% endfor %}
   </table></div>
@@ -777,8 +777,8 @@ def answer(ckpt, records, judge, args, cache=os.devnull):
     rows, number of parameters (None: unknown). Where no reply came fmt, acc and con are nan."""
     rank, _, device = M.setup_devices()
     score, params = rewards.score_leniently, None
+    limit = args.max_new_tokens or M.MAX_NEW_TOKENS["tiny" if M.is_tiny(ckpt) else "paper"]
     if ckpt.startswith("openai:"):
-        limit = args.max_new_tokens or M.MAX_NEW_TOKENS["paper"]
         server = Server(ckpt, cache, limit, TIMEOUT, args.batch)
         ask = partial(server.answers, records, args.max_pixels)
     else:
@@ -787,7 +787,6 @@ def answer(ckpt, records, judge, args, cache=os.devnull):
                                             max_pixels=args.max_pixels)
         M.check_texts(processor, records, rewards.question_text)
         params = policy.num_parameters()
-        limit = args.max_new_tokens or M.MAX_NEW_TOKENS["tiny" if M.is_tiny(ckpt) else "paper"]
         ask = partial(completions, policy, processor, records, max_new_tokens=limit, rank=rank,
                       batch=args.batch)
         if any(Path(ckpt, file).is_file() for file in ("knobs.json", "base.json")):
@@ -803,6 +802,19 @@ def answer(ckpt, records, judge, args, cache=os.devnull):
     return rows, params
 
 
+def answer_one(ckpts, args):
+    """--image: print what each checkpoint answers to --question."""
+    expect(args.image and args.question and args.options,
+           "one question needs --image, --question and --options")
+    data.check_options(args.options)
+    for ckpt in ckpts:
+        records = questions_of(ckpt, args)
+        data.check_images(records)
+        rows, _ = answer(ckpt, records, make_judge(), args)
+        for row in rows:
+            print(f"{ckpt}\n  {row['completion']}\n  read as: {given_option(row)}")
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.watch:
@@ -810,16 +822,7 @@ def main(argv=None):
     checkpoints = checkpoints_of(args.ckpt)
     ckpts = list(chain(*checkpoints.values()))
     if args.image or args.question or args.options:
-        expect(args.image and args.question and args.options,
-               "one question needs --image, --question and --options")
-        data.check_options(args.options)
-        for ckpt in ckpts:
-            records = questions_of(ckpt, args)
-            data.check_images(records)
-            rows, _ = answer(ckpt, records, make_judge(), args)
-            for row in rows:
-                print(f"{ckpt}\n  {row['completion']}\n  read as: {given_option(row)}")
-        return
+        return answer_one(ckpts, args)
 
     out = Path(args.out or folder_of(ckpts[0]))
     files = file_names(checkpoints, out)

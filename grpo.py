@@ -63,8 +63,8 @@ KNOBS = dict(
                "isn't full is left out, unless it is the only one", positive=True),
     batch=Knob(int, 128, 64, "completions per optimiser step over all processes", positive=True),
     G=Knob(int, 8, 8, "completions per question: the group", positive=True),
-    max_new_tokens=Knob(int, *M.MAX_NEW_TOKENS.values(), "tokens at which a completion is cut off",
-                        positive=True),
+    max_new_tokens=Knob(int, M.MAX_NEW_TOKENS["tiny"], M.MAX_NEW_TOKENS["paper"],
+                        "tokens at which a completion is cut off", positive=True),
     temperature=Knob(float, 1.0, 1.0, "of the policy, sampled and scored", positive=True),
     top_p=Knob(float, 1.0, 1.0, "sample from the likeliest tokens that hold this much probability; "
                "under 1 biases the ratio", positive=True, most=1),

@@ -131,8 +131,8 @@ def make_judge(spec="lexical", sees="cut", *, reference=None, **limits):
     def judge(thoughts, items):
         texts = [rewards.single_blanks(thought or "").strip() for thought in thoughts]
         if sees == "cut":
-            pairs = zip(texts, items, strict=True)
-            texts = [visible_thought(text, item["options"])[0] for text, item in pairs]
+            texts = [visible_thought(text, item["options"])[0]
+                     for text, item in zip(texts, items, strict=True)]
         pairs = {(x, id(item)): (x, item) for x, item in zip(texts, items, strict=True) if x}
         verdicts = dict(zip(pairs, letters(pairs.values()), strict=True))  # {pair's key: letter}
         return [verdicts.get((x, id(item))) for x, item in zip(texts, items, strict=True)]
